@@ -1,0 +1,271 @@
+//! What core lends a plugin for one exchange, as safe traits: the front implements the HTTP ones,
+//! the tunnel the halves, the sidecar the service. `plugin::vtable` turns them into ABI objects.
+//!
+//! Knows nothing of the ABI's layouts and of who implements what.
+
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http::{HeaderMap, StatusCode};
+use tokio::io::{AsyncRead, AsyncWrite};
+
+/// Why an exchange or a stream ended early. `code` is one of [`sidelane_abi::failure`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reset {
+    /// One of [`sidelane_abi::failure`].
+    pub code: u32,
+    /// The protocol's own code (HTTP/2's error code), passed as sent.
+    pub protocol_code: Option<u32>,
+}
+
+impl Reset {
+    /// Returns a reset without a code of the protocol's own.
+    #[must_use]
+    pub const fn new(code: u32) -> Self {
+        Self { code, protocol_code: None }
+    }
+}
+
+/// A failure with what a client may be told of it.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// One of [`sidelane_abi::failure`].
+    pub code: u32,
+    /// Seconds for `Retry-After`.
+    pub retry_after_s: Option<u32>,
+    /// One line for people.
+    pub detail: String,
+}
+
+/// What core knows of an exchange; owned, so that the ABI's record can point into it.
+#[derive(Clone, Debug)]
+pub struct Meta {
+    /// Unique in its session; empty before `open`.
+    pub request_id: Arc<str>,
+    /// `protocol_type`.
+    pub protocol_type: Arc<str>,
+    /// Route's name; empty before `open`.
+    pub route: Arc<str>,
+    /// Tunnel's name; empty before `open`.
+    pub tunnel: Arc<str>,
+    /// `192.0.2.1:4711`, `[2001:db8::1]:4711`.
+    pub client_address: Arc<str>,
+    /// The listener's name at the relay.
+    pub listener: Arc<str>,
+    /// `http`, `https`, or empty.
+    pub scheme: Arc<str>,
+    /// TLS server name, or empty.
+    pub tls_sni: Arc<str>,
+    /// TLS application protocol, or empty.
+    pub tls_alpn: Arc<str>,
+    /// Subject of the client's certificate, or empty.
+    pub tls_client: Arc<str>,
+    /// `traceparent`, or empty.
+    pub trace_parent: Arc<str>,
+    /// The route's options for this protocol as JSON, or empty.
+    pub options: Arc<str>,
+    /// The client's deadline.
+    pub deadline: Option<std::time::Instant>,
+}
+
+/// A request's head, owned by the front and borrowed by the plugin until its call ends.
+#[derive(Debug)]
+pub struct RequestHead {
+    /// Method.
+    pub method: http::Method,
+    /// `http` or `https`.
+    pub scheme: Arc<str>,
+    /// The effective authority, as sent.
+    pub authority: Bytes,
+    /// Path and query as sent, or `*`.
+    pub target: Bytes,
+    /// `:protocol` of an extended CONNECT.
+    pub protocol: Option<Bytes>,
+    /// Version as the client spoke it.
+    pub version: http::Version,
+    /// Fields.
+    pub headers: HeaderMap,
+    /// The request has no body.
+    pub end: bool,
+    /// The client waits for `100 Continue`.
+    pub expect_continue: bool,
+    /// [`Responder::upgrade`] can hand over the byte stream.
+    pub can_upgrade: bool,
+}
+
+/// A frame of a request's body.
+#[derive(Debug)]
+pub enum BodyFrame {
+    /// A chunk; `end` where nothing follows.
+    Data {
+        /// The chunk.
+        bytes: Bytes,
+        /// Nothing follows.
+        end: bool,
+    },
+    /// Trailers; nothing follows.
+    Trailers(HeaderMap),
+    /// Nothing follows.
+    End,
+    /// The client broke off.
+    Failed(Reset),
+}
+
+/// A request's body.
+pub trait Body: Send + 'static {
+    /// Exact length, where known.
+    fn length(&self) -> Option<u64>;
+    /// Next frame.
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<BodyFrame>;
+}
+
+/// A response's head.
+#[derive(Debug)]
+pub struct ResponseHead {
+    /// Status.
+    pub status: StatusCode,
+    /// Fields.
+    pub headers: HeaderMap,
+    /// Exact length of the body, where known.
+    pub body_length: Option<u64>,
+}
+
+/// The client is gone, or the response has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Closed;
+
+/// A byte stream of the host's own.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for T {}
+
+/// A byte stream that is on its way. The error is one of [`sidelane_abi::failure`], and the cause.
+pub type StreamFuture =
+    Pin<Box<dyn Future<Output = Result<Box<dyn Stream>, (u32, io::Error)>> + Send>>;
+
+/// Where a response goes. Dropped before its end: the exchange is aborted with `PLUGIN_FAILED`.
+pub trait Responder: Send + 'static {
+    /// Sends an interim response; [`Closed`] where the transport cannot or the client is gone.
+    fn informational(&mut self, status: StatusCode, headers: HeaderMap) -> Result<(), Closed>;
+    /// Sends the head, with the body's first chunk where given; `end`: nothing follows.
+    fn head(&mut self, head: ResponseHead, first: Option<Bytes>, end: bool) -> Result<(), Closed>;
+    /// Sends a chunk; `Pending` leaves it in place.
+    fn poll_body(
+        &mut self,
+        cx: &mut Context<'_>,
+        chunk: &mut Option<Bytes>,
+        end: bool,
+    ) -> Poll<Result<(), Closed>>;
+    /// Ends the body.
+    fn finish(&mut self, trailers: Option<HeaderMap>) -> Result<(), Closed>;
+    /// Ends the exchange early; before the head the front answers by the code.
+    fn abort(&mut self, reset: Reset);
+    /// Ready once the client is gone.
+    fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<Reset>;
+    /// The client's bytes, after a head that accepts an upgrade.
+    fn upgrade(&mut self) -> StreamFuture;
+}
+
+/// A message of an exchange: the encoded payload of `TunnelMessage`'s field `field`, in one or two
+/// parts. On receive `head` is empty.
+#[derive(Debug, Default)]
+pub struct Message {
+    /// Payload field number, 9 to 31.
+    pub field: u32,
+    /// Last message of its direction.
+    pub end: bool,
+    /// First part.
+    pub head: Bytes,
+    /// Second part.
+    pub body: Bytes,
+}
+
+/// The direction from here to the peer. Dropped unfinished: reset with `CANCELLED`.
+pub trait SendHalf: Send + 'static {
+    /// Queues the message and leaves `None`; `Pending` leaves it in place.
+    fn poll_send(
+        &mut self,
+        cx: &mut Context<'_>,
+        message: &mut Option<Message>,
+    ) -> Poll<Result<(), Closed>>;
+    /// Ends the direction where no message with `end` was sent.
+    fn finish(&mut self);
+    /// Ends the exchange, both directions.
+    fn reset(&mut self, reset: Reset);
+    /// Ready once the exchange was reset or lost.
+    fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<Reset>;
+    /// The first byte is about to be written to a service.
+    fn dispatched(&mut self);
+    /// Nothing was and will be written to a service. Ends the exchange.
+    fn refused(&mut self, reset: Reset);
+}
+
+/// What a receive yields.
+#[derive(Debug)]
+pub enum Received {
+    /// A message.
+    Message(Message),
+    /// The direction has ended.
+    Finished,
+    /// The exchange was reset or lost.
+    Reset(Reset),
+}
+
+/// The direction from the peer to here. Dropped unfinished: reset with `CANCELLED`.
+pub trait RecvHalf: Send + 'static {
+    /// Next message; taking it returns its credit.
+    fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Received>;
+}
+
+/// What an exchange is opened for.
+#[derive(Clone, Copy, Debug)]
+pub enum RouteKey<'a> {
+    /// What the listener has fixed.
+    Listener,
+    /// By host (port allowed) and path.
+    Host {
+        /// Host name, port allowed.
+        host: &'a str,
+        /// Path.
+        path: &'a str,
+    },
+}
+
+/// An opened exchange.
+pub struct Opened<S, R> {
+    /// From here to the peer.
+    pub send: S,
+    /// From the peer to here.
+    pub recv: R,
+    /// What core knows of it.
+    pub meta: Meta,
+}
+
+/// Opens the exchange of one client request or connection.
+pub trait Opener: Send + 'static {
+    /// From here to the peer.
+    type Send: SendHalf;
+    /// From the peer to here.
+    type Recv: RecvHalf;
+    /// Routes, authorises and opens.
+    fn poll_open(
+        &mut self,
+        cx: &mut Context<'_>,
+        key: RouteKey<'_>,
+    ) -> Poll<Result<Opened<Self::Send, Self::Recv>, Failure>>;
+}
+
+/// The service behind a tunnel.
+pub trait Service: Send + 'static {
+    /// Stable for a tunnel's name.
+    fn id(&self) -> u64;
+    /// Changes with the tunnel's settings.
+    fn version(&self) -> u64;
+    /// Where it is.
+    fn address(&self) -> &str;
+    /// Dials.
+    fn connect(&self) -> StreamFuture;
+}
