@@ -1,3 +1,4 @@
 //! Core.
 pub mod config;
+pub mod metrics;
 pub mod router;

@@ -1,1 +1,509 @@
-//! Watches the configuration for changes.
+//! Watches the configuration file and yields its contents whenever they change, or when asked.
+//!
+//! Events of the *parent directory* are hints only: a ConfigMap swaps the symlink `..data`, editors
+//! rename over the file, and a watch on the file itself goes deaf after the first of these. What
+//! counts is the contents' hash, which is polled too. Knows nothing of what the file says.
+
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use notify::{EventKind, RecursiveMode, Watcher as _};
+use sha2::{Digest, Sha256};
+
+use super::{ConfigErrors, FILE_BYTES_MAX, Source};
+
+/// How long hints must be quiet before the file is read: an editor's truncate, write and rename
+/// come within milliseconds.
+const QUIET: Duration = Duration::from_millis(250);
+
+/// The file is read at the latest this long after the first hint, however busy its directory is.
+const LONGEST: Duration = Duration::from_secs(2);
+
+/// How often contents are compared without any hint: network file systems and exhausted inotify
+/// limits give none.
+const POLL: Duration = Duration::from_secs(10);
+
+/// New contents of the file.
+#[derive(Debug)]
+pub struct Reload {
+    /// The contents, or why they cannot be read.
+    pub source: Result<Source, ConfigErrors>,
+    /// Why now.
+    pub cause: Cause,
+}
+
+/// Why a [`Reload`] is yielded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// The file, or one that its values come from, has changed.
+    Changed,
+    /// Somebody asked ([`Watcher::trigger`]).
+    Requested,
+}
+
+enum Command {
+    /// Something happened in the directory.
+    Hint,
+    Trigger,
+    Files(Vec<PathBuf>),
+    Stop,
+}
+
+/// Times of a watch; other than the constants in tests only.
+#[derive(Clone, Copy)]
+struct Times {
+    quiet: Duration,
+    longest: Duration,
+    poll: Duration,
+}
+
+/// A watch on the configuration; ends when dropped.
+pub struct Watcher {
+    commands: mpsc::Sender<Command>,
+    /// Events end with it. `None`: polling alone.
+    _events: Option<notify::RecommendedWatcher>,
+}
+
+impl std::fmt::Debug for Watcher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Watcher").finish_non_exhaustive()
+    }
+}
+
+impl Watcher {
+    /// Starts to watch the file of `current` on a thread of its own. `files` are those that its
+    /// values come from ([`super::Config::files`]). The thread waits while `reloads` is full.
+    pub fn start(
+        current: &Source,
+        files: &[PathBuf],
+        reloads: tokio::sync::mpsc::Sender<Reload>,
+    ) -> std::io::Result<Self> {
+        let times = Times { quiet: QUIET, longest: LONGEST, poll: POLL };
+        Self::start_with(current, files, reloads, times, true)
+    }
+
+    fn start_with(
+        current: &Source,
+        files: &[PathBuf],
+        reloads: tokio::sync::mpsc::Sender<Reload>,
+        times: Times,
+        events: bool,
+    ) -> std::io::Result<Self> {
+        let (commands, inbox) = mpsc::channel();
+        // One hint in the inbox is enough, however many events there are.
+        let hinted = Arc::new(AtomicBool::new(false));
+        let events =
+            if events { watch(&current.path, commands.clone(), hinted.clone()) } else { None };
+        let task = Task {
+            path: current.path.clone(),
+            seen: Seen { text: text_hash(&current.text), files: files_hash(files) },
+            files: files.to_owned(),
+            inbox,
+            hinted,
+            reloads,
+            times,
+        };
+        std::thread::Builder::new().name("config-watch".to_owned()).spawn(move || task.run())?;
+        Ok(Self { commands, _events: events })
+    }
+
+    /// Yields the contents at once, changed or not.
+    pub fn trigger(&self) {
+        // The thread ends only when nobody listens to it any more.
+        let _ = self.commands.send(Command::Trigger);
+    }
+
+    /// Sets which other files belong to the configuration.
+    pub fn set_files(&self, files: Vec<PathBuf>) {
+        let _ = self.commands.send(Command::Files(files));
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        let _ = self.commands.send(Command::Stop);
+    }
+}
+
+/// Returns whether the file is mounted by itself: a Kubernetes `subPath` mount, which never shows
+/// an update of its ConfigMap.
+#[must_use]
+pub fn is_sub_path_mount(path: &Path) -> bool {
+    let Ok(path) = std::path::absolute(path) else { return false };
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    is_mount_point(&path, &mounts)
+}
+
+fn is_mount_point(path: &Path, mountinfo: &str) -> bool {
+    mountinfo.lines().filter_map(|line| line.split(' ').nth(4)).any(|point| {
+        // The kernel writes these four as octal numbers.
+        let point = point.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n");
+        Path::new(&point.replace("\\134", "\\")) == path
+    })
+}
+
+fn watch(
+    path: &Path,
+    commands: mpsc::Sender<Command>,
+    hinted: Arc<AtomicBool>,
+) -> Option<notify::RecommendedWatcher> {
+    let handler = move |event: notify::Result<notify::Event>| {
+        // To read the file is an event too; answering it would never end. An error is a hint: events
+        // may have been lost.
+        let hint = event.map_or(true, |event| !matches!(event.kind, EventKind::Access(_)));
+        if hint && !hinted.swap(true, Ordering::AcqRel) {
+            let _ = commands.send(Command::Hint);
+        }
+    };
+    let directory = match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let watcher = notify::recommended_watcher(handler).and_then(|mut watcher| {
+        watcher.watch(directory, RecursiveMode::NonRecursive)?;
+        Ok(watcher)
+    });
+    match watcher {
+        Ok(watcher) => Some(watcher),
+        Err(error) => {
+            tracing::warn!(
+                directory = %directory.display(), %error,
+                "no events for the configuration's directory; its contents are polled",
+            );
+            None
+        }
+    }
+}
+
+struct Task {
+    path: PathBuf,
+    files: Vec<PathBuf>,
+    /// Contents that were yielded last.
+    seen: Seen,
+    inbox: mpsc::Receiver<Command>,
+    hinted: Arc<AtomicBool>,
+    reloads: tokio::sync::mpsc::Sender<Reload>,
+    times: Times,
+}
+
+impl Task {
+    fn run(mut self) {
+        let mut debounce = Debounce::default();
+        let mut next_poll = Instant::now() + self.times.poll;
+        loop {
+            let until = debounce.due(&self.times).map_or(next_poll, |due| due.min(next_poll));
+            match self.inbox.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(Command::Hint) => {
+                    self.hinted.store(false, Ordering::Release);
+                    debounce.hint(Instant::now());
+                }
+                Ok(Command::Files(files)) => {
+                    // An unchanged list keeps its hash, so that a change since the last look shows.
+                    if files != self.files {
+                        self.seen.files = files_hash(&files);
+                        self.files = files;
+                    }
+                }
+                Ok(Command::Trigger) => {
+                    if !self.reload(Cause::Requested, &mut debounce) {
+                        return;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    next_poll = Instant::now() + self.times.poll;
+                    debounce = Debounce::default();
+                    if !self.reload(Cause::Changed, &mut debounce) {
+                        return;
+                    }
+                }
+                Ok(Command::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    /// Yields the contents where they changed or are asked for. Returns whether anybody listens.
+    fn reload(&mut self, cause: Cause, debounce: &mut Debounce) -> bool {
+        let source = match read(&self.path) {
+            Ok(Some(source)) => Ok(source),
+            // Written to while it was read: look again when that is over.
+            Ok(None) if cause == Cause::Changed => {
+                debounce.hint(Instant::now());
+                return true;
+            }
+            Ok(None) => Source::read(&self.path),
+            Err(errors) => Err(errors),
+        };
+        let text = match &source {
+            Ok(source) => text_hash(&source.text),
+            Err(errors) => text_hash(&errors.to_string()),
+        };
+        let seen = Seen { text, files: files_hash(&self.files) };
+        if cause == Cause::Changed && seen == self.seen {
+            return true;
+        }
+        self.seen = seen;
+        self.reloads.blocking_send(Reload { source, cause }).is_ok()
+    }
+}
+
+/// Waits for quiet.
+#[derive(Debug, Default)]
+struct Debounce {
+    /// First and last hint.
+    hints: Option<(Instant, Instant)>,
+}
+
+impl Debounce {
+    fn hint(&mut self, now: Instant) {
+        let first = self.hints.map_or(now, |(first, _)| first);
+        self.hints = Some((first, now));
+    }
+
+    /// Returns when the file is to be read.
+    fn due(&self, times: &Times) -> Option<Instant> {
+        self.hints.map(|(first, last)| (last + times.quiet).min(first + times.longest))
+    }
+}
+
+/// Reads the file; `None`: it changed meanwhile.
+fn read(path: &Path) -> Result<Option<Source>, ConfigErrors> {
+    let state = || {
+        std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino(), m.len(), m.mtime(), m.mtime_nsec()))
+    };
+    let before = state();
+    let source = Source::read(path)?;
+    Ok((before == state()).then_some(source))
+}
+
+/// Hashes of contents. Those of the file and of the others are apart, since a change of the list of
+/// the others must not hide a change of the file.
+#[derive(PartialEq)]
+struct Seen {
+    text: [u8; 32],
+    files: [u8; 32],
+}
+
+fn text_hash(text: &str) -> [u8; 32] {
+    Sha256::digest(text).into()
+}
+
+fn files_hash(files: &[PathBuf]) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for file in files {
+        let mut bytes = Vec::new();
+        // One that cannot be read is told when the configuration is parsed.
+        let _ = std::fs::File::open(file)
+            .and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut bytes));
+        hash.update(bytes.len().to_le_bytes());
+        hash.update(bytes);
+    }
+    hash.finalize().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use tempfile::TempDir;
+    use tokio::sync::mpsc::Receiver;
+
+    use super::*;
+
+    /// Times at which a test does not wait for long and a poll never helps.
+    const EVENTS: Times = Times {
+        quiet: Duration::from_millis(20),
+        longest: Duration::from_secs(2),
+        poll: Duration::from_secs(3600),
+    };
+
+    struct Watched {
+        directory: TempDir,
+        path: PathBuf,
+        watcher: Watcher,
+        reloads: Receiver<Reload>,
+    }
+
+    impl Watched {
+        fn start(directory: TempDir, name: &str, times: Times, events: bool) -> Self {
+            let path = directory.path().join(name);
+            let (sender, reloads) = tokio::sync::mpsc::channel(1);
+            let source = Source::read(&path).unwrap();
+            let watcher = Watcher::start_with(&source, &[], sender, times, events).unwrap();
+            Self { directory, path, watcher, reloads }
+        }
+
+        /// Waits until these contents are yielded; states in between may be yielded before.
+        #[track_caller]
+        fn expect(&mut self, text: &str) {
+            let deadline = Instant::now() + Duration::from_secs(30);
+            loop {
+                let reload = self.next(deadline);
+                if reload.source.is_ok_and(|source| source.text == text) {
+                    return;
+                }
+            }
+        }
+
+        #[track_caller]
+        fn next(&mut self, deadline: Instant) -> Reload {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
+            let left = deadline.saturating_duration_since(Instant::now());
+            runtime
+                .block_on(async { tokio::time::timeout(left, self.reloads.recv()).await })
+                .expect("a reload in time")
+                .expect("the watch runs")
+        }
+    }
+
+    fn file(text: &str) -> TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("c.yaml"), text).unwrap();
+        directory
+    }
+
+    /// What the kubelet does: a new timestamped directory, a symlink to it, renamed over `..data`.
+    fn publish(directory: &Path, version: &str, text: &str) {
+        let new = directory.join(format!("..{version}"));
+        fs::create_dir(&new).unwrap();
+        fs::write(new.join("c.yaml"), text).unwrap();
+        symlink(format!("..{version}"), directory.join("..data_tmp")).unwrap();
+        let old = fs::read_link(directory.join("..data")).ok();
+        fs::rename(directory.join("..data_tmp"), directory.join("..data")).unwrap();
+        if let Some(old) = old {
+            fs::remove_dir_all(directory.join(old)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_config_map_swap_is_seen_again_and_again() {
+        let directory = tempfile::tempdir().unwrap();
+        publish(directory.path(), "1", "one");
+        symlink("..data/c.yaml", directory.path().join("c.yaml")).unwrap();
+        let mut watched = Watched::start(directory, "c.yaml", EVENTS, true);
+        for (version, text) in [("2", "two"), ("3", "three"), ("4", "four")] {
+            publish(watched.directory.path(), version, text);
+            watched.expect(text);
+        }
+    }
+
+    #[test]
+    fn an_editors_rename_over_the_file_is_seen() {
+        let mut watched = Watched::start(file("one"), "c.yaml", EVENTS, true);
+        for text in ["two", "three"] {
+            // vim: the old file becomes the backup, a new one is written and the backup removed.
+            let backup = watched.directory.path().join("c.yaml~");
+            fs::rename(&watched.path, &backup).unwrap();
+            fs::write(&watched.path, text).unwrap();
+            fs::remove_file(&backup).unwrap();
+            watched.expect(text);
+            // sed -i: a temporary file renamed over it.
+            let text = format!("{text} by sed");
+            let temporary = watched.directory.path().join("sedXXXX");
+            fs::write(&temporary, &text).unwrap();
+            fs::rename(&temporary, &watched.path).unwrap();
+            watched.expect(&text);
+        }
+    }
+
+    #[test]
+    fn a_write_in_place_is_seen() {
+        let mut watched = Watched::start(file("one"), "c.yaml", EVENTS, true);
+        for text in ["two", "three"] {
+            fs::write(&watched.path, text).unwrap();
+            watched.expect(text);
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_gone_is_told_and_its_return_too() {
+        let mut watched = Watched::start(file("one"), "c.yaml", EVENTS, true);
+        fs::remove_file(&watched.path).unwrap();
+        let reload = watched.next(Instant::now() + Duration::from_secs(30));
+        assert!(reload.source.unwrap_err().to_string().contains("cannot be read"));
+        fs::write(&watched.path, "one").unwrap();
+        watched.expect("one");
+    }
+
+    #[test]
+    fn contents_are_polled_where_there_are_no_events() {
+        let times = Times { poll: Duration::from_millis(10), ..EVENTS };
+        let mut watched = Watched::start(file("one"), "c.yaml", times, false);
+        fs::write(&watched.path, "two").unwrap();
+        watched.expect("two");
+    }
+
+    #[test]
+    fn a_file_that_values_come_from_is_polled() {
+        let times = Times { poll: Duration::from_millis(10), ..EVENTS };
+        let mut watched = Watched::start(file("one"), "c.yaml", times, false);
+        let secret = watched.directory.path().join("token");
+        fs::write(&secret, "old").unwrap();
+        watched.watcher.set_files(vec![secret.clone()]);
+        // Commands come in order: when this is answered the file is known.
+        watched.watcher.trigger();
+        watched.expect("one");
+        fs::write(&secret, "new").unwrap();
+        watched.expect("one");
+    }
+
+    #[test]
+    fn a_trigger_yields_unchanged_contents() {
+        let mut watched = Watched::start(file("one"), "c.yaml", EVENTS, true);
+        watched.watcher.trigger();
+        let reload = watched.next(Instant::now() + Duration::from_secs(30));
+        assert_eq!(reload.cause, Cause::Requested);
+        assert_eq!(reload.source.unwrap().text, "one");
+    }
+
+    #[test]
+    fn what_changes_nothing_is_not_yielded() {
+        let mut watched = Watched::start(file("one"), "c.yaml", EVENTS, true);
+        fs::write(watched.directory.path().join("other"), "x").unwrap();
+        fs::write(watched.directory.path().join("tmp"), "one").unwrap();
+        fs::rename(watched.directory.path().join("tmp"), &watched.path).unwrap();
+        // The next that comes is the real change.
+        fs::write(watched.directory.path().join("tmp"), "two").unwrap();
+        fs::rename(watched.directory.path().join("tmp"), &watched.path).unwrap();
+        let reload = watched.next(Instant::now() + Duration::from_secs(30));
+        assert_eq!(reload.source.unwrap().text, "two");
+    }
+
+    #[test]
+    fn the_watch_ends_with_its_owner() {
+        let Watched { watcher, mut reloads, directory, .. } =
+            Watched::start(file("one"), "c.yaml", EVENTS, true);
+        drop(watcher);
+        assert!(reloads.blocking_recv().is_none());
+        drop(directory);
+    }
+
+    #[test]
+    fn hints_are_waited_for_but_not_for_ever() {
+        let times = Times { quiet: QUIET, longest: LONGEST, poll: POLL };
+        let start = Instant::now();
+        let mut debounce = Debounce::default();
+        assert_eq!(debounce.due(&times), None);
+        debounce.hint(start);
+        assert_eq!(debounce.due(&times), Some(start + QUIET));
+        for step in 1..20 {
+            debounce.hint(start + Duration::from_millis(100) * step);
+        }
+        assert_eq!(debounce.due(&times), Some(start + LONGEST));
+    }
+
+    #[test]
+    fn a_mounted_file_is_recognised() {
+        let mounts = "36 35 98:0 / /mnt rw - ext4 /dev/sda rw\n\
+                      37 35 98:0 /x /etc/my\\040app/c.yaml rw - ext4 /dev/sda rw\n";
+        assert!(is_mount_point(Path::new("/etc/my app/c.yaml"), mounts));
+        assert!(!is_mount_point(Path::new("/etc/other/c.yaml"), mounts));
+        assert!(!is_sub_path_mount(Path::new("Cargo.toml")));
+    }
+}
