@@ -108,11 +108,14 @@ pub struct Metrics {
     names: Mutex<Names>,
 }
 
+/// Role, route, tunnel, protocol type.
+type ExchangeKey = (Role, Arc<str>, Arc<str>, Arc<str>);
+
 /// Label values seen, and what is kept for them.
 #[derive(Debug, Default)]
 struct Names {
     seen: HashMap<&'static str, HashSet<Arc<str>>>,
-    exchanges: HashMap<(Role, Arc<str>, Arc<str>, Arc<str>), Arc<ExchangeMetrics>>,
+    exchanges: HashMap<ExchangeKey, Arc<ExchangeMetrics>>,
 }
 
 impl Names {

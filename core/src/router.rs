@@ -157,7 +157,7 @@ impl Paths {
         let mut end = if path.len() <= self.longest {
             path.len()
         } else {
-            segment_end(&path[..path.floor_char_boundary(self.longest + 1)])
+            segment_end(&path.as_bytes()[..=self.longest])
         };
         loop {
             let found = self.by_prefix.get(&path[..end]);
@@ -167,14 +167,14 @@ impl Paths {
             if end == 0 {
                 return None;
             }
-            end = segment_end(&path[..end]);
+            end = segment_end(&path.as_bytes()[..end]);
         }
     }
 }
 
-/// Returns where the last segment begins, its '/' included.
-fn segment_end(path: &str) -> usize {
-    memchr::memrchr(b'/', path.as_bytes()).unwrap_or(0)
+/// Returns where the segments before the last one end.
+fn segment_end(path: &[u8]) -> usize {
+    memchr::memrchr(b'/', path).unwrap_or(0)
 }
 
 /// Returns the route that takes the exchange.

@@ -262,8 +262,8 @@ enum Yaml {
     /// A boolean or number.
     Resolved(serde_json::Value),
     Text(String),
-    List(Vec<Spanned<Yaml>>),
-    Map(Vec<(Spanned<String>, Spanned<Yaml>)>),
+    List(Vec<Spanned<Self>>),
+    Map(Vec<(Spanned<String>, Spanned<Self>)>),
 }
 
 impl<'de> Deserialize<'de> for Yaml {
@@ -491,8 +491,8 @@ impl<'a> Field<'a> {
     }
 
     /// Returns the items of a list as `read` takes them, without the faulty ones.
-    pub(crate) fn list_of<T>(&self, mut read: impl FnMut(&Self) -> Option<T>) -> Option<Vec<T>> {
-        Some(self.items()?.iter().filter_map(|item| read(item)).collect())
+    pub(crate) fn list_of<T>(&self, read: impl FnMut(&Self) -> Option<T>) -> Option<Vec<T>> {
+        Some(self.items()?.iter().filter_map(read).collect())
     }
 
     /// Returns what `parse` makes of the scalar's text.

@@ -15,7 +15,7 @@ pub const PLUGIN_METRICS_MAX: usize = 256;
 
 /// Longest name and help text.
 const NAME_BYTES_MAX: usize = 64;
-const HELP_BYTES_MAX: usize = 256;
+const HELP_CHARS_MAX: usize = 256;
 
 /// Names under the prefix that core itself uses.
 const RESERVED: [&str; 3] = ["panics", "generations", "quarantined"];
@@ -87,11 +87,10 @@ impl PluginMetrics {
                 }
             }
         }
-        let end = help.floor_char_boundary(HELP_BYTES_MAX);
         let slot = Slot {
             plugin: plugin.to_owned(),
             name: name.to_owned(),
-            help: help[..end].replace('\n', " "),
+            help: help.chars().take(HELP_CHARS_MAX).collect::<String>().replace('\n', " "),
             kind,
             value: AtomicU64::new(0),
             buckets: std::array::from_fn(|_| AtomicU64::new(0)),

@@ -225,13 +225,19 @@ fn model<'r>(routes: &'r [Arc<Route>], query: &Query<'_>) -> Option<&'r Arc<Rout
 }
 
 fn name() -> impl Strategy<Value = String> {
-    proptest::collection::vec(prop_oneof!["a", "b", "localhost", "example.org"], 1..4)
-        .prop_map(|labels| labels.join("."))
+    proptest::collection::vec(
+        prop_oneof![Just("a"), Just("b"), Just("localhost"), Just("example.org")],
+        1..4,
+    )
+    .prop_map(|labels| labels.join("."))
 }
 
 fn path() -> impl Strategy<Value = String> {
-    proptest::collection::vec(prop_oneof!["/", "/a", "/b", "/ab", "é"], 0..5)
-        .prop_map(|segments| segments.concat())
+    proptest::collection::vec(
+        prop_oneof![Just("/"), Just("/a"), Just("/b"), Just("/ab"), Just("é")],
+        0..5,
+    )
+    .prop_map(|segments| segments.concat())
 }
 
 fn any_match() -> impl Strategy<Value = Match> {
@@ -247,16 +253,14 @@ fn any_match() -> impl Strategy<Value = Match> {
         let path = format!("/{}", path.trim_start_matches('/'));
         path.trim_end_matches('/').to_owned()
     });
-    let listener = proptest::option::of(prop_oneof!["web", "lines"]);
-    let protocol_type = proptest::option::of(prop_oneof!["HTTP", "LINE"]);
+    let listener = proptest::option::of(prop_oneof![Just("web"), Just("lines")]);
+    let protocol_type = proptest::option::of(prop_oneof![Just("HTTP"), Just("LINE")]);
     (host, prefix, listener, protocol_type).prop_map(
-        |(host, prefix, listener, protocol_type): (_, String, Option<String>, Option<String>)| {
-            Match {
-                host,
-                path_prefix: prefix.into(),
-                listener: listener.map(Into::into),
-                protocol_type: protocol_type.map(Into::into),
-            }
+        |(host, prefix, listener, protocol_type): (_, String, Option<&str>, Option<&str>)| Match {
+            host,
+            path_prefix: prefix.into(),
+            listener: listener.map(Into::into),
+            protocol_type: protocol_type.map(Into::into),
         },
     )
 }
