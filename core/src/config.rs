@@ -8,6 +8,7 @@ mod diff;
 mod error;
 mod raw;
 mod read;
+mod show;
 mod substitute;
 mod value;
 pub mod watch;
@@ -20,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::{Value as Json, json};
+use serde_json::Value as Json;
 
 pub use diff::{Changes, Delta, diff};
 pub use error::{ConfigError, ConfigErrors, Position};
@@ -359,6 +360,21 @@ pub enum HostMatch {
     HostWildcard(Arc<str>),
 }
 
+impl HostMatch {
+    /// Returns the key and value that stand for it in a file or an announcement.
+    #[must_use]
+    pub fn to_key_value(&self) -> Option<(&'static str, String)> {
+        match self {
+            Self::Any => None,
+            Self::Exact(host) => Some(("host", host.to_string())),
+            Self::Subdomain(subdomain) => Some(("subdomain", subdomain.to_string())),
+            Self::Wildcard(suffix) if suffix.is_empty() => Some(("wildcard", "*".to_owned())),
+            Self::Wildcard(suffix) => Some(("wildcard", format!("*.{suffix}"))),
+            Self::HostWildcard(suffix) => Some(("host", format!("*.{suffix}"))),
+        }
+    }
+}
+
 /// A match as it stands in a file or an announcement.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct MatchSpec<'a> {
@@ -673,29 +689,6 @@ impl Config {
             reuse(&mut relay.listeners, &old.listeners, |listener| &listener.name);
         }
     }
-
-    /// Returns the effective configuration, defaults filled in and secrets masked.
-    #[must_use]
-    pub fn to_masked_json(&self) -> Json {
-        json!({
-            "version": 1,
-            "relay": self.relay.as_ref().map(Relay::to_json),
-            "sidecar": self.sidecar.as_ref().map(Sidecar::to_json),
-            "tunnels": self.tunnels.iter().map(|tunnel| tunnel.to_json()).collect::<Vec<_>>(),
-            "routes": self.routes.iter().map(|route| route.to_json()).collect::<Vec<_>>(),
-            "plugins": self.plugins.to_json(),
-            "health": self.health.map(|address| json!({ "address": address })),
-            "admin": self.admin.map(|address| json!({ "address": address })),
-            "log": {
-                "level": self.log.level.as_ref(),
-                "format": match self.log.format {
-                    LogFormat::Text => "text",
-                    LogFormat::Json => "json",
-                },
-            },
-            "drain_timeout": duration_text(self.drain_timeout),
-        })
-    }
 }
 
 fn reuse<T: PartialEq>(new: &mut [Arc<T>], old: &[Arc<T>], name: fn(&T) -> &Arc<str>) {
@@ -704,157 +697,6 @@ fn reuse<T: PartialEq>(new: &mut [Arc<T>], old: &[Arc<T>], name: fn(&T) -> &Arc<
         if let Some(same) = old.get(&**name(item)).filter(|old| ***old == *item) {
             *item = Arc::clone(same);
         }
-    }
-}
-
-fn masked(token: Option<&Secret>) -> Option<String> {
-    token.map(Secret::to_string)
-}
-
-impl Relay {
-    fn to_json(&self) -> Json {
-        let limits = &self.limits;
-        let listeners: Vec<Json> = self
-            .listeners
-            .iter()
-            .map(|listener| {
-                json!({
-                    "name": listener.name.as_ref(),
-                    "address": listener.address,
-                    "protocol_type": listener.protocol_type.as_deref(),
-                })
-            })
-            .collect();
-        json!({
-            "listeners": listeners,
-            "base_domains": self.base_domains.iter().map(AsRef::as_ref).collect::<Vec<&str>>(),
-            "tunnel": {
-                "address": self.tunnel.address,
-                "token": masked(self.tunnel.token.as_ref()),
-            },
-            "threads": self.threads,
-            "limits": {
-                "connections": limits.connections,
-                "sessions": limits.sessions,
-                "lanes_per_session": limits.lanes_per_session,
-                "exchanges_per_session": limits.exchanges_per_session,
-                "streams_per_connection": limits.streams_per_connection,
-                "request_head": size_text(limits.request_head as u64),
-                "request_headers": limits.request_headers,
-                "queued": size_text(limits.queued),
-                "window": size_text(limits.window),
-                "handshakes_per_second": limits.handshakes_per_second,
-                "handshakes_per_second_per_address": limits.handshakes_per_second_per_address,
-            },
-            "timeouts": {
-                "request_head": duration_text(self.timeouts.request_head),
-                "idle": duration_text(self.timeouts.idle),
-                "open_wait": duration_text(self.timeouts.open_wait),
-                "handshake": duration_text(self.timeouts.handshake),
-            },
-        })
-    }
-}
-
-impl Sidecar {
-    fn to_json(&self) -> Json {
-        json!({
-            "name": self.name.as_ref(),
-            "relays": match &self.relays {
-                Relays::Embedded => Json::Null,
-                Relays::Listed(relays) => relays.iter().map(HostPort::to_string).collect(),
-            },
-            "token": masked(self.token.as_ref()),
-            "lanes": self.lanes,
-            "threads": self.threads,
-            "limits": {
-                "exchanges_per_session": self.limits.exchanges_per_session,
-                "queued": size_text(self.limits.queued),
-                "window": size_text(self.limits.window),
-            },
-            "timeouts": {
-                "dial": duration_text(self.timeouts.dial),
-                "handshake": duration_text(self.timeouts.handshake),
-            },
-        })
-    }
-}
-
-fn names(types: Option<&Vec<Arc<str>>>) -> Option<Vec<&str>> {
-    types.map(|types| types.iter().map(AsRef::as_ref).collect())
-}
-
-impl Tunnel {
-    fn to_json(&self) -> Json {
-        json!({
-            "name": self.name.as_ref(),
-            "service": self.service.to_string(),
-            "protocols": names(self.protocols.as_ref()),
-            "connect_timeout": duration_text(self.connect_timeout),
-        })
-    }
-}
-
-impl Route {
-    /// Returns the route as it may stand in a file, secrets masked.
-    #[must_use]
-    pub fn to_json(&self) -> Json {
-        let mut map = serde_json::Map::new();
-        map.insert("name".into(), self.name.as_ref().into());
-        let host = match &self.matches.host {
-            HostMatch::Any => None,
-            HostMatch::Exact(host) => Some(("host", host.to_string())),
-            HostMatch::Subdomain(subdomain) => Some(("subdomain", subdomain.to_string())),
-            HostMatch::Wildcard(suffix) if suffix.is_empty() => Some(("wildcard", "*".to_owned())),
-            HostMatch::Wildcard(suffix) => Some(("wildcard", format!("*.{suffix}"))),
-            HostMatch::HostWildcard(suffix) => Some(("host", format!("*.{suffix}"))),
-        };
-        map.extend(host.map(|(key, host)| (key.to_owned(), host.into())));
-        let matches = &self.matches;
-        let prefix = (!matches.path_prefix.is_empty()).then(|| matches.path_prefix.as_ref());
-        map.extend(prefix.map(|prefix| ("path_prefix".to_owned(), prefix.into())));
-        map.extend(matches.listener.as_deref().map(|name| ("listener".to_owned(), name.into())));
-        map.extend(
-            matches.protocol_type.as_deref().map(|name| ("protocol_type".to_owned(), name.into())),
-        );
-        map.insert("tunnel".into(), self.tunnel.as_ref().into());
-        if !self.options.is_empty() {
-            let options: serde_json::Map<String, Json> = self
-                .options
-                .iter()
-                .map(|(name, block)| (name.to_string(), block.masked.clone()))
-                .collect();
-            map.insert("options".into(), options.into());
-        }
-        map.into()
-    }
-}
-
-impl Plugins {
-    fn to_json(&self) -> Json {
-        let libraries: Vec<Json> = self
-            .libraries
-            .iter()
-            .map(|library| {
-                json!({
-                    "name": library.name.as_ref(),
-                    "library": library.path.display().to_string(),
-                    "sha256": library.sha256.map(|hash| {
-                        hash.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
-                    }),
-                    "required": library.required,
-                    "protocol_types": names(library.protocol_types.as_ref()),
-                    "config": library.config.masked,
-                })
-            })
-            .collect();
-        json!({
-            "libraries": libraries,
-            "generations": self.generations,
-            "panics": self.panics,
-            "panics_within": duration_text(self.panics_within),
-            "slow_poll": duration_text(self.slow_poll),
-        })
     }
 }
 

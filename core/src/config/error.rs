@@ -12,7 +12,7 @@ const ERRORS_MAX: usize = 100;
 /// Longest line that a snippet shows.
 const SNIPPET_COLUMNS_MAX: usize = 160;
 
-/// Words in a line that keep it out of snippets: it may hold a secret.
+/// Words that keep a line, and a value below it, out of snippets: it may hold a secret.
 const SECRET_WORDS: [&str; 4] = ["token", "secret", "password", "key"];
 
 /// Where something stands in a file. Lines and columns count characters from 1; line 0: nowhere.
@@ -158,11 +158,16 @@ impl Sink {
 }
 
 fn snippet(text: &str, position: Position) -> Option<String> {
-    let line = text.lines().nth(position.line.checked_sub(1)? as usize)?;
-    let lower = line.to_ascii_lowercase();
-    if line.chars().count() > SNIPPET_COLUMNS_MAX
-        || SECRET_WORDS.iter().any(|word| lower.contains(word))
-    {
+    let at = position.line.checked_sub(1)? as usize;
+    let line = text.lines().nth(at)?;
+    // A value may stand below its key.
+    let key = text.lines().take(at).filter(|line| !line.trim().is_empty()).last();
+    let key = key.filter(|line| line.trim_end().ends_with([':', '|', '>', '-', '+']));
+    let secret = [Some(line), key].into_iter().flatten().any(|line| {
+        let lower = line.to_ascii_lowercase();
+        SECRET_WORDS.iter().any(|word| lower.contains(word))
+    });
+    if secret || line.chars().count() > SNIPPET_COLUMNS_MAX {
         return None;
     }
     let column = position.column.saturating_sub(1) as usize;

@@ -215,6 +215,7 @@ impl Reader<'_> {
                 // Routes without a name that take the same are called the same as well.
                 unique(&field, "route", &routes, |route| &route.name);
             }
+            unreachable(&field, &routes, &config);
             config.routes = arcs(routes);
         }
 
@@ -742,6 +743,37 @@ fn ambiguous(field: &Field<'_>, routes: &[(usize, Route)], relay: Option<&Relay>
         ));
     }
     false
+}
+
+/// Tells routes that no exchange can take, because of what they point at.
+fn unreachable(field: &Field<'_>, routes: &[(usize, Route)], config: &Config) {
+    for (index, route) in routes {
+        let Some(place) = field.item(*index) else { continue };
+        let Some(wanted) = &route.matches.protocol_type else { continue };
+        let tunnel = config.tunnel(&route.tunnel);
+        if let Some(tunnel) = tunnel.filter(|tunnel| !tunnel.carries(wanted)) {
+            let carried = tunnel.protocols.iter().flatten().map(AsRef::as_ref);
+            place.child("protocol_type").unwrap_or(place).fail(format!(
+                "tunnel \"{}\" does not carry {wanted} (accepted: {})",
+                tunnel.name,
+                list(carried)
+            ));
+            continue;
+        }
+        let listener = config
+            .relay
+            .iter()
+            .flat_map(|relay| &relay.listeners)
+            .find(|listener| Some(&listener.name) == route.matches.listener.as_ref());
+        if let Some(bound) = listener.and_then(|listener| listener.protocol_type.as_ref())
+            && bound != wanted
+        {
+            place
+                .child("protocol_type")
+                .unwrap_or(place)
+                .fail(format!("the listener takes {bound} only (accepted: {bound})"));
+        }
+    }
 }
 
 fn timeout(field: &Field<'_>, min: Duration) -> Option<Duration> {

@@ -1,5 +1,8 @@
 use std::fmt::Write as _;
 
+use proptest::prelude::*;
+use serde_json::json;
+
 use super::*;
 
 const FILE: &str = "/etc/sidelane/test.yaml";
@@ -278,7 +281,7 @@ impl PluginCheck for Checked {
 #[test]
 fn faults_that_plugins_find_have_their_place_in_the_file() {
     let text = TWO_ROUTES
-        .replace("two, tunnel: web", "two, tunnel: web, protocol_type: WEBSOCKT")
+        .replace("two, tunnel: web", "two, tunnel: api, protocol_type: WEBSOCKT")
         .replace("3001\" }", "3001\", protocols: [HTTP, GRPC] }");
     let errors = good(&text).check_plugins(&Checked).unwrap_err();
     assert_eq!(
@@ -329,6 +332,20 @@ tunnels: [{ name: t, service: \"127.0.0.1:3000\" }]
         }
     }
     assert!(config.routes[0].options_for("HTTP").contains("f1le-s3cret-0123456"));
+}
+
+#[test]
+fn snippets_do_not_show_secrets() {
+    for token in [
+        "token: s3cret",
+        "token:\n        s3cret",
+        "token: |\n        s3cret",
+        "token: >-\n\n        s3cret",
+    ] {
+        let report = bad(&format!("version: 1\nrelay:\n    tunnel:\n      {token}\n")).report();
+        assert!(report.contains("is a token of"), "{report}");
+        assert!(!report.contains("s3cret"), "{report}");
+    }
 }
 
 #[test]
@@ -383,4 +400,43 @@ fn aliases_point_at_their_use() {
     let places: Vec<_> =
         errors.errors().iter().map(|error| (error.position.line, error.position.column)).collect();
     assert_eq!(places, [(4, 14), (5, 16)]);
+}
+
+#[test]
+fn a_match_reads_what_it_shows() {
+    for spec in [
+        MatchSpec { subdomain: Some("a"), path_prefix: Some("/x"), ..Default::default() },
+        MatchSpec { host: Some("a.example.org"), listener: Some("web"), ..Default::default() },
+        MatchSpec { host: Some("*.example.org"), ..Default::default() },
+        MatchSpec { wildcard: Some("*.a"), protocol_type: Some("HTTP"), ..Default::default() },
+        MatchSpec { wildcard: Some("*"), ..Default::default() },
+    ] {
+        let host = Match::parse(&spec).unwrap().host;
+        let (key, value) = host.to_key_value().unwrap();
+        let value = Some(value.as_str());
+        let again = match key {
+            "subdomain" => MatchSpec { subdomain: value, ..Default::default() },
+            "host" => MatchSpec { host: value, ..Default::default() },
+            _ => MatchSpec { wildcard: value, ..Default::default() },
+        };
+        assert_eq!(Match::parse(&again).unwrap().host, host);
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_file_is_a_panic(
+        edits in proptest::collection::vec((any::<prop::sample::Index>(), 0..40usize, "[ -~\n\t]{0,4}|[&*!|>{\\[\"']|\\PC"), 1..12),
+    ) {
+        let mut text: Vec<char> = default_file().chars().collect();
+        for (at, remove, insert) in edits {
+            let at = at.index(text.len() + 1);
+            let end = (at + remove).min(text.len());
+            text.splice(at..end, insert.chars());
+        }
+        let text: String = text.into_iter().collect();
+        if let Err(errors) = parse(&source(&text), &env) {
+            prop_assert!(!errors.report().is_empty());
+        }
+    }
 }
