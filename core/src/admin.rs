@@ -5,12 +5,10 @@
 //! the data path is busy or stuck, which is when it is needed.
 
 use std::convert::Infallible;
-use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::pin::pin;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -20,10 +18,9 @@ use http_body_util::Full;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value as Json, json};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
-
-use crate::metrics;
 
 /// Connections of one listener at once. Probes and scrapers are few; more wait in the backlog.
 const CONNECTIONS_MAX: usize = 64;
@@ -46,23 +43,36 @@ const LAST_RESPONSE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Wait after a failed accept: without descriptors it fails at once, again and again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Whether the process can do its work.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// How long a client waits for a reload: reading and plugins' checks are a matter of moments.
+const RELOAD_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Content type of the metrics.
+const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Whether exchanges can be carried.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Readiness {
-    /// Why not, a line each; empty: ready.
+    /// They can.
+    pub ready: bool,
+    /// Why not, a line each.
     pub reasons: Vec<String>,
+}
+
+/// Somebody asks for a reload.
+#[derive(Debug)]
+pub struct ReloadRequest {
+    /// What became of it, or what is wrong with the configuration.
+    pub reply: oneshot::Sender<Result<String, String>>,
 }
 
 /// What the listeners show. Called on the admin thread: must not wait for the data path.
 pub trait AdminState: Send + Sync + 'static {
-    /// Returns whether exchanges can be carried.
-    fn ready(&self) -> Readiness;
     /// Returns whether the process should go on at all; a supervisor restarts it where not.
-    fn live(&self) -> Readiness {
-        Readiness::default()
-    }
-    /// Returns the metrics as text of type [`metrics::CONTENT_TYPE`].
-    fn metrics(&self) -> String;
+    fn is_live(&self) -> bool;
+    /// Returns whether exchanges can be carried.
+    fn readiness(&self) -> Readiness;
+    /// Writes the metrics in the OpenMetrics text format.
+    fn metrics(&self, out: &mut String);
     /// Returns the effective configuration, masked.
     fn config(&self) -> Json;
     /// Returns the routes in use.
@@ -71,59 +81,31 @@ pub trait AdminState: Send + Sync + 'static {
     fn tunnels(&self) -> Json;
     /// Returns the plugins with their generations.
     fn plugins(&self) -> Json;
-    /// Reads the configuration again; the answer, or what is wrong with it.
-    fn reload(&self) -> impl Future<Output = Result<Json, String>> + Send;
+    /// Where requests for a reload go.
+    fn reloads(&self) -> mpsc::Sender<ReloadRequest>;
 }
 
-/// Binds a listener for [`serve`].
-pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    let listener = TcpListener::bind(address)?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
-}
-
-/// The running listeners; they end when it is dropped.
-#[derive(Debug)]
-pub struct Server {
-    stop: Option<oneshot::Sender<Infallible>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            // Its panic was told by the panic hook.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Serves on listeners of [`bind`], on a thread of its own.
-pub fn serve<S: AdminState>(
+/// Serves on the listeners, on a thread of its own, until the process ends.
+pub fn start(
+    state: Arc<dyn AdminState>,
     health: Option<TcpListener>,
     admin: Option<TcpListener>,
-    state: Arc<S>,
-) -> io::Result<Server> {
+) -> io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let entered = runtime.enter();
-    let listeners = [(Side::Health, health), (Side::Admin, admin)]
-        .into_iter()
-        .filter_map(|(side, listener)| Some((side, listener?)))
-        .map(|(side, listener)| Ok((side, tokio::net::TcpListener::from_std(listener)?)))
-        .collect::<io::Result<Vec<_>>>()?;
+    let mut accepting = JoinSet::new();
+    for (side, listener) in [(Side::Health, health), (Side::Admin, admin)] {
+        if let Some(listener) = listener {
+            listener.set_nonblocking(true)?;
+            let listener = tokio::net::TcpListener::from_std(listener)?;
+            accepting.spawn(accept(side, listener, Arc::clone(&state)));
+        }
+    }
     drop(entered);
-    let (stop, stopped) = oneshot::channel();
-    let thread = std::thread::Builder::new().name("admin".to_owned()).spawn(move || {
-        runtime.block_on(async move {
-            for (side, listener) in listeners {
-                tokio::spawn(accept(side, listener, state.clone()));
-            }
-            // Ends by the sender's drop; the runtime's drop then ends all tasks.
-            let _ = stopped.await;
-        });
-    })?;
-    Ok(Server { stop: Some(stop), thread: Some(thread) })
+    std::thread::Builder::new()
+        .name("admin".to_owned())
+        .spawn(move || runtime.block_on(accepting.join_all()))?;
+    Ok(())
 }
 
 /// Which listener a request came in by.
@@ -133,7 +115,7 @@ enum Side {
     Admin,
 }
 
-async fn accept<S: AdminState>(side: Side, listener: tokio::net::TcpListener, state: Arc<S>) {
+async fn accept(side: Side, listener: tokio::net::TcpListener, state: Arc<dyn AdminState>) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let place = places.clone().acquire_owned().await.expect("the semaphore is never closed");
@@ -153,7 +135,7 @@ async fn accept<S: AdminState>(side: Side, listener: tokio::net::TcpListener, st
     }
 }
 
-async fn connection<S: AdminState>(side: Side, stream: tokio::net::TcpStream, state: Arc<S>) {
+async fn connection(side: Side, stream: tokio::net::TcpStream, state: Arc<dyn AdminState>) {
     let service = service_fn(|request: Request<hyper::body::Incoming>| {
         let state = state.clone();
         async move { Ok::<_, Infallible>(respond(side, &request, &*state).await) }
@@ -179,7 +161,7 @@ async fn connection<S: AdminState>(side: Side, stream: tokio::net::TcpStream, st
 
 type Answer = Response<Full<Bytes>>;
 
-async fn respond<S: AdminState, B>(side: Side, request: &Request<B>, state: &S) -> Answer {
+async fn respond<B>(side: Side, request: &Request<B>, state: &dyn AdminState) -> Answer {
     if side == Side::Admin
         && let Err(reason) = same_origin(request.headers())
     {
@@ -188,10 +170,15 @@ async fn respond<S: AdminState, B>(side: Side, request: &Request<B>, state: &S) 
     let path = request.uri().path();
     let read = matches!(*request.method(), Method::GET | Method::HEAD);
     let answer = match (side, path) {
-        (Side::Health, "/live") => readiness(&state.live()),
-        (Side::Health, "/ready") => readiness(&state.ready()),
+        (Side::Health, "/live") => status(state.is_live(), &[]),
+        (Side::Health, "/ready") => {
+            let readiness = state.readiness();
+            status(readiness.ready, &readiness.reasons)
+        }
         (Side::Health, "/metrics") => {
-            text_answer(StatusCode::OK, metrics::CONTENT_TYPE, state.metrics())
+            let mut text = String::new();
+            state.metrics(&mut text);
+            text_answer(StatusCode::OK, OPENMETRICS, text)
         }
         (Side::Health, "/") => index(HEALTH_INDEX),
         (Side::Admin, "/config") => json_answer(StatusCode::OK, &state.config()),
@@ -200,12 +187,7 @@ async fn respond<S: AdminState, B>(side: Side, request: &Request<B>, state: &S) 
         (Side::Admin, "/plugins") => json_answer(StatusCode::OK, &state.plugins()),
         (Side::Admin, "/") => index(ADMIN_INDEX),
         (Side::Admin, "/-/reload") if *request.method() == Method::POST => {
-            return match state.reload().await {
-                Ok(answer) => json_answer(StatusCode::OK, &answer),
-                Err(error) => {
-                    json_answer(StatusCode::UNPROCESSABLE_ENTITY, &json!({ "error": error }))
-                }
-            };
+            return reload(state.reloads()).await;
         }
         (Side::Admin, "/-/reload") => return not_allowed("POST"),
         _ => {
@@ -260,11 +242,29 @@ fn is_loopback(host: &str) -> bool {
         || literal.unwrap_or(name).parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-fn readiness(readiness: &Readiness) -> Answer {
-    if readiness.reasons.is_empty() {
+/// Asks for a reload and waits for what became of it.
+async fn reload(reloads: mpsc::Sender<ReloadRequest>) -> Answer {
+    let (reply, answer) = oneshot::channel();
+    let asked = async {
+        reloads.send(ReloadRequest { reply }).await.ok()?;
+        answer.await.ok()
+    };
+    let (status, value) = match timeout(RELOAD_TIMEOUT, asked).await {
+        Ok(Some(Ok(done))) => (StatusCode::OK, json!({ "status": done })),
+        Ok(Some(Err(error))) => (StatusCode::UNPROCESSABLE_ENTITY, json!({ "error": error })),
+        Ok(None) => {
+            (StatusCode::SERVICE_UNAVAILABLE, json!({ "error": "the process is shutting down" }))
+        }
+        Err(_) => (StatusCode::GATEWAY_TIMEOUT, json!({ "error": "the reload takes too long" })),
+    };
+    json_answer(status, &value)
+}
+
+fn status(good: bool, reasons: &[String]) -> Answer {
+    if good {
         json_answer(StatusCode::OK, &json!({ "status": "ok" }))
     } else {
-        let body = json!({ "status": "unavailable", "reasons": readiness.reasons });
+        let body = json!({ "status": "unavailable", "reasons": reasons });
         json_answer(StatusCode::SERVICE_UNAVAILABLE, &body)
     }
 }
@@ -302,18 +302,21 @@ mod tests {
 
     use super::*;
 
-    #[derive(Default)]
     struct State {
         reasons: Mutex<Vec<String>>,
-        reload_fails: bool,
+        reloads: mpsc::Sender<ReloadRequest>,
     }
 
     impl AdminState for State {
-        fn ready(&self) -> Readiness {
-            Readiness { reasons: self.reasons.lock().unwrap().clone() }
+        fn is_live(&self) -> bool {
+            true
         }
-        fn metrics(&self) -> String {
-            metrics::Metrics::new().encode()
+        fn readiness(&self) -> Readiness {
+            let reasons = self.reasons.lock().unwrap().clone();
+            Readiness { ready: reasons.is_empty(), reasons }
+        }
+        fn metrics(&self, out: &mut String) {
+            out.push_str("# EOF\n");
         }
         fn config(&self) -> Json {
             json!({ "version": 1 })
@@ -327,8 +330,8 @@ mod tests {
         fn plugins(&self) -> Json {
             json!([])
         }
-        async fn reload(&self) -> Result<Json, String> {
-            if self.reload_fails { Err("c.yaml:1:1: bad".to_owned()) } else { Ok(json!({})) }
+        fn reloads(&self) -> mpsc::Sender<ReloadRequest> {
+            self.reloads.clone()
         }
     }
 
@@ -336,15 +339,30 @@ mod tests {
         state: Arc<State>,
         health: SocketAddr,
         admin: SocketAddr,
-        server: Server,
     }
 
-    fn start(state: State) -> Running {
-        let bind = || bind("127.0.0.1:0".parse().unwrap()).unwrap();
-        let (health, admin, state) = (bind(), bind(), Arc::new(state));
+    /// Starts with a process that answers each request for a reload with `answer`; `None`: it has
+    /// ended.
+    fn start_with(answer: Option<Result<String, String>>) -> Running {
+        let bind = || TcpListener::bind("127.0.0.1:0").unwrap();
+        let (health, admin) = (bind(), bind());
         let (health_at, admin_at) = (health.local_addr().unwrap(), admin.local_addr().unwrap());
-        let server = serve(Some(health), Some(admin), state.clone()).unwrap();
-        Running { state, health: health_at, admin: admin_at, server }
+        let (reloads, mut requests) = mpsc::channel::<ReloadRequest>(1);
+        std::thread::spawn(move || {
+            while let Some(answer) = &answer
+                && let Some(request) = requests.blocking_recv()
+            {
+                // A client that is gone asks for no answer.
+                let _ = request.reply.send(answer.clone());
+            }
+        });
+        let state = Arc::new(State { reasons: Mutex::default(), reloads });
+        start(state.clone(), Some(health), Some(admin)).unwrap();
+        Running { state, health: health_at, admin: admin_at }
+    }
+
+    fn running() -> Running {
+        start_with(Some(Ok("taken".to_owned())))
     }
 
     /// Sends a request and returns the whole response.
@@ -368,7 +386,7 @@ mod tests {
 
     #[test]
     fn pages_answer_on_their_own_listener_only() {
-        let running = start(State::default());
+        let running = running();
         check(running.health, "GET /live", "200", "\"ok\"");
         check(running.health, "GET /metrics", "200", "application/openmetrics-text; version=1.0.0");
         check(running.health, "GET /metrics", "200", "# EOF");
@@ -384,7 +402,7 @@ mod tests {
 
     #[test]
     fn readiness_tells_its_reasons() {
-        let running = start(State::default());
+        let running = running();
         check(running.health, "GET /ready", "200", "\"ok\"");
         running.state.reasons.lock().unwrap().push("no session".to_owned());
         check(running.health, "GET /ready", "503", "\"no session\"");
@@ -393,7 +411,7 @@ mod tests {
 
     #[test]
     fn methods_are_checked() {
-        let running = start(State::default());
+        let running = running();
         check(running.health, "POST /live", "405", "allow: GET, HEAD");
         check(running.admin, "DELETE /config", "405", "allow: GET, HEAD");
         check(running.admin, "GET /-/reload", "405", "allow: POST");
@@ -405,15 +423,16 @@ mod tests {
     }
 
     #[test]
-    fn a_reload_tells_what_is_wrong() {
-        check(start(State::default()).admin, "POST /-/reload", "200", "{}");
-        let running = start(State { reload_fails: true, ..State::default() });
-        check(running.admin, "POST /-/reload", "422", "c.yaml:1:1: bad");
+    fn a_reload_tells_what_became_of_it() {
+        check(running().admin, "POST /-/reload", "200", "\"taken\"");
+        let refused = start_with(Some(Err("c.yaml:1:1: bad".to_owned())));
+        check(refused.admin, "POST /-/reload", "422", "c.yaml:1:1: bad");
+        check(start_with(None).admin, "POST /-/reload", "503", "shutting down");
     }
 
     #[test]
     fn pages_of_the_web_cannot_reach_admin() {
-        let running = start(State::default());
+        let running = running();
         let status = |fields: &str| {
             ask(running.admin, "POST /-/reload", fields).split(' ').nth(1).unwrap().to_owned()
         };
@@ -430,7 +449,7 @@ mod tests {
 
     #[test]
     fn large_heads_are_refused() {
-        let running = start(State::default());
+        let running = running();
         let fields = format!("X-Large: {}\r\n", "x".repeat(HEAD_BYTES_MAX));
         assert!(ask(running.health, "GET /live", &fields).starts_with("HTTP/1.1 431"));
         let fields = "X: y\r\n".repeat(HEADERS_MAX + 1);
@@ -439,7 +458,7 @@ mod tests {
 
     #[test]
     fn connections_beyond_the_bound_wait_for_a_place() {
-        let running = start(State::default());
+        let running = running();
         let connect = || {
             let stream = TcpStream::connect(running.health).unwrap();
             stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
@@ -476,13 +495,5 @@ mod tests {
         waiting.set_nonblocking(false).unwrap();
         held.pop();
         answered(&mut waiting);
-    }
-
-    #[test]
-    fn listeners_close_with_the_server() {
-        let running = start(State::default());
-        drop(running.server);
-        bind(running.health).unwrap();
-        bind(running.admin).unwrap();
     }
 }
