@@ -1,1 +1,3 @@
-//! Core.
+//! The library behind the program `sidelane`.
+
+pub mod plugin;
