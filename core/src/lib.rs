@@ -1,3 +1,5 @@
-//! Core.
+//! The library behind the program `sidelane`.
+
 pub mod config;
+pub mod plugin;
 pub mod router;
