@@ -1,1 +1,4 @@
-//! Core.
+//! The library behind the program `sidelane`, in reading order.
+
+pub mod front;
+pub mod plugin;

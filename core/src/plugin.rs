@@ -1,0 +1,3 @@
+//! Plugins as the rest of core sees them.
+
+pub mod lend;
