@@ -178,8 +178,10 @@ pub(crate) fn parse(text: &str) -> Result<Node, (Position, String)> {
     }
 }
 
-/// The crate's texts end in the place, which stands in front of ours.
+/// Our words where the crate's speak to programmers; its own texts end in the place, which stands
+/// in front of ours.
 fn message(error: &serde_saphyr::Error) -> String {
+    use serde_saphyr::budget::BudgetBreach;
     let text = error.to_string();
     let text = text.lines().next().unwrap_or_default();
     let text = text.rsplit_once(" at line ").map_or(text, |(text, _)| text);
@@ -188,7 +190,22 @@ fn message(error: &serde_saphyr::Error) -> String {
         Some((place, rest)) if place.starts_with("line ") => rest,
         _ => text,
     };
-    format!("not valid YAML: {text}")
+    match error {
+        serde_saphyr::Error::DuplicateMappingKey { key: Some(key), .. } => {
+            format!("the key \"{key}\" stands twice in one mapping")
+        }
+        serde_saphyr::Error::DuplicateMappingKey { key: None, .. } => {
+            "a key stands twice in one mapping".to_owned()
+        }
+        serde_saphyr::Error::MultipleDocuments { .. }
+        | serde_saphyr::Error::Budget { breach: BudgetBreach::Documents { .. }, .. } => {
+            "a second document begins here (accepted: one)".to_owned()
+        }
+        serde_saphyr::Error::Budget { breach, .. } => format!(
+            "is too large (accepted: {NODES_MAX} values, nested {DEPTH_MAX} deep): {breach:?}"
+        ),
+        _ => format!("not valid YAML: {text}"),
+    }
 }
 
 fn position(location: &Location) -> Position {

@@ -211,8 +211,10 @@ impl Reader<'_> {
                 }),
             };
             let routes = items(&field, |item| route(item, &known));
-            unique(&field, "route", &routes, |route| &route.name);
-            ambiguous(&field, &routes, config.relay.as_ref());
+            if ambiguous(&field, &routes, config.relay.as_ref()) {
+                // Routes without a name that take the same are called the same as well.
+                unique(&field, "route", &routes, |route| &route.name);
+            }
             config.routes = arcs(routes);
         }
 
@@ -258,9 +260,7 @@ impl Reader<'_> {
         }
         section.set("base_domains", &mut relay.base_domains, |field| {
             let domains = field.list_of(|item| item.parse(value::host))?;
-            for (_, again) in duplicates(domains.iter().map(AsRef::as_ref)) {
-                field.fail(format!("names \"{}\" twice", domains[again]));
-            }
+            twice(field, &domains);
             if field.is_empty() {
                 field.fail("is empty (accepted: at least one domain, as in localhost)");
             }
@@ -442,33 +442,34 @@ impl Reader<'_> {
 
     /// Two sockets on one address: the second could not be bound.
     fn distinct_addresses(root: &Section<'_>, config: &Config) {
-        let mut places = Vec::new();
+        let mut places: Vec<(SocketAddr, String, Option<Field<'_>>)> = Vec::new();
         if let Some(relay) = &config.relay {
             let field = root.field("relay");
             let listeners = field.as_ref().and_then(|field| field.child("listeners"));
             for (index, listener) in relay.listeners.iter().enumerate() {
                 let item = listeners.as_ref().and_then(|listeners| listeners.item(index));
-                places.push((listener.address, item.and_then(|item| item.child("address"))));
+                let path = format!("relay.listeners[{index}].address");
+                places.push((listener.address, path, item.and_then(|item| item.child("address"))));
             }
             let tunnel = field.and_then(|field| field.child("tunnel"));
-            places.push((relay.tunnel.address, tunnel.and_then(|tunnel| tunnel.child("address"))));
+            let tunnel = tunnel.and_then(|tunnel| tunnel.child("address"));
+            places.push((relay.tunnel.address, "relay.tunnel.address".to_owned(), tunnel));
         }
         for (key, address) in [("health", config.health), ("admin", config.admin)] {
             if let Some(address) = address {
                 let field = root.field(key).map(|field| field.child("address").unwrap_or(field));
-                places.push((address, field));
+                places.push((address, format!("{key}.address"), field));
             }
         }
-        for (index, (address, field)) in places.iter().enumerate() {
-            let other = places[..index].iter().find(|(other, _)| other == address);
+        for (index, (address, path, field)) in places.iter().enumerate() {
+            let earlier = places[..index].iter().find(|(earlier, ..)| earlier == address);
             // Port 0 is another port each time.
-            if let (Some((_, other)), true) = (other, address.port() != 0) {
-                let by = other.as_ref().map_or("a default", Field::path);
-                match field.as_ref().or(other.as_ref()) {
-                    Some(field) if field.path() != by => {
-                        field.fail(format!("{address} is taken by {by}"));
-                    }
-                    _ => root.fail(&format!("{address} is used twice")),
+            if let (Some((_, other, other_field)), true) = (earlier, address.port() != 0) {
+                // A default has no place in the file; then the other's place is told.
+                match (field, other_field) {
+                    (Some(field), _) => field.fail(format!("{address} is taken by {other}")),
+                    (None, Some(field)) => field.fail(format!("{address} is taken by {path}")),
+                    (None, None) => root.fail(&format!("{address} is taken by {other} and {path}")),
                 }
             }
         }
@@ -533,9 +534,7 @@ fn protocol_types(field: &Field<'_>) -> Option<Vec<Arc<str>>> {
             "is empty (accepted: at least one protocol type, as in HTTP; without the key: all)",
         );
     }
-    for (_, again) in duplicates(types.iter().map(AsRef::as_ref)) {
-        field.fail(format!("names \"{}\" twice", types[again]));
-    }
+    twice(field, &types);
     Some(types)
 }
 
@@ -658,23 +657,29 @@ fn admin(field: &Field<'_>) -> Option<SocketAddr> {
 fn log(field: &Field<'_>) -> Log {
     let mut log = Log::default();
     let Some(section) = field.section(LOG_KEYS) else { return log };
-    section.set("level", &mut log.level, |f| {
-        f.parse(|text| {
-            text.parse::<tracing_subscriber::filter::Targets>().map(|_| text.into()).map_err(|_| {
-                let levels = ["error", "warn", "info", "debug", "trace", "off"];
-                format!(
-                    "\"{text}\" is not a level (accepted: {}, and target=level, joined by \
-                     commas){}",
-                    levels.join(", "),
-                    did_you_mean(text, levels)
-                )
-            })
-        })
-    });
+    section.set("level", &mut log.level, |f| f.parse(log_level));
     section.set("format", &mut log.format, |f| {
         f.one_of(&[("text", LogFormat::Text), ("json", LogFormat::Json)])
     });
     log
+}
+
+/// A word alone would be a target to tracing's filter, and its typing error no error.
+fn log_level(text: &str) -> Result<Arc<str>, String> {
+    const LEVELS: [&str; 6] = ["error", "warn", "info", "debug", "trace", "off"];
+    for directive in text.split(',') {
+        let level = directive.rsplit_once('=').map_or(directive, |(_, level)| level);
+        if !LEVELS.contains(&level) {
+            return Err(format!(
+                "\"{level}\" is not a level (accepted: {}; also target=level, joined by commas){}",
+                list(LEVELS),
+                did_you_mean(level, LEVELS)
+            ));
+        }
+    }
+    text.parse::<tracing_subscriber::filter::Targets>()
+        .map(|_| text.into())
+        .map_err(|error| format!("\"{text}\" is not accepted: {error}"))
 }
 
 /// Reads a list of named things, with their indices in the file.
@@ -689,6 +694,15 @@ fn items<T>(field: &Field<'_>, read: impl Fn(&Field<'_>) -> Option<T>) -> Vec<(u
 
 fn arcs<T>(items: Vec<(usize, T)>) -> Vec<Arc<T>> {
     items.into_iter().map(|(_, item)| Arc::new(item)).collect()
+}
+
+/// Tells each text that stands in a list again.
+fn twice(field: &Field<'_>, texts: &[Arc<str>]) {
+    for (_, again) in duplicates(texts.iter().map(AsRef::as_ref)) {
+        // Faulty items are left out of `texts`, so an index is a place only where there are none.
+        let place = field.item(again).filter(|_| field.item(texts.len()).is_none());
+        place.as_ref().unwrap_or(field).fail(format!("\"{}\" stands here twice", texts[again]));
+    }
 }
 
 /// Tells each name that an earlier item has.
@@ -706,11 +720,13 @@ fn unique<T>(field: &Field<'_>, kind: &str, items: &[(usize, T)], name: fn(&T) -
 }
 
 /// Tells routes that take the same exchanges.
-fn ambiguous(field: &Field<'_>, routes: &[(usize, Route)], relay: Option<&Relay>) {
+///
+/// Returns whether there are none.
+fn ambiguous(field: &Field<'_>, routes: &[(usize, Route)], relay: Option<&Relay>) -> bool {
     let placeholder = [Arc::from("localhost")];
     let base_domains = relay.map_or(placeholder.as_slice(), |relay| &relay.base_domains);
     let arcs: Vec<Arc<Route>> = routes.iter().map(|(_, route)| Arc::new(route.clone())).collect();
-    let Err(ambiguity) = RouteTable::build(&arcs, base_domains) else { return };
+    let Err(ambiguity) = RouteTable::build(&arcs, base_domains) else { return true };
     let index = |route: &Arc<Route>| {
         arcs.iter().position(|other| Arc::ptr_eq(other, route)).map_or(0, |at| routes[at].0)
     };
@@ -725,6 +741,7 @@ fn ambiguous(field: &Field<'_>, routes: &[(usize, Route)], relay: Option<&Relay>
             field.path(),
         ));
     }
+    false
 }
 
 fn timeout(field: &Field<'_>, min: Duration) -> Option<Duration> {
