@@ -6,6 +6,10 @@
 //! * **H2** what a call borrows to the plugin is valid as long as the call's documentation says;
 //! * **H3** moved objects may be used from any thread, by one at a time.
 #![allow(unsafe_code, reason = "the plugin's side of the C ABI")]
+#![allow(
+    clippy::multiple_unsafe_ops_per_block,
+    reason = "a call through a vtable reads the pointer and calls: one act, one reason"
+)]
 
 pub(crate) mod body;
 pub(crate) mod buf;

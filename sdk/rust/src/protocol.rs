@@ -166,7 +166,7 @@ fn refuse_plainly(
     };
     let retry_after = failure
         .retry_after_s
-        .or((status == 503).then_some(RETRY_AFTER_S_DEFAULT))
+        .or_else(|| (status == 503).then_some(RETRY_AFTER_S_DEFAULT))
         .map(|seconds| seconds.to_string());
     let mut headers = HeaderList::new();
     headers.push(b"content-type", b"text/plain; charset=utf-8");

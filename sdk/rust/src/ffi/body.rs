@@ -76,10 +76,8 @@ impl Body {
                 let end = frame.end != 0;
                 self.ended = end;
                 // SAFETY: moved to us after DATA.
-                Poll::Ready(Some(Ok(Frame::Data {
-                    bytes: unsafe { Buf::from_raw(frame.data) },
-                    end,
-                })))
+                let bytes = unsafe { Buf::from_raw(frame.data) };
+                Poll::Ready(Some(Ok(Frame::Data { bytes, end })))
             }
             abi::body::TRAILERS => {
                 self.ended = true;

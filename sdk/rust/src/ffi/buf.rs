@@ -610,14 +610,16 @@ mod tests {
 
     #[test]
     fn last_owner_frees_the_bytes() {
-        struct Owner(std::sync::Arc<()>);
+        struct Owner {
+            _alive: std::sync::Arc<()>,
+        }
         impl AsRef<[u8]> for Owner {
             fn as_ref(&self) -> &[u8] {
                 b"owned"
             }
         }
         let alive = std::sync::Arc::new(());
-        let buf = Buf::from(Bytes::from_owner(Owner(alive.clone())));
+        let buf = Buf::from(Bytes::from_owner(Owner { _alive: alive.clone() }));
         let part = buf.slice(1..3);
         drop(buf);
         assert_eq!(std::sync::Arc::strong_count(&alive), 2);

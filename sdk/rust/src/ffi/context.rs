@@ -75,7 +75,7 @@ pub(crate) fn install_panic_hook() {
         let before = panic::take_hook();
         panic::set_hook(Box::new(move |info| match current() {
             Some(host) => {
-                let message = info.payload_as_str().unwrap_or("(a payload that is not text)");
+                let message = text_of(info.payload());
                 match info.location() {
                     Some(at) => {
                         host.log(Level::Error, "panic", &format!("panicked at {at}: {message}"))
@@ -86,6 +86,12 @@ pub(crate) fn install_panic_hook() {
             None => before(info),
         }));
     });
+}
+
+fn text_of(payload: &(dyn Any + Send)) -> &str {
+    let text = payload.downcast_ref::<&str>().copied();
+    text.or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("(a payload that is not text)")
 }
 
 /// What a handler dropped before its end. It waits for the handler's result, so that `?` tells the peer
@@ -112,21 +118,24 @@ impl Unfinished {
     }
 
     fn tell(&self, reset: Reset) {
-        // SAFETY: owned and not yet dropped (H1).
         match self {
+            // SAFETY: owned and not yet dropped (H1).
             Self::Send(half) => unsafe { ((*half.vt).reset)(half.data, reset_to_raw(reset)) },
-            Self::Responder(responder) => unsafe {
-                ((*responder.vt).abort)(responder.data, reset_to_raw(reset));
-            },
+            Self::Responder(responder) => {
+                // SAFETY: owned and not yet dropped (H1).
+                unsafe { ((*responder.vt).abort)(responder.data, reset_to_raw(reset)) }
+            }
             Self::Recv(_) => {}
         }
     }
 
     fn end(self) {
-        // SAFETY: owned (H1), and given up here.
         match self {
+            // SAFETY: owned (H1), and given up here.
             Self::Send(half) => unsafe { ((*half.vt).drop)(half.data) },
+            // SAFETY: owned (H1), and given up here.
             Self::Recv(half) => unsafe { ((*half.vt).drop)(half.data) },
+            // SAFETY: owned (H1), and given up here.
             Self::Responder(responder) => unsafe { ((*responder.vt).drop)(responder.data) },
         }
     }

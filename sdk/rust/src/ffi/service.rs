@@ -103,15 +103,13 @@ impl std::fmt::Debug for Connect {
 pub(crate) fn stream_from_outcome(
     outcome: Option<abi::IoOutcome>,
 ) -> Result<ByteStream, ServiceError> {
-    match outcome {
-        // SAFETY: owned by the caller where `code` is 0 (`abi::IoOutcome`).
-        Some(outcome) if outcome.code == failure::NONE => {
-            Ok(unsafe { ByteStream::new(outcome.io) })
-        }
-        Some(outcome) => Err(ServiceError {
-            code: outcome.code,
-            errno: (outcome.err != 0).then_some(outcome.err),
-        }),
-        None => Err(ServiceError { code: failure::INTERNAL, errno: None }),
+    let Some(outcome) = outcome else {
+        return Err(ServiceError { code: failure::INTERNAL, errno: None });
+    };
+    if outcome.code != failure::NONE {
+        let errno = (outcome.err != 0).then_some(outcome.err);
+        return Err(ServiceError { code: outcome.code, errno });
     }
+    // SAFETY: owned by the caller where `code` is 0 (`abi::IoOutcome`).
+    Ok(unsafe { ByteStream::new(outcome.io) })
 }

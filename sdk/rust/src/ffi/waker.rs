@@ -141,7 +141,8 @@ mod tests {
             with_context(first, |cx| {
                 let mut inner = WakerSlot::new();
                 assert_eq!(inner.lend(cx), first, "the original pointer goes back");
-                cx.waker().clone().wake();
+                let kept = cx.waker().clone();
+                kept.wake();
             });
         }
         assert_eq!(count.0.load(Ordering::Relaxed), 1);
