@@ -8,5 +8,6 @@
 pub mod client;
 pub mod process;
 pub mod service;
+pub mod stage;
 pub mod tools;
 pub mod wait;

@@ -35,6 +35,8 @@ pub struct Setup {
     pub library: PathBuf,
     /// Deadline of a drain.
     pub drain: &'static str,
+    /// Where clients connect.
+    pub web: &'static str,
 }
 
 /// A route of a test.
@@ -62,6 +64,7 @@ impl Setup {
             http_config: "{}".to_owned(),
             library: library(),
             drain: "10s",
+            web: "127.0.0.1:0",
         }
     }
 
@@ -85,7 +88,13 @@ impl Setup {
         format!("{}{}{}", self.relay_section(), self.sidecar_section(None), self.shared(true))
     }
 
-    /// A relay's file, routes included.
+    /// A relay's file that holds the routes itself.
+    #[must_use]
+    pub fn relay_with_routes(&self) -> String {
+        format!("{}{}", self.relay_section(), self.shared(true))
+    }
+
+    /// A relay's file; what it serves is announced by sidecars.
     #[must_use]
     pub fn relay(&self) -> String {
         format!("{}{}", self.relay_section(), self.shared(false))
@@ -102,10 +111,11 @@ impl Setup {
         format!(
             "relay:
   listeners:
-    - {{ name: web, address: \"127.0.0.1:0\" }}
+    - {{ name: web, address: \"{web}\" }}
   base_domains: [{BASE_DOMAIN}]
   tunnel: {{ address: \"127.0.0.1:0\"{token} }}
-"
+",
+            web = self.web,
         )
     }
 
@@ -271,6 +281,12 @@ impl Sidelane {
         wait::until("/ready", || {
             (self.get(self.health(), "/ready").head.status == 200).then_some(())
         });
+    }
+
+    /// Returns the process's id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// Returns where clients connect.

@@ -21,7 +21,14 @@ pub struct Record {
     pub closed: bool,
 }
 
-type Records = Arc<Mutex<Vec<Record>>>;
+/// What a service has seen.
+#[derive(Debug, Default)]
+struct Seen {
+    records: Vec<Record>,
+    requests: Vec<Request>,
+}
+
+type Records = Arc<Mutex<Seen>>;
 
 /// A listening service. Its thread ends with it; those of its connections end with their peers.
 #[derive(Debug)]
@@ -61,9 +68,9 @@ impl Service {
                     }
                     let Ok(stream) = stream else { continue };
                     let index = {
-                        let mut records = lock(&records);
-                        records.push(Record::default());
-                        records.len() - 1
+                        let mut seen = lock(&records);
+                        seen.records.push(Record::default());
+                        seen.records.len() - 1
                     };
                     let records = Arc::clone(&records);
                     let script = Arc::clone(&script);
@@ -79,8 +86,7 @@ impl Service {
     pub fn answering(answer: impl Into<Vec<u8>>) -> Self {
         let answer = answer.into();
         Self::start(move |connection| {
-            while let Some(request) = connection.request()? {
-                connection.body(&request)?;
+            while connection.exchange()?.is_some() {
                 connection.write(&answer)?;
             }
             Ok(())
@@ -102,7 +108,7 @@ impl Service {
     /// Returns what each connection brought so far.
     #[must_use]
     pub fn records(&self) -> Vec<Record> {
-        lock(&self.records).clone()
+        lock(&self.records).records.clone()
     }
 
     /// Returns all bytes of all connections, connection by connection.
@@ -111,33 +117,29 @@ impl Service {
         self.records().into_iter().flat_map(|record| record.received).collect()
     }
 
-    /// Returns the heads of the requests that came, whole ones only, on all connections. Reads
-    /// past bodies by their framing.
+    /// Returns the requests that scripts have read, in the order in which they came.
     #[must_use]
     pub fn requests(&self) -> Vec<Request> {
-        let mut requests = Vec::new();
-        for record in self.records() {
-            let mut bytes = record.received.as_slice();
-            while let Some(end) = head_end(bytes) {
-                let Some(request) = Request::parse(&bytes[..end]) else { break };
-                bytes = skip_body(&bytes[end..], &request);
-                requests.push(request);
-            }
-        }
-        requests
+        lock(&self.records).requests.clone()
     }
 
-    /// Returns the only request that came.
+    /// Returns the requests that came since the last call.
+    #[allow(clippy::must_use_candidate, reason = "a test may call it to forget what came before")]
+    pub fn take_requests(&self) -> Vec<Request> {
+        std::mem::take(&mut lock(&self.records).requests)
+    }
+
+    /// Returns the only request that came since the last call.
     #[must_use]
     pub fn only_request(&self) -> Request {
-        let mut requests = self.requests();
+        let mut requests = self.take_requests();
         assert_eq!(requests.len(), 1, "one request reaches the service: {requests:?}");
         requests.remove(0)
     }
 
     /// Waits until some connection's record fulfils the condition.
     pub fn until(&self, what: &str, condition: impl Fn(&[Record]) -> bool) {
-        wait::until(what, || condition(&lock(&self.records)).then_some(()));
+        wait::until(what, || condition(&lock(&self.records).records).then_some(()));
     }
 }
 
@@ -149,13 +151,15 @@ impl Drop for Service {
     }
 }
 
-fn lock(records: &Records) -> MutexGuard<'_, Vec<Record>> {
+fn lock(records: &Records) -> MutexGuard<'_, Seen> {
     records.lock().expect("no script panics with the records locked")
 }
 
-/// A request's head as it came.
+/// A request as it came.
 #[derive(Clone, Debug)]
 pub struct Request {
+    /// The head, byte for byte.
+    pub raw: Vec<u8>,
     /// Method.
     pub method: String,
     /// Target, byte for byte.
@@ -164,6 +168,8 @@ pub struct Request {
     pub version: String,
     /// Fields in order, as sent.
     pub fields: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Body, where the script has read it.
+    pub body: Body,
 }
 
 impl Request {
@@ -176,7 +182,7 @@ impl Request {
         let target = words.next()?.to_vec();
         let version = String::from_utf8(words.next()?.to_vec()).ok()?;
         let fields = lines.take_while(|line| !line.is_empty()).filter_map(split_field).collect();
-        Some(Self { method, target, version, fields })
+        Some(Self { raw: bytes.to_vec(), method, target, version, fields, body: Body::default() })
     }
 
     /// Returns every value of a field, in order.
@@ -228,7 +234,7 @@ impl Connection {
         let mut connection = Self { stream, index, records, buffer: Vec::new(), recording: true };
         // An error is the peer's end of it; what it means is for the test to say.
         let _ = configured.and_then(|()| script(&mut connection));
-        lock(&connection.records)[index].closed = true;
+        lock(&connection.records).records[index].closed = true;
     }
 
     /// Returns which connection this is, counted from 0.
@@ -239,6 +245,22 @@ impl Connection {
 
     /// Reads the next request's head; `None` where the peer closed instead.
     pub fn request(&mut self) -> io::Result<Option<Request>> {
+        let request = self.read_head()?;
+        if let Some(request) = &request {
+            lock(&self.records).requests.push(request.clone());
+        }
+        Ok(request)
+    }
+
+    /// Reads the next request with its body; `None` where the peer closed instead.
+    pub fn exchange(&mut self) -> io::Result<Option<Request>> {
+        let Some(mut request) = self.read_head()? else { return Ok(None) };
+        request.body = self.body(&request)?;
+        lock(&self.records).requests.push(request.clone());
+        Ok(Some(request))
+    }
+
+    fn read_head(&mut self) -> io::Result<Option<Request>> {
         loop {
             if let Some(end) = head_end(&self.buffer) {
                 let bytes: Vec<u8> = self.buffer.drain(..end).collect();
@@ -336,24 +358,12 @@ impl Connection {
         let mut chunk = [0; 64 * 1024];
         let length = self.stream.read(&mut chunk)?;
         self.buffer.extend_from_slice(&chunk[..length]);
-        let mut records = lock(&self.records);
-        let record = &mut records[self.index];
+        let mut seen = lock(&self.records);
+        let record = &mut seen.records[self.index];
         if self.recording {
             record.received.extend_from_slice(&chunk[..length]);
         }
         record.closed |= length == 0;
         Ok(length)
     }
-}
-
-/// Returns what follows the body that stands at the front of `bytes`.
-fn skip_body<'a>(bytes: &'a [u8], request: &Request) -> &'a [u8] {
-    if request.has("transfer-encoding") {
-        // The last chunk and its trailers end with an empty line.
-        let end = bytes.windows(3).position(|window| window == b"0\r\n");
-        let Some(start) = end else { return &[] };
-        return head_end(&bytes[start..]).map_or(&[], |end| &bytes[start + end..]);
-    }
-    let length = request.first("content-length").and_then(|text| text.parse().ok()).unwrap_or(0);
-    bytes.get(length..).unwrap_or_default()
 }
