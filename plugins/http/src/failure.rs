@@ -1,7 +1,7 @@
 //! What a client is told when there is no answer of the service's own: one table from failure codes
 //! to statuses, and the words that go with them.
 
-use sidelane_abi::failure;
+use sidelane_plugin::failure;
 
 use crate::payload::Field;
 

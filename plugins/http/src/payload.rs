@@ -7,6 +7,8 @@
 
 use std::ops::Range;
 
+use sidelane_plugin::{Buf, BufBuilder};
+
 /// `TunnelMessage.http_request`.
 pub(crate) const FIELD_REQUEST: u32 = 17;
 /// `TunnelMessage.http_response`.
@@ -93,9 +95,9 @@ pub(crate) fn encode_request<'a>(
     fields: impl Iterator<Item = Field<'a>>,
     fields_bytes: FieldsSize,
     body_len: usize,
-) -> Vec<u8> {
+) -> Buf {
     let strings = head.method.len() + head.target.len() + head.authority.len();
-    let mut out = Vec::with_capacity(SCALARS_MAX + strings + fields_bytes.encoded_max());
+    let mut out = BufBuilder::with_capacity(SCALARS_MAX + strings + fields_bytes.encoded_max());
     if head.method != "GET" {
         put_bytes(&mut out, REQUEST_METHOD, head.method.as_bytes());
     }
@@ -114,7 +116,7 @@ pub(crate) fn encode_request<'a>(
         put_uint(&mut out, REQUEST_EXPECT_CONTINUE, 1);
     }
     put_body_prefix(&mut out, BODY, body_len);
-    out
+    out.freeze()
 }
 
 /// Returns the first part of an `HttpResponse`; `body_len` bytes of body are the second.
@@ -124,8 +126,8 @@ pub(crate) fn encode_response<'a>(
     fields_bytes: FieldsSize,
     content_length: Option<u64>,
     body_len: usize,
-) -> Vec<u8> {
-    let mut out = Vec::with_capacity(SCALARS_MAX + fields_bytes.encoded_max());
+) -> Buf {
+    let mut out = BufBuilder::with_capacity(SCALARS_MAX + fields_bytes.encoded_max());
     if status != 200 {
         put_uint(&mut out, RESPONSE_STATUS, u64::from(status));
     }
@@ -134,23 +136,23 @@ pub(crate) fn encode_response<'a>(
     }
     put_length(&mut out, content_length);
     put_body_prefix(&mut out, BODY, body_len);
-    out
+    out.freeze()
 }
 
 /// Returns the first part of an `HttpBody`; `body_len` bytes of data are the second.
-pub(crate) fn encode_body(body_len: usize) -> Vec<u8> {
-    let mut out = Vec::with_capacity(8);
+pub(crate) fn encode_body(body_len: usize) -> Buf {
+    let mut out = BufBuilder::with_capacity(8);
     put_body_prefix(&mut out, BODY_DATA, body_len);
-    out
+    out.freeze()
 }
 
 /// Returns an `HttpTrailers`.
-pub(crate) fn encode_trailers<'a>(fields: impl Iterator<Item = Field<'a>>) -> Vec<u8> {
-    let mut out = Vec::with_capacity(128);
+pub(crate) fn encode_trailers<'a>(fields: impl Iterator<Item = Field<'a>>) -> Buf {
+    let mut out = BufBuilder::with_capacity(128);
     for (name, value) in fields {
         put_header(&mut out, name, value);
     }
-    out
+    out.freeze()
 }
 
 /// Counts fields and their bytes, so that a head is written into a buffer that never grows.
@@ -220,17 +222,6 @@ impl<'a> Headers<'a> {
     /// Returns the fields in order.
     pub(crate) fn iter(self) -> HeadersIter<'a> {
         HeadersIter { reader: Reader::new(self.payload), left: self.count }
-    }
-
-    /// Returns the fields in order, as ranges of the payload.
-    pub(crate) fn ranges(self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + 'a {
-        let base = self.payload.as_ptr() as usize;
-        let range = move |slice: &'a [u8]| {
-            let start = (slice.as_ptr() as usize).wrapping_sub(base);
-            // An absent name or value is a slice of nothing, not of the payload.
-            if slice.is_empty() { 0..0 } else { start..start + slice.len() }
-        };
-        self.iter().map(move |(name, value)| (range(name), range(value)))
     }
 }
 
@@ -461,51 +452,70 @@ impl<'a> Reader<'a> {
     }
 }
 
-fn put_varint(out: &mut Vec<u8>, mut value: u64) {
-    while value >= 0x80 {
-        out.push((value & 0x7f) as u8 | 0x80);
-        value >>= 7;
+/// Tags and lengths that stand together, gathered so that they are appended at once.
+struct Prefix {
+    bytes: [u8; 32],
+    len: usize,
+}
+
+impl Prefix {
+    const fn new() -> Self {
+        Self { bytes: [0; 32], len: 0 }
     }
-    #[allow(clippy::cast_possible_truncation, reason = "below 0x80")]
-    out.push(value as u8);
+
+    /// Appends a varint; at most three fit, of ten bytes each.
+    #[allow(clippy::cast_possible_truncation, reason = "the low seven bits are meant")]
+    fn varint(mut self, mut value: u64) -> Self {
+        while value >= 0x80 {
+            self.bytes[self.len] = value as u8 | 0x80;
+            self.len += 1;
+            value >>= 7;
+        }
+        self.bytes[self.len] = value as u8;
+        self.len += 1;
+        self
+    }
+
+    fn key(self, number: u32, wire: u32) -> Self {
+        self.varint(u64::from(number << 3 | wire))
+    }
+
+    fn as_slice(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
 }
 
-fn put_key(out: &mut Vec<u8>, number: u32, wire: u32) {
-    put_varint(out, u64::from(number << 3 | wire));
+fn put_uint(out: &mut BufBuilder, number: u32, value: u64) {
+    out.extend_from_slice(Prefix::new().key(number, WIRE_VARINT).varint(value).as_slice());
 }
 
-fn put_uint(out: &mut Vec<u8>, number: u32, value: u64) {
-    put_key(out, number, WIRE_VARINT);
-    put_varint(out, value);
-}
-
-fn put_bytes(out: &mut Vec<u8>, number: u32, bytes: &[u8]) {
-    put_key(out, number, WIRE_BYTES);
-    put_varint(out, bytes.len() as u64);
+fn put_bytes(out: &mut BufBuilder, number: u32, bytes: &[u8]) {
+    put_body_prefix(out, number, bytes.len());
     out.extend_from_slice(bytes);
 }
 
 /// Lengths go as themselves plus one, so that 0 can say "not known".
-fn put_length(out: &mut Vec<u8>, length: Option<u64>) {
+fn put_length(out: &mut BufBuilder, length: Option<u64>) {
     if let Some(plus_one) = length.and_then(|length| length.checked_add(1)) {
         put_uint(out, CONTENT_LENGTH, plus_one);
     }
 }
 
-fn put_body_prefix(out: &mut Vec<u8>, number: u32, len: usize) {
+/// Writes what stands before `len` bytes; nothing where there are none, as proto3 has it.
+fn put_body_prefix(out: &mut BufBuilder, number: u32, len: usize) {
     if len > 0 {
-        put_key(out, number, WIRE_BYTES);
-        put_varint(out, len as u64);
+        out.extend_from_slice(Prefix::new().key(number, WIRE_BYTES).varint(len as u64).as_slice());
     }
 }
 
-fn put_header(out: &mut Vec<u8>, name: &[u8], value: &[u8]) {
-    let name_len = name.len() as u64;
-    let value_len = value.len() as u64;
-    put_key(out, HEADERS, WIRE_BYTES);
-    put_varint(out, 2 + varint_len(name_len) + name_len + varint_len(value_len) + value_len);
-    put_bytes(out, HEADER_NAME, name);
-    put_bytes(out, HEADER_VALUE, value);
+fn put_header(out: &mut BufBuilder, name: &[u8], value: &[u8]) {
+    let (name_len, value_len) = (name.len() as u64, value.len() as u64);
+    let inner = 2 + varint_len(name_len) + name_len + varint_len(value_len) + value_len;
+    out.extend_from_slice(Prefix::new().key(HEADERS, WIRE_BYTES).varint(inner).as_slice());
+    out.extend_from_slice(Prefix::new().key(HEADER_NAME, WIRE_BYTES).varint(name_len).as_slice());
+    out.extend_from_slice(name);
+    out.extend_from_slice(Prefix::new().key(HEADER_VALUE, WIRE_BYTES).varint(value_len).as_slice());
+    out.extend_from_slice(value);
 }
 
 /// Returns how many bytes `value` takes as a varint.

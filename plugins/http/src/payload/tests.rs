@@ -106,9 +106,7 @@ proptest! {
         let head = RequestHead {
             method: &method, target: &target, authority: &authority, version, content_length, expect_continue,
         };
-        let mut wire = encode_request(head, borrowed(&fields), size(&fields), body.len());
-        let capacity = wire.capacity();
-        prop_assert!(wire.len() <= capacity && capacity < wire.len() + 200 + 12 * fields.len());
+        let mut wire = encode_request(head, borrowed(&fields), size(&fields), body.len()).to_vec();
         wire.extend_from_slice(&body);
 
         let read = proto::HttpRequest::decode(wire.as_slice()).unwrap();
@@ -143,11 +141,7 @@ proptest! {
         prop_assert_eq!(&wire[read.target.clone()], &target[..]);
         prop_assert_eq!(read.authority, &authority[..]);
         prop_assert_eq!(read.version, if version == 0 { 11 } else { version });
-        prop_assert_eq!(owned(read.headers), fields.clone());
-        let ranged: Fields = read.headers.ranges()
-            .map(|(name, value)| (wire[name].to_vec(), wire[value].to_vec()))
-            .collect();
-        prop_assert_eq!(ranged, fields);
+        prop_assert_eq!(owned(read.headers), fields);
         prop_assert_eq!(read.content_length, content_length.checked_sub(1));
         prop_assert_eq!(read.expect_continue, expect_continue);
         prop_assert_eq!(&wire[read.body.clone()], &body[..]);
@@ -160,7 +154,7 @@ proptest! {
         content_length in proptest::option::of(0..u64::MAX),
         body in bytes(500),
     ) {
-        let mut wire = encode_response(status, borrowed(&fields), size(&fields), content_length, body.len());
+        let mut wire = encode_response(status, borrowed(&fields), size(&fields), content_length, body.len()).to_vec();
         wire.extend_from_slice(&body);
         let read = proto::HttpResponse::decode(wire.as_slice()).unwrap();
         prop_assert_eq!(if read.status == 0 { 200 } else { read.status }, u32::from(status));
@@ -178,13 +172,13 @@ proptest! {
 
     #[test]
     fn bodies_and_trailers_agree_with_prost(data in bytes(70_000), fields in fields()) {
-        let mut wire = encode_body(data.len());
+        let mut wire = encode_body(data.len()).to_vec();
         wire.extend_from_slice(&data);
         let read = proto::HttpBody::decode(wire.as_slice()).unwrap();
         prop_assert_eq!(&read.data, &data);
         prop_assert_eq!(&wire[decode_body(&wire).unwrap()], &data[..]);
 
-        let wire = encode_trailers(borrowed(&fields));
+        let wire = encode_trailers(borrowed(&fields)).to_vec();
         let read = proto::HttpTrailers::decode(wire.as_slice()).unwrap();
         prop_assert_eq!(&read.headers, &prost_headers(&fields));
         prop_assert_eq!(owned(decode_trailers(&wire).unwrap()), fields);
@@ -192,14 +186,15 @@ proptest! {
 
     #[test]
     fn any_bytes_are_read_or_refused_and_never_panic(wire in bytes(300)) {
-        for fields in [
+        for headers in [
             decode_request(&wire).map(|request| request.headers),
             decode_response(&wire).map(|response| response.headers),
             decode_trailers(&wire),
-        ] {
-            if let Ok(headers) = fields {
-                prop_assert_eq!(headers.iter().count(), headers.count);
-            }
+        ]
+        .into_iter()
+        .flatten()
+        {
+            prop_assert_eq!(headers.iter().count(), headers.count);
         }
         let _ = decode_body(&wire);
     }
@@ -207,12 +202,12 @@ proptest! {
 
 #[test]
 fn unknown_fields_are_skipped() {
-    let mut wire = Vec::new();
+    let mut wire = BufBuilder::new();
     put_uint(&mut wire, 90, 7);
     put_bytes(&mut wire, 91, b"later");
-    put_key(&mut wire, 92, WIRE_FIXED32);
+    wire.extend_from_slice(Prefix::new().key(92, WIRE_FIXED32).as_slice());
     wire.extend_from_slice(&[1, 2, 3, 4]);
-    put_key(&mut wire, 93, WIRE_FIXED64);
+    wire.extend_from_slice(Prefix::new().key(93, WIRE_FIXED64).as_slice());
     wire.extend_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8]);
     put_header(&mut wire, b"a", b"b");
     let read = decode_request(&wire).unwrap();
