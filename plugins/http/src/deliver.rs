@@ -20,7 +20,8 @@ use http_body::Body;
 use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
 use sidelane_plugin::{
-    Buf, Error, Exchange, Host, Message, Meta, RecvHalf, Reset, SendHalf, Service, Timer, failure,
+    Buf, Error, Exchange, Host, MESSAGE_BYTES_MAX, Message, Meta, OPEN_BYTES_MAX, RecvHalf, Reset,
+    SendHalf, Service, Timer, failure,
 };
 
 use crate::accept::data_message;
@@ -203,8 +204,14 @@ impl<'a> Delivery<'a> {
                 self.dispatched = true;
             }
             match self.head(&mut connection, send, request).await {
-                Ok(response) => {
-                    return self.respond(pool, connection, send, service, response).await;
+                Ok((response, place)) => {
+                    let (head, body) = response.into_parts();
+                    // hyper would speak HTTP/1.0 on this connection from here on.
+                    let keep = head.version == Version::HTTP_11;
+                    let mut download = self.download(connection, &head, body, place)?;
+                    download.pass(send, &head).await?;
+                    self.finish(pool, download.connection, send, service, keep).await;
+                    return Ok(());
                 }
                 // Only a connection that was kept is repeated for, and the next is a fresh one.
                 Err(NoHead::Repeat(back)) => {
@@ -301,7 +308,7 @@ impl<'a> Delivery<'a> {
         connection: &mut Connection,
         send: &mut SendHalf,
         mut request: Request<Upload>,
-    ) -> Result<Response<Incoming>, NoHead> {
+    ) -> Result<(Response<Incoming>, Place), NoHead> {
         let watch = Arc::clone(&connection.watch);
         watch.begin();
         watch.watch_interim(&mut request);
@@ -309,6 +316,7 @@ impl<'a> Delivery<'a> {
         let mut response = pin!(connection.sender.try_send_request(request));
         let mut interim = Vec::new().into_iter();
         let mut out = None;
+        let mut place = Place::First;
         let head = poll_fn(|cx| {
             loop {
                 if out.is_some() {
@@ -325,7 +333,9 @@ impl<'a> Delivery<'a> {
                 }
                 if let Some(message) = interim.next() {
                     limits.answered();
-                    out = Some(message);
+                    // One that does not fit is dropped: it is interim.
+                    out = place.fits(&message).then_some(message);
+                    place = Place::Later;
                     continue;
                 }
                 let _ = connection.poll_drive(cx);
@@ -340,7 +350,10 @@ impl<'a> Delivery<'a> {
                     return Poll::Ready(Err(gone(reset)));
                 }
                 match limits.poll(cx, self.source.as_ref()) {
-                    Poll::Ready(Limit::Continue) => out = Some(continue_message()),
+                    Poll::Ready(Limit::Continue) => {
+                        out = Some(continue_message());
+                        place = Place::Later;
+                    }
                     Poll::Ready(Limit::Response) => {
                         let failed = Failed::new(failure::SERVICE_TIMEOUT, "no response in time");
                         return Poll::Ready(Err(NoHead::Stop(failed.into())));
@@ -351,7 +364,7 @@ impl<'a> Delivery<'a> {
         })
         .await;
         connection.timer = limits.response;
-        head
+        head.map(|head| (head, place))
     }
 
     /// Decides what a request without a response means.
@@ -380,43 +393,33 @@ impl<'a> Delivery<'a> {
         NoHead::Stop(Failed::new(failure::SERVICE_RESET, text).into())
     }
 
-    /// Passes the response back, and gives the connection back where it can be used again.
-    async fn respond(
+    /// Checks the response's head.
+    fn download(
         &self,
-        pool: &Arc<Pool>,
         connection: Connection,
-        send: &mut SendHalf,
-        service: &Service,
-        response: Response<Incoming>,
-    ) -> Result<(), Stop> {
-        let (head, body) = response.into_parts();
+        head: &http::response::Parts,
+        body: Incoming,
+        place: Place,
+    ) -> Result<Download, Failed> {
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
-            return Err(
-                Failed::new(failure::SERVICE_INVALID, "the service switched protocols").into()
-            );
+            return Err(Failed::new(failure::SERVICE_INVALID, "the service switched protocols"));
         }
-        if head
+        let coded = head
             .headers
             .get_all(TRANSFER_ENCODING)
             .iter()
-            .any(|coding| !coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked"))
-        {
+            .any(|coding| !coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked"));
+        if coded {
             // It was not offered one (TE), and it would pass unnamed.
             return Err(Failed::new(
                 failure::SERVICE_INVALID,
                 "the service used a transfer coding",
-            )
-            .into());
+            ));
         }
         let bodiless = self.method == Method::HEAD
             || matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
-        // hyper would speak HTTP/1.0 on this connection from here on.
-        let keep = head.version == Version::HTTP_11;
         let length = if bodiless { None } else { body.size_hint().exact() };
-        let mut download = Download { connection, body, bodiless, length, peeked: None };
-        download.pass(send, &head).await?;
-        self.finish(pool, download.connection, send, service, keep).await;
-        Ok(())
+        Ok(Download { connection, body, bodiless, length, place, peeked: None })
     }
 
     /// Lets the request end after the response has.
@@ -556,6 +559,36 @@ impl Limits {
     }
 }
 
+/// Where a message stands in its direction: the first may be larger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    First,
+    /// After an interim response.
+    Later,
+}
+
+impl Place {
+    fn bytes_max(self) -> usize {
+        match self {
+            Self::First => OPEN_BYTES_MAX,
+            Self::Later => MESSAGE_BYTES_MAX,
+        }
+    }
+
+    fn fits(self, message: &Message) -> bool {
+        message.head.len() + message.body.len() <= self.bytes_max()
+    }
+
+    /// Returns how many bytes of body go with `head`.
+    fn room(self, head: &http::response::Parts) -> usize {
+        let mut size = FieldsSize::default();
+        for (name, value) in &head.headers {
+            size.add(name.as_str().len(), value.len());
+        }
+        self.bytes_max().saturating_sub(size.response_bytes_max()).min(BODY_BYTES_MAX)
+    }
+}
+
 /// A response on its way back.
 struct Download {
     connection: Connection,
@@ -564,6 +597,7 @@ struct Download {
     bodiless: bool,
     /// Exact length of the body, where known.
     length: Option<u64>,
+    place: Place,
     /// What was read ahead, to know whether a chunk is the last.
     peeked: Option<Item>,
 }
@@ -612,7 +646,16 @@ impl Download {
                     match item {
                         Poll::Ready(Item::Data(data)) => chunk = data,
                         Poll::Ready(Item::Trailers(trailers)) if begun => {
-                            out = Some(trailers_message(&trailers));
+                            let message = trailers_message(&trailers);
+                            if !Place::Later.fits(&message) {
+                                let text = "the service's trailers are larger than allowed";
+                                return Poll::Ready(Err(Failed::new(
+                                    failure::SERVICE_INVALID,
+                                    text,
+                                )
+                                .into()));
+                            }
+                            out = Some(message);
                             continue;
                         }
                         Poll::Ready(Item::End) if begun => {
@@ -629,8 +672,9 @@ impl Download {
                         Poll::Pending => quiet = true,
                     }
                 }
-                let part = if chunk.len() > BODY_BYTES_MAX {
-                    chunk.split_to(BODY_BYTES_MAX)
+                let room = if begun { BODY_BYTES_MAX } else { self.place.room(head) };
+                let part = if chunk.len() > room {
+                    chunk.split_to(room)
                 } else {
                     std::mem::take(&mut chunk)
                 };
@@ -642,12 +686,17 @@ impl Download {
                 }
                 let end = chunk.is_empty()
                     && self.peeked.take_if(|item| matches!(item, Item::End)).is_some();
-                out = Some(if begun {
+                let message = if begun {
                     data_message(part, end)
                 } else {
-                    begun = true;
                     self.head_message(head, part, end)
-                });
+                };
+                begun = true;
+                if !self.place.fits(&message) {
+                    let text = "the head after an interim response is larger than allowed";
+                    return Poll::Ready(Err(Failed::new(failure::SERVICE_INVALID, text).into()));
+                }
+                out = Some(message);
             }
         })
         .await

@@ -171,7 +171,12 @@ impl FieldsSize {
         self.bytes += name_len + value_len;
     }
 
-    fn encoded_max(self) -> usize {
+    /// Returns more bytes than the first part of an `HttpResponse` with these fields has, and a `Via`.
+    pub(crate) const fn response_bytes_max(self) -> usize {
+        SCALARS_MAX + self.encoded_max() + 64
+    }
+
+    const fn encoded_max(self) -> usize {
         self.bytes + self.count * HEADER_FRAMING_MAX
     }
 }
