@@ -227,3 +227,12 @@ fn malformed_payloads_say_what_is_wrong() {
         assert_eq!(decode_request(wire), Err(error), "{wire:?}");
     }
 }
+
+#[test]
+fn fields_are_bounded() {
+    let fields: Fields = vec![(b"a".to_vec(), Vec::new()); FIELDS_MAX + 1];
+    let most = encode_trailers(borrowed(&fields[..FIELDS_MAX].to_vec())).to_vec();
+    assert_eq!(decode_trailers(&most).unwrap().count, FIELDS_MAX);
+    let more = encode_trailers(borrowed(&fields)).to_vec();
+    assert_eq!(decode_trailers(&more), Err(PayloadError::Fields));
+}
