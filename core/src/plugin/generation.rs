@@ -43,7 +43,7 @@ pub(super) struct Anchor {
     instance: OnceLock<Instance>,
     tasks: Mutex<Tasks>,
     /// Dropped after the instance.
-    retired: Retired,
+    _retired: Retired,
 }
 
 #[derive(Default)]
@@ -221,7 +221,7 @@ impl Record {
 
 impl Anchor {
     pub(super) fn new(record: Arc<Record>) -> Self {
-        Self { instance: OnceLock::new(), tasks: Mutex::default(), retired: Retired(record) }
+        Self { instance: OnceLock::new(), tasks: Mutex::default(), _retired: Retired(record) }
     }
 
     pub(super) fn install(&self, instance: Instance) {
@@ -265,11 +265,6 @@ impl Anchor {
         for handle in handles {
             handle.abort();
         }
-    }
-
-    #[cfg(test)]
-    fn tasks(&self) -> usize {
-        lock(&self.tasks).running.len()
     }
 }
 
@@ -324,9 +319,10 @@ impl Generation {
         }
     }
 
+    /// How many tasks the plugin has running.
     #[cfg(test)]
     pub(super) fn tasks(&self) -> usize {
-        self.anchor.tasks()
+        lock(&self.anchor.tasks).running.len()
     }
 }
 
