@@ -43,7 +43,7 @@ pub(super) struct Anchor {
     instance: OnceLock<Instance>,
     tasks: Mutex<Tasks>,
     /// Dropped after the instance.
-    retired: Retired,
+    _retired: Retired,
 }
 
 #[derive(Default)]
@@ -209,7 +209,7 @@ impl Record {
 
 impl Anchor {
     pub(super) fn new(record: Arc<Record>) -> Self {
-        Self { instance: OnceLock::new(), tasks: Mutex::default(), retired: Retired(record) }
+        Self { instance: OnceLock::new(), tasks: Mutex::default(), _retired: Retired(record) }
     }
 
     pub(super) fn install(&self, instance: Instance) {
@@ -253,11 +253,6 @@ impl Anchor {
         for handle in handles {
             handle.abort();
         }
-    }
-
-    #[cfg(test)]
-    fn tasks(&self) -> usize {
-        lock(&self.tasks).running.len()
     }
 }
 
@@ -312,9 +307,10 @@ impl Generation {
         }
     }
 
+    /// How many tasks the plugin has running.
     #[cfg(test)]
     pub(super) fn tasks(&self) -> usize {
-        self.anchor.tasks()
+        lock(&self.anchor.tasks).running.len()
     }
 }
 

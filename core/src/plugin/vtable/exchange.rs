@@ -2,6 +2,7 @@
 
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
+use std::mem::offset_of;
 use std::sync::Arc;
 use std::task::Poll;
 
@@ -83,13 +84,15 @@ pub(super) fn lend_exchange(send: impl lend::SendHalf, recv: impl lend::RecvHalf
 /// # Safety
 /// `exchange` was moved here by the plugin.
 pub(in crate::plugin) unsafe fn discard(exchange: abi::Exchange) {
-    if !exchange.send.vt.is_null() {
+    // SAFETY: a half's vtable is static.
+    if let Some(vt) = unsafe { exchange.send.vt.as_ref() } {
         // SAFETY: moved here, dropped once, by the functions of whoever made it.
-        unsafe { ((*exchange.send.vt).drop)(exchange.send.data) };
+        unsafe { (vt.drop)(exchange.send.data) };
     }
-    if !exchange.recv.vt.is_null() {
+    // SAFETY: as above.
+    if let Some(vt) = unsafe { exchange.recv.vt.as_ref() } {
         // SAFETY: as above.
-        unsafe { ((*exchange.recv.vt).drop)(exchange.recv.data) };
+        unsafe { (vt.drop)(exchange.recv.data) };
     }
 }
 
@@ -346,7 +349,9 @@ impl<O: lend::Opener> Opener<O> {
         // SAFETY: one thread uses an opener at a time (plugin ABI, "Threads"), and core does not.
         let state = unsafe { &mut *this.state.get() };
         // SAFETY: the plugin lends the key for the call.
-        let key = unsafe { route_key(&*key) };
+        let key = unsafe { &*key };
+        // SAFETY: as above, with the text it points to.
+        let key = unsafe { route_key(key) };
         let opened = guard("opener.poll_open", Poll::Ready(Err(defect())), || {
             let key = match key {
                 Ok(key) => key,
@@ -367,16 +372,20 @@ impl<O: lend::Opener> Opener<O> {
                 guard("opener.poll_open", (), || drop(opener));
                 let exchange = lend_exchange(opened.send, opened.recv);
                 let meta = state.meta.insert(Meta::new(opened.meta)).as_abi();
-                // SAFETY: the plugin lends `out` for the call.
-                unsafe { write(&raw mut (*out).exchange, exchange) };
+                let at = |offset| out.wrapping_byte_add(offset);
+                let exchange_at = at(offset_of!(abi::Opened, exchange)).cast();
+                // SAFETY: the plugin lends `out` for the call, and this is a field of it.
+                unsafe { write(exchange_at, exchange) };
+                let meta_at = at(offset_of!(abi::Opened, meta)).cast();
                 // SAFETY: as above.
-                unsafe { write(&raw mut (*out).meta, meta) };
+                unsafe { write(meta_at, meta) };
                 abi::poll::READY
             }
             Poll::Ready(Err(failure)) => {
                 let failure = state.failure.insert(Failure::new(failure));
+                let failure_at = out.wrapping_byte_add(offset_of!(abi::Opened, failure)).cast();
                 // SAFETY: as above; the detail lives as long as the opener.
-                unsafe { write(&raw mut (*out).failure, failure.view) };
+                unsafe { write(failure_at, failure.view) };
                 abi::poll::CLOSED
             }
         }
