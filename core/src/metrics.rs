@@ -4,6 +4,7 @@
 //! names from the configuration, types, codes; never a path or a free host. What the hot path
 //! touches is looked up once per exchange and is an atomic from there on.
 
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
@@ -13,24 +14,25 @@ use prometheus_client::encoding::{EncodeLabelSet, text};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
-use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use sidelane_abi::failure;
 
 use crate::plugin::MetricSink;
 
+mod cell;
 mod plugins;
 mod process;
 
+use cell::Timing;
 use plugins::PluginMetrics;
 
-/// Lower bound of the first bucket of durations, in seconds; each is 4 times the one before. Eleven
-/// of them span 100 µs to 105 s: from a local answer to a stream.
-const DURATION_FIRST_S: f64 = 0.0001;
+/// Most names of routes, and of tunnels, that have rows of their own; later ones share [`OTHER`].
+/// Sidecars announce names, and announce others later: bounds the memory they can take in a relay.
+const NAMES_MAX: usize = 10_000;
 
-/// Buckets of durations.
-const DURATION_BUCKETS: u16 = 11;
+/// Stands for names beyond the bound.
+const OTHER: &str = "other";
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ExchangeLabels {
@@ -86,7 +88,12 @@ struct GenerationLabels {
     state: &'static str,
 }
 
-type Durations = Family<ProtocolLabels, Histogram, fn() -> Histogram>;
+/// What exchanges of one role and protocol type are counted in; looked up without a lock.
+struct TypeMetrics {
+    labels: ProtocolLabels,
+    in_flight: cell::Gauge,
+    duration: Timing,
+}
 
 /// All metrics of the process.
 pub struct Metrics {
@@ -95,11 +102,14 @@ pub struct Metrics {
     process: Registry,
     plugins: Arc<PluginMetrics>,
     exchanges: Family<ExchangeLabels, Counter>,
-    in_flight: Family<ProtocolLabels, Gauge>,
-    durations: Durations,
-    messages: Family<FlowLabels, Counter>,
-    bytes: Family<FlowLabels, Counter>,
-    crossing: Counter,
+    in_flight: Family<ProtocolLabels, cell::Gauge>,
+    durations: Family<ProtocolLabels, Timing>,
+    /// The two above by role and type: few, made once.
+    by_type: ArcSwap<Vec<Arc<TypeMetrics>>>,
+    names: Mutex<HashSet<Arc<str>>>,
+    messages: Family<FlowLabels, cell::Counter>,
+    bytes: Family<FlowLabels, cell::Counter>,
+    crossing: cell::Counter,
     sessions: Gauge,
     lanes: Family<RoleLabel, Gauge>,
     lanes_lost: Family<RoleLabel, Counter>,
@@ -131,8 +141,6 @@ impl Metrics {
         let mut registry = Registry::with_prefix("sidelane");
         let version = vec![("version", env!("CARGO_PKG_VERSION"))];
         registry.register("build", "This program", Info::new(version));
-        let buckets: fn() -> Histogram =
-            || Histogram::new(exponential_buckets(DURATION_FIRST_S, 4.0, DURATION_BUCKETS));
         let registry = Arc::new(Mutex::new(registry));
         let mut process = Registry::default();
         process.register_collector(Box::new(process::Process::new()));
@@ -141,10 +149,12 @@ impl Metrics {
             plugins: Arc::new(PluginMetrics::new(Arc::clone(&registry))),
             exchanges: Family::default(),
             in_flight: Family::default(),
-            durations: Family::new_with_constructor(buckets),
+            durations: Family::default(),
+            by_type: ArcSwap::default(),
+            names: Mutex::default(),
             messages: Family::default(),
             bytes: Family::default(),
-            crossing: Counter::default(),
+            crossing: cell::Counter::default(),
             sessions: Gauge::default(),
             lanes: Family::default(),
             lanes_lost: Family::default(),
@@ -269,17 +279,55 @@ impl Metrics {
     /// Begins to count an exchange.
     #[must_use]
     pub fn exchange(self: &Arc<Self>, role: &'static str, protocol_type: &Arc<str>) -> Record {
-        let labels = ProtocolLabels { role, protocol_type: Arc::clone(protocol_type) };
-        let in_flight = self.in_flight.get_or_create_owned(&labels);
-        in_flight.inc();
+        let by_type = self.of_type(role, protocol_type);
+        by_type.in_flight.inc();
         Record {
             metrics: Arc::clone(self),
-            labels,
-            in_flight,
+            by_type,
             began: Instant::now(),
             routed: OnceLock::new(),
             is_ended: AtomicBool::new(false),
         }
+    }
+
+    fn of_type(&self, role: &'static str, protocol_type: &Arc<str>) -> Arc<TypeMetrics> {
+        let known = |all: &[Arc<TypeMetrics>]| {
+            let mut all = all.iter();
+            let found =
+                all.find(|m| m.labels.role == role && m.labels.protocol_type == *protocol_type);
+            found.map(Arc::clone)
+        };
+        if let Some(metrics) = known(&self.by_type.load()) {
+            return metrics;
+        }
+        let labels = ProtocolLabels { role, protocol_type: Arc::clone(protocol_type) };
+        // Two threads that meet here get the same cells from the families.
+        let metrics = Arc::new(TypeMetrics {
+            in_flight: self.in_flight.get_or_create_owned(&labels),
+            duration: self.durations.get_or_create_owned(&labels),
+            labels,
+        });
+        self.by_type.rcu(|all| {
+            let mut all = Vec::clone(all);
+            if known(&all).is_none() {
+                all.push(Arc::clone(&metrics));
+            }
+            all
+        });
+        metrics
+    }
+
+    /// Returns the name as a label, or [`OTHER`] past the bound.
+    fn name(&self, name: &Arc<str>) -> Arc<str> {
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = names.get(name) {
+            return Arc::clone(known);
+        }
+        if names.len() == NAMES_MAX {
+            return OTHER.into();
+        }
+        names.insert(Arc::clone(name));
+        Arc::clone(name)
     }
 
     /// Counters of messages of one protocol type.
@@ -391,8 +439,7 @@ impl Metrics {
 /// One exchange as it is counted; ended once, at the latest when it is dropped.
 pub struct Record {
     metrics: Arc<Metrics>,
-    labels: ProtocolLabels,
-    in_flight: Gauge,
+    by_type: Arc<TypeMetrics>,
     began: Instant,
     routed: OnceLock<(Arc<str>, Arc<str>)>,
     is_ended: AtomicBool,
@@ -409,18 +456,24 @@ impl Record {
         if self.is_ended.swap(true, Ordering::Relaxed) {
             return;
         }
-        self.in_flight.dec();
+        self.by_type.in_flight.dec();
+        self.by_type.duration.observe(self.began.elapsed());
         let (route, tunnel) = self.routed.get().cloned().unwrap_or_else(|| ("".into(), "".into()));
-        let labels = ExchangeLabels {
-            role: self.labels.role,
+        let mut labels = ExchangeLabels {
+            role: self.by_type.labels.role,
             route,
             tunnel,
-            protocol_type: Arc::clone(&self.labels.protocol_type),
+            protocol_type: Arc::clone(&self.by_type.labels.protocol_type),
             code: failure::name(code),
         };
-        self.metrics.exchanges.get_or_create(&labels).inc();
-        let took = self.began.elapsed().as_secs_f64();
-        self.metrics.durations.get_or_create(&self.labels).observe(took);
+        let exchanges = &self.metrics.exchanges;
+        if let Some(counter) = exchanges.get(&labels) {
+            counter.inc();
+            return;
+        }
+        labels.route = self.metrics.name(&labels.route);
+        labels.tunnel = self.metrics.name(&labels.tunnel);
+        exchanges.get_or_create(&labels).inc();
     }
 }
 
@@ -434,23 +487,23 @@ impl Drop for Record {
 /// Counters of messages, held by an exchange's halves.
 #[derive(Clone)]
 pub struct Flow {
-    messages_sent: Counter,
-    bytes_sent: Counter,
-    messages_received: Counter,
-    bytes_received: Counter,
+    messages_sent: cell::Counter,
+    bytes_sent: cell::Counter,
+    messages_received: cell::Counter,
+    bytes_received: cell::Counter,
 }
 
 impl Flow {
     /// A message was queued for the peer.
     pub fn sent(&self, bytes: usize) {
         self.messages_sent.inc();
-        self.bytes_sent.inc_by(bytes as u64);
+        self.bytes_sent.add(bytes as u64);
     }
 
     /// A message was taken from the peer.
     pub fn received(&self, bytes: usize) {
         self.messages_received.inc();
-        self.bytes_received.inc_by(bytes as u64);
+        self.bytes_received.add(bytes as u64);
     }
 }
 
@@ -503,5 +556,100 @@ impl Up {
 impl Drop for Up {
     fn drop(&mut self) {
         self.0.dec();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Checks that the text has each line.
+    #[track_caller]
+    fn check(metrics: &Metrics, lines: &[&str]) {
+        let mut text = String::new();
+        metrics.encode(&mut text);
+        for line in lines {
+            assert!(text.lines().any(|l| l == *line), "no line {line}\n{text}");
+        }
+    }
+
+    fn metrics() -> Arc<Metrics> {
+        Arc::new(Metrics::new())
+    }
+
+    #[test]
+    fn an_exchange_is_counted_once_with_its_code() {
+        let (metrics, http) = (metrics(), Arc::from("HTTP"));
+        let record = metrics.exchange("relay", &http);
+        let labels = "role=\"relay\",protocol_type=\"HTTP\"";
+        check(&metrics, &[&format!("sidelane_exchanges_in_flight{{{labels}}} 1")]);
+        record.routed(&"demo".into(), &"d".into());
+        record.end(failure::NONE);
+        record.end(failure::INTERNAL);
+        drop(record);
+        drop(metrics.exchange("relay", &http));
+        let total = |route, tunnel, code| {
+            format!(
+                "sidelane_exchanges_total{{role=\"relay\",route=\"{route}\",tunnel=\"{tunnel}\",\
+                 protocol_type=\"HTTP\",code=\"{code}\"}} 1"
+            )
+        };
+        check(
+            &metrics,
+            &[
+                &format!("sidelane_exchanges_in_flight{{{labels}}} 0"),
+                &total("demo", "d", "none"),
+                &total("", "", "cancelled"),
+                &format!("sidelane_exchange_duration_seconds_count{{{labels}}} 2"),
+                &format!("sidelane_exchange_duration_seconds_bucket{{le=\"+Inf\",{labels}}} 2"),
+            ],
+        );
+    }
+
+    #[test]
+    fn messages_are_counted_with_their_bytes() {
+        let (metrics, flows) = (metrics(), Flows::new("sidecar"));
+        flows.of(&metrics, &"HTTP".into()).sent(100);
+        flows.of(&metrics, &"HTTP".into()).received(7);
+        let labels = |direction| {
+            format!("{{role=\"sidecar\",protocol_type=\"HTTP\",direction=\"{direction}\"}}")
+        };
+        check(
+            &metrics,
+            &[
+                &format!("sidelane_messages_total{} 1", labels("sent")),
+                &format!("sidelane_message_bytes_total{} 100", labels("sent")),
+                &format!("sidelane_message_bytes_total{} 7", labels("received")),
+            ],
+        );
+    }
+
+    #[test]
+    fn names_are_bounded() {
+        let (metrics, http) = (metrics(), Arc::from("HTTP"));
+        let end = |route: &str| {
+            let record = metrics.exchange("relay", &http);
+            record.routed(&route.into(), &"r0".into());
+            record.end(failure::NONE);
+        };
+        (0..=NAMES_MAX).for_each(|index| end(&format!("r{index}")));
+        end("r0");
+        end("x");
+        let mut text = String::new();
+        metrics.encode(&mut text);
+        assert!(text.contains("route=\"r9999\"") && text.contains("route=\"other\""));
+        assert!(!text.contains("route=\"x\"") && !text.contains("route=\"r10000\""));
+    }
+
+    #[test]
+    fn the_processs_own_metrics_bear_their_usual_names() {
+        let mut text = String::new();
+        metrics().encode(&mut text);
+        for name in
+            ["process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds"]
+        {
+            assert!(text.lines().any(|line| line.starts_with(name)), "no {name}\n{text}");
+        }
+        assert_eq!(text.matches("# EOF").count(), 1);
     }
 }
