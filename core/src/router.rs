@@ -6,7 +6,6 @@
 //! which two routes could be equal is not built. Knows no configuration files and does no I/O.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::fmt::{self, Write as _};
 use std::net::Ipv6Addr;
 use std::sync::Arc;
@@ -44,6 +43,8 @@ pub struct RouteTable {
 /// Routes of one host.
 #[derive(Clone, Debug, Default)]
 struct Paths {
+    /// Those without a prefix, the most specific first: what most hosts have alone, without a look-up.
+    every: Vec<Arc<Route>>,
     /// The most specific candidate first.
     by_prefix: HashMap<Box<str>, Vec<Arc<Route>>>,
     /// Length of the longest prefix: what follows in a path needs no look-up.
@@ -123,12 +124,10 @@ impl Paths {
     fn insert(&mut self, route: &Arc<Route>) -> Result<(), Arc<Route>> {
         let matches = &route.matches;
         self.longest = self.longest.max(matches.path_prefix.len());
-        let routes = match self.by_prefix.entry((*matches.path_prefix).into()) {
-            Entry::Vacant(entry) => {
-                entry.insert(vec![route.clone()]);
-                return Ok(());
-            }
-            Entry::Occupied(entry) => entry.into_mut(),
+        let routes = if matches.path_prefix.is_empty() {
+            &mut self.every
+        } else {
+            self.by_prefix.entry((*matches.path_prefix).into()).or_default()
         };
         let same = routes.iter().find(|other| {
             other.matches.listener == matches.listener
@@ -159,16 +158,14 @@ impl Paths {
         } else {
             segment_end(&path.as_bytes()[..=self.longest])
         };
-        loop {
+        while end > 0 {
             let found = self.by_prefix.get(&path[..end]);
             if let Some(route) = found.and_then(|routes| routes.iter().find(fits)) {
                 return Some(route);
             }
-            if end == 0 {
-                return None;
-            }
             end = segment_end(&path.as_bytes()[..end]);
         }
+        self.every.iter().find(fits)
     }
 }
 
