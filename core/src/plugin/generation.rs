@@ -108,11 +108,14 @@ struct Retired(Arc<Record>);
 impl Drop for Retired {
     fn drop(&mut self) {
         self.0.state.store(GenerationState::Retired as u8, Ordering::Relaxed);
-        tracing::info!(
-            plugin = &*self.0.name,
-            version = self.0.version,
-            "plugin generation destroyed"
-        );
+        // One whose configuration was refused never was a generation in use.
+        if self.0.draining_since.get().is_some() {
+            tracing::info!(
+                plugin = &*self.0.name,
+                version = self.0.version,
+                "plugin generation destroyed"
+            );
+        }
     }
 }
 

@@ -547,7 +547,7 @@ fn apply_from_another_thread_swaps_under_running_exchanges() {
             let (plugins, stop) = (Arc::clone(&plugins), Arc::clone(&stop));
             move || {
                 let mut swaps = 0_usize;
-                while !stop.is_completed() || swaps < 20 {
+                while !stop.is_completed() || swaps < 4 {
                     swaps += 1;
                     plugins.apply(&[probe(&format!("label {swaps}"))]).unwrap();
                 }
