@@ -325,6 +325,47 @@ fn timers_and_blocking_work_are_lent() {
 }
 
 #[test]
+fn connections_are_lent_and_joined_half_by_half() {
+    on_shard(async {
+        let (plugins, _) = loaded(Limits::default());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let (call, mut client) = accept(&plugins, b'C');
+        let call = tokio::spawn(call);
+        client.write_u8(u8::try_from(address.len()).unwrap()).await.unwrap();
+        client.write_all(address.as_bytes()).await.unwrap();
+        let (mut service, _) = listener.accept().await.unwrap();
+
+        client.write_all(b"question").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut question = String::new();
+        service.read_to_string(&mut question).await.unwrap();
+        assert_eq!(question, "question");
+        // The client's direction has ended; the service's goes on.
+        service.write_all(b"answer").await.unwrap();
+        drop(service);
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).await.unwrap();
+        assert_eq!((answer.as_str(), call.await.unwrap()), ("answer", ENDED));
+    });
+}
+
+#[test]
+fn a_failed_connection_says_what_failed() {
+    on_shard(async {
+        let (plugins, _) = loaded(Limits::default());
+        for address in ["unix:/nowhere/at/all", "127.0.0.1:notaport"] {
+            let (call, mut client) = accept(&plugins, b'C');
+            let call = tokio::spawn(call);
+            client.write_u8(u8::try_from(address.len()).unwrap()).await.unwrap();
+            client.write_all(address.as_bytes()).await.unwrap();
+            let end = CallEnd { code: failure::SERVICE_UNREACHABLE, panicked: false };
+            assert_eq!(call.await.unwrap(), end, "{address}");
+        }
+    });
+}
+
+#[test]
 fn a_thousand_exchanges_leave_nothing() {
     on_shard(async {
         let (plugins, metrics) = loaded(Limits { panics_max: 10_000, ..Limits::default() });
@@ -508,6 +549,12 @@ fn a_failure_is_said_in_the_plugins_words() {
         assert_eq!(response.body[0], "no-route: no route for api.example\n");
     });
 }
+
+/// Core keeps calls in its own futures and spawns them: compiles while they are `Send` and `Unpin`.
+const _: fn() = || {
+    fn is_send_and_unpin<T: Send + Unpin>() {}
+    is_send_and_unpin::<Call>();
+};
 
 #[test]
 fn a_call_may_move_between_tasks() {
