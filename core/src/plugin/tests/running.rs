@@ -228,7 +228,7 @@ fn a_new_configuration_lets_running_exchanges_end_on_the_old_generation() {
         assert_eq!(state(&plugins), [GenerationState::Retired, GenerationState::Current]);
         assert_eq!(metrics.value("probe", "instances"), 1.0);
         // The second generation registers the same metrics and gets the same ids.
-        assert_eq!(metrics.registered(), 3);
+        assert_eq!(metrics.registered(), 4);
     });
 }
 
@@ -308,6 +308,15 @@ fn exchanges_that_outlast_the_drain_deadline_are_ended() {
         }
         assert_eq!(metrics.value("probe", "futures"), 0.0);
     });
+}
+
+#[test]
+fn a_plugin_knows_the_number_of_threads_when_it_is_made() {
+    let metrics = Metrics::default();
+    // On a thread that is none of them, as plugins are loaded.
+    let plugins = Plugins::new(metrics.host().with_shards(3), Limits::default());
+    plugins.apply(&[probe("first")]).unwrap();
+    assert_eq!(metrics.value("probe", "shards"), 3.0);
 }
 
 #[test]
