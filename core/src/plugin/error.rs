@@ -18,7 +18,7 @@ pub struct LoadError {
 }
 
 /// Why a plugin could not be loaded.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum LoadFault {
     /// No such file.
     #[error("no such file; build the plugin, or correct `library`")]
@@ -28,7 +28,7 @@ pub enum LoadFault {
     NotAFile,
     /// The file could not be read.
     #[error("cannot be read: {0}")]
-    Unreadable(std::io::Error),
+    Unreadable(String),
     /// Larger than [`super::loader::LIBRARY_BYTES_MAX`].
     #[error(
         "has {found} bytes, more than the {max} that a plugin may have; strip its debug information"

@@ -108,11 +108,14 @@ struct Retired(Arc<Record>);
 impl Drop for Retired {
     fn drop(&mut self) {
         self.0.state.store(GenerationState::Retired as u8, Ordering::Relaxed);
-        tracing::info!(
-            plugin = &*self.0.name,
-            version = self.0.version,
-            "plugin generation destroyed"
-        );
+        // One whose configuration was refused never was a generation in use.
+        if self.0.draining_since.get().is_some() {
+            tracing::info!(
+                plugin = &*self.0.name,
+                version = self.0.version,
+                "plugin generation destroyed"
+            );
+        }
     }
 }
 
@@ -381,4 +384,52 @@ impl Drop for ExchangePin {
 /// Locks; a panic elsewhere leaves these tables usable.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(limits: Limits) -> Record {
+        let stamp = super::super::Stamp {
+            name: "line".to_owned(),
+            version: "1.2.3".to_owned(),
+            toolchain: "rustc".to_owned(),
+            abi: (0, 1),
+        };
+        Record::new(Arc::from("line"), &stamp, [0; 32], limits)
+    }
+
+    #[test]
+    fn panics_outside_the_window_do_not_add_up() {
+        let window = Duration::from_secs(60);
+        let record = record(Limits { panics_max: 3, panics_window: window, ..Limits::default() });
+        let begin = Instant::now();
+        for panic in 0..10 {
+            record.panicked(begin + panic * (window / 2 + Duration::from_secs(1)));
+        }
+        assert_eq!((record.panics(), record.quarantined()), (10, false));
+        let late = begin + 100 * window;
+        for panic in 0..3 {
+            assert!(!record.quarantined());
+            record.panicked(late + Duration::from_secs(panic));
+        }
+        assert!(record.quarantined());
+        // For good: quiet times do not bring back a plugin that panics when used.
+        record.panicked(late + 100 * window);
+        assert!(record.quarantined());
+    }
+
+    #[test]
+    fn slow_polls_are_told_once_a_second_and_counted_between() {
+        let bound = Duration::from_millis(50);
+        let record = record(Limits { slow_poll: bound, ..Limits::default() });
+        record.polled(bound);
+        assert!(lock(&record.slow).told.is_none(), "not above the bound");
+        for _ in 0..5 {
+            record.polled(bound * 2);
+        }
+        assert!(lock(&record.slow).told.is_some());
+        assert_eq!(lock(&record.slow).untold, 4);
+    }
 }

@@ -65,6 +65,7 @@ pub trait MetricSink: Send + Sync + 'static {
 #[derive(Clone)]
 pub struct HostContext {
     shared: Arc<Shared>,
+    shards: u32,
 }
 
 /// By name: kind and the sink's id.
@@ -77,10 +78,17 @@ struct Shared {
 }
 
 impl HostContext {
-    /// Makes the context; plugins' metrics go to `sink`.
+    /// Makes the context of a process with one data-path thread; plugins' metrics go to `sink`.
     #[must_use]
     pub fn new(sink: Arc<dyn MetricSink>) -> Self {
-        Self { shared: Arc::new(Shared { sink, metrics: Mutex::default() }) }
+        Self { shared: Arc::new(Shared { sink, metrics: Mutex::default() }), shards: 1 }
+    }
+
+    /// Says how many data-path threads the process will have. Plugins make their tables by it when
+    /// they are created, which is before those threads run.
+    #[must_use]
+    pub fn with_shards(self, shards: u32) -> Self {
+        Self { shards, ..self }
     }
 }
 
@@ -508,8 +516,10 @@ unsafe extern "C" fn shard(_host: *const abi::Host) -> u32 {
     SHARD.get().map_or(abi::NO_SHARD, |(index, _)| index)
 }
 
-unsafe extern "C" fn shards(_host: *const abi::Host) -> u32 {
-    SHARD.get().map_or_else(|| 0, |(_, count)| count)
+unsafe extern "C" fn shards(host: *const abi::Host) -> u32 {
+    // SAFETY: the plugin passes the host it was given, which is never freed.
+    let host = unsafe { &*host.cast::<HostObject>() };
+    SHARD.get().map_or(host.context.shards, |(_, count)| count)
 }
 
 unsafe extern "C" fn blocking(

@@ -204,6 +204,9 @@ pub struct Opened<S, R> {
     pub meta: Meta,
 }
 
+/// An opened exchange, or why there is none.
+pub type OpenResult<S, R> = Result<Opened<S, R>, Failure>;
+
 /// Opens the exchange of one client request or connection.
 pub trait Opener: Send + 'static {
     /// From here to the peer.
@@ -215,7 +218,7 @@ pub trait Opener: Send + 'static {
         &mut self,
         cx: &mut Context<'_>,
         key: RouteKey<'_>,
-    ) -> Poll<Result<Opened<Self::Send, Self::Recv>, Failure>>;
+    ) -> Poll<OpenResult<Self::Send, Self::Recv>>;
 }
 
 /// The service behind a tunnel.

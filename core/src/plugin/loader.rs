@@ -30,12 +30,17 @@ pub(super) struct Image {
     pub(super) stamp: Stamp,
 }
 
-/// A mapped library. There is no way to unmap it.
+/// A mapped library. There is no way to unmap it, so one whose plugin is refused is kept as well: it
+/// would be mapped again, and stay again, at every reload.
 pub(super) struct Library {
     pub(super) stamp: Stamp,
     pub(super) sha256: [u8; 32],
-    /// Invariant: leads to the library's vtable, at least as large as ours, for the rest of the
-    /// process's life.
+    pub(super) plugin: Result<PluginEntry, LoadFault>,
+}
+
+/// A library's functions and types.
+pub(super) struct PluginEntry {
+    /// Invariant: at least as large as ours, its needed slots filled; static.
     pub(super) vt: &'static abi::PluginVt,
     pub(super) types: Vec<TypeEntry>,
 }
@@ -51,7 +56,7 @@ pub(super) struct TypeEntry {
 /// Reads the library's file and judges everything that can be judged without loading it.
 pub(super) fn read(path: &Path, pinned: Option<&[u8; 32]>) -> Result<Image, LoadFault> {
     let file = open(path)?;
-    let metadata = file.metadata().map_err(LoadFault::Unreadable)?;
+    let metadata = file.metadata().map_err(unreadable)?;
     if !metadata.is_file() {
         return Err(LoadFault::NotAFile);
     }
@@ -64,7 +69,7 @@ pub(super) fn read(path: &Path, pinned: Option<&[u8; 32]>) -> Result<Image, Load
         check_directory(path)?;
     }
     let mut bytes = Vec::new();
-    (&file).take(LIBRARY_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(LoadFault::Unreadable)?;
+    (&file).take(LIBRARY_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(unreadable)?;
     if bytes.len() as u64 > LIBRARY_BYTES_MAX {
         return Err(LoadFault::TooLarge { found: bytes.len() as u64, max: LIBRARY_BYTES_MAX });
     }
@@ -93,10 +98,10 @@ pub(super) fn load(image: Image) -> Result<Library, LoadFault> {
             dlopen_memory(&image)?
         }
     };
-    let vt = vtable(&handle, &image)?;
+    let plugin =
+        vtable(&handle, &image).and_then(|vt| types(vt).map(|types| PluginEntry { vt, types }));
     std::mem::forget(handle);
-    let types = types(vt)?;
-    Ok(Library { stamp: image.stamp, sha256: image.sha256, vt, types })
+    Ok(Library { stamp: image.stamp, sha256: image.sha256, plugin })
 }
 
 /// Returns `bytes` in lower-case hexadecimal.
@@ -117,15 +122,19 @@ fn open(path: &Path) -> Result<File, LoadFault> {
         .open(path)
         .map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => LoadFault::NotFound,
-            _ => LoadFault::Unreadable(error),
+            _ => unreadable(error),
         })
+}
+
+fn unreadable(error: io::Error) -> LoadFault {
+    LoadFault::Unreadable(error.to_string())
 }
 
 fn check_directory(path: &Path) -> Result<(), LoadFault> {
     // The directory that holds the file itself, not the one that holds a link to it.
-    let real = path.canonicalize().map_err(LoadFault::Unreadable)?;
+    let real = path.canonicalize().map_err(unreadable)?;
     let directory = real.parent().unwrap_or_else(|| Path::new("/"));
-    let metadata = directory.metadata().map_err(LoadFault::Unreadable)?;
+    let metadata = directory.metadata().map_err(unreadable)?;
     check_writers(&format!("the directory {}", directory.display()), &metadata)
 }
 
@@ -343,4 +352,54 @@ fn type_name(desc: &abi::TypeDesc) -> Option<String> {
     let name = unsafe { std::slice::from_raw_parts(desc.name.ptr, desc.name.len) };
     let fits = |b: &u8| b.is_ascii_uppercase() || b.is_ascii_digit() || *b == b'_';
     name.iter().all(fits).then(|| String::from_utf8_lossy(name).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plugin::tests::libraries::c_plugin;
+
+    #[test]
+    fn libraries_load_from_memory_without_being_taken_for_each_other() {
+        let mut mapped = Vec::new();
+        for name in ["memory-one", "memory-two"] {
+            let define = format!("NAME=\"{name}\"");
+            let path = c_plugin(&format!("{name}.so"), &[&define]);
+            let image = read(&path, None).map_err(|fault| fault.to_string()).ok().unwrap();
+            let library = dlopen_memory(&image).unwrap();
+            mapped.push(std::ptr::from_ref(vtable(&library, &image).unwrap()));
+            std::mem::forget(library);
+        }
+        assert_ne!(mapped[0], mapped[1]);
+    }
+
+    #[test]
+    fn a_private_copy_is_ours_alone_and_goes_when_dropped() {
+        let path = c_plugin("private.so", &[]);
+        let image = read(&path, None).map_err(|fault| fault.to_string()).ok().unwrap();
+        let copies = [PrivateFile::create(&image).unwrap(), PrivateFile::create(&image).unwrap()];
+        assert_ne!(copies[0].path, copies[1].path);
+        for copy in &copies {
+            assert_eq!(copy.path.metadata().unwrap().mode() & 0o7777, 0o500);
+            assert_eq!(copy.path.parent().unwrap().metadata().unwrap().mode() & 0o7777, 0o700);
+            assert!(std::fs::read(&copy.path).unwrap() == image.bytes);
+        }
+        let paths = copies.each_ref().map(|copy| copy.path.clone());
+        drop(copies);
+        assert!(paths.iter().all(|path| !path.exists()));
+    }
+
+    #[test]
+    fn a_users_own_group_may_write() {
+        let directory = tempfile::tempdir_in(crate::plugin::tests::libraries::directory()).unwrap();
+        let set = |mode| {
+            std::fs::set_permissions(directory.path(), Permissions::from_mode(mode)).unwrap();
+            check_writers("it", &directory.path().metadata().unwrap())
+        };
+        set(0o755).unwrap();
+        let (us, group) =
+            (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        assert_eq!(set(0o775).is_ok(), us == group);
+        assert!(set(0o777).is_err());
+    }
 }

@@ -13,7 +13,7 @@ use sidelane_abi as abi;
 use super::error::{ConfigFault, LoadError, LoadFault};
 use super::generation::{Anchor, Generation, GenerationState, Record, ServedType};
 use super::host::{HostContext, HostObject};
-use super::loader::{self, Library};
+use super::loader::{self, Library, TypeEntry};
 use super::vtable::http::PreparedHead;
 use super::vtable::instance::{Instance, Sniffed};
 use super::{Born, Limits, PluginSpec, Protocol, born_of};
@@ -217,9 +217,10 @@ impl Plugins {
                 library
             }
         };
-        let types = served_types(&library, spec.types.as_deref())?;
+        let plugin = library.plugin.as_ref().map_err(Clone::clone)?;
+        let types = served_types(&plugin.types, spec.types.as_deref())?;
         no_conflict(earlier, &types, &spec.name)?;
-        let generation = self.generation(&library, spec, types)?;
+        let generation = self.generation(&library, plugin.vt, spec, types)?;
         let (config, types) = (spec.config.clone(), spec.types.clone());
         Ok(Member { generation, sha256: library.sha256, config, types })
     }
@@ -227,6 +228,7 @@ impl Plugins {
     fn generation(
         &self,
         library: &Library,
+        vt: &'static abi::PluginVt,
         spec: &PluginSpec,
         types: Vec<ServedType>,
     ) -> Result<Arc<Generation>, LoadFault> {
@@ -236,7 +238,7 @@ impl Plugins {
         let anchor = Arc::new(Anchor::new(Arc::clone(&record)));
         let host = HostObject::leak(self.host.clone(), Arc::clone(&record), &anchor);
         let config = spec.config.to_string();
-        match Instance::create(library.vt, host, &config) {
+        match Instance::create(vt, host, &config) {
             Ok(instance) => anchor.install(instance),
             Err(fault) => {
                 anchor.close_tasks();
@@ -423,18 +425,18 @@ impl GenerationInfo {
 }
 
 fn served_types(
-    library: &Library,
+    offered: &[TypeEntry],
     wanted: Option<&[String]>,
 ) -> Result<Vec<ServedType>, LoadFault> {
     let missing = wanted
         .unwrap_or_default()
         .iter()
-        .find(|wanted| !library.types.iter().any(|entry| entry.name == **wanted));
+        .find(|wanted| !offered.iter().any(|entry| entry.name == **wanted));
     if let Some(missing) = missing {
-        let served = listed(library.types.iter().map(|entry| entry.name.as_str()));
+        let served = listed(offered.iter().map(|entry| entry.name.as_str()));
         return Err(LoadFault::TypeMissing { missing: missing.clone(), served });
     }
-    let served = (0u32..).zip(&library.types);
+    let served = (0u32..).zip(offered);
     let wanted = served
         .filter(|(_, entry)| wanted.is_none_or(|wanted| wanted.contains(&entry.name)))
         .map(|(index, entry)| ServedType {

@@ -2,6 +2,6 @@
 //! over in-memory streams.
 
 mod lent;
-mod libraries;
+pub(in crate::plugin) mod libraries;
 mod loading;
 mod running;

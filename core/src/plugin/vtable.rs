@@ -103,33 +103,40 @@ fn reset_from_abi(reset: abi::Reset) -> lend::Reset {
     lend::Reset { code: reset.code, protocol_code }
 }
 
-/// Counts the objects lent on this thread, so that tests can tell that none is left.
-#[derive(Debug)]
-struct Counted;
+/// Counts the objects lent on this thread, wherever they are dropped, so that tests can tell that
+/// none is left.
+struct Counted {
+    #[cfg(test)]
+    count: std::sync::Arc<std::sync::atomic::AtomicIsize>,
+}
 
 #[cfg(test)]
 std::thread_local! {
-    static LENT: std::cell::Cell<isize> = const { std::cell::Cell::new(0) };
+    static LENT: std::sync::Arc<std::sync::atomic::AtomicIsize> = std::sync::Arc::default();
 }
 
-/// Returns how many lent objects this thread has made and not seen dropped.
+/// Returns how many objects that this thread has lent are not dropped.
 #[cfg(test)]
 pub(super) fn lent_objects() -> isize {
-    LENT.get()
+    LENT.with(|count| count.load(std::sync::atomic::Ordering::SeqCst))
 }
 
 impl Counted {
     #[inline]
     fn new() -> Self {
-        #[cfg(test)]
-        LENT.set(LENT.get() + 1);
-        Self
+        Self {
+            #[cfg(test)]
+            count: LENT.with(|count| {
+                count.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                std::sync::Arc::clone(count)
+            }),
+        }
     }
 }
 
 #[cfg(test)]
 impl Drop for Counted {
     fn drop(&mut self) {
-        LENT.set(LENT.get() - 1);
+        self.count.fetch_sub(1, std::sync::atomic::Ordering::SeqCst);
     }
 }

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 /// The directory of the libraries: ours alone, in the target directory.
-pub(super) fn directory() -> &'static Path {
+pub(in crate::plugin) fn directory() -> &'static Path {
     static DIRECTORY: OnceLock<PathBuf> = OnceLock::new();
     DIRECTORY.get_or_init(|| {
         let tests = std::env::current_exe().unwrap();
@@ -30,12 +30,12 @@ fn run(command: &mut Command) {
 }
 
 /// Compiles `tests/fixtures/plugin.c` with the definitions; `name` is the file's.
-pub(super) fn c_plugin(name: &str, definitions: &[&str]) -> PathBuf {
+pub(in crate::plugin) fn c_plugin(name: &str, definitions: &[&str]) -> PathBuf {
     c_library(name, &["-shared", "-fPIC"], definitions)
 }
 
 /// As [`c_plugin`], with the compiler's mode given.
-pub(super) fn c_library(name: &str, mode: &[&str], definitions: &[&str]) -> PathBuf {
+pub(in crate::plugin) fn c_library(name: &str, mode: &[&str], definitions: &[&str]) -> PathBuf {
     let path = directory().join(name);
     let partial = directory().join(format!("{name}.{}", std::process::id()));
     run(Command::new("cc")
@@ -52,7 +52,7 @@ pub(super) fn c_library(name: &str, mode: &[&str], definitions: &[&str]) -> Path
 }
 
 /// Writes a file beside the libraries.
-pub(super) fn file(name: &str, content: &[u8]) -> PathBuf {
+pub(in crate::plugin) fn file(name: &str, content: &[u8]) -> PathBuf {
     let path = directory().join(name);
     let partial = directory().join(format!("{name}.{}", std::process::id()));
     std::fs::write(&partial, content).unwrap();
@@ -62,12 +62,12 @@ pub(super) fn file(name: &str, content: &[u8]) -> PathBuf {
 }
 
 /// The byte-born probe.
-pub(super) fn probe_bytes() -> &'static Path {
+pub(in crate::plugin) fn probe_bytes() -> &'static Path {
     &probes().0
 }
 
 /// The HTTP-born probe.
-pub(super) fn probe_http() -> &'static Path {
+pub(in crate::plugin) fn probe_http() -> &'static Path {
     &probes().1
 }
 

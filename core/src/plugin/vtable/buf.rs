@@ -207,3 +207,138 @@ impl Drop for Foreign {
         unsafe { (self.drop)(self.data) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::super::lent_objects;
+    use super::*;
+
+    /// A buffer as a plugin makes it: counted, in memory of its own.
+    struct Plugins {
+        bytes: Vec<u8>,
+        alive: Arc<AtomicUsize>,
+    }
+
+    static PLUGIN_VT: abi::BufVt =
+        abi::BufVt { size: size_of::<abi::BufVt>(), clone: plugin_clone, drop: plugin_drop };
+
+    fn plugin_buf(bytes: Vec<u8>, alive: &Arc<AtomicUsize>) -> abi::Buf {
+        alive.fetch_add(1, Ordering::SeqCst);
+        let (ptr, len) = (bytes.as_ptr(), bytes.len());
+        let data = Box::into_raw(Box::new(Plugins { bytes, alive: Arc::clone(alive) }));
+        abi::Buf { ptr, len, data: data.cast(), vt: &raw const PLUGIN_VT }
+    }
+
+    unsafe extern "C" fn plugin_clone(buf: *const abi::Buf) -> abi::Buf {
+        // SAFETY: called with a live buffer of `plugin_buf`'s.
+        let buf = unsafe { &*buf };
+        // SAFETY: as above.
+        let plugins = unsafe { &*buf.data.cast::<Plugins>() };
+        let start = buf.ptr as usize - plugins.bytes.as_ptr() as usize;
+        plugin_buf(plugins.bytes[start..start + buf.len].to_vec(), &plugins.alive)
+    }
+
+    unsafe extern "C" fn plugin_drop(data: *mut c_void) {
+        // SAFETY: called once with what `plugin_buf` leaked.
+        let plugins = unsafe { Box::from_raw(data.cast::<Plugins>()) };
+        plugins.alive.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    fn take_back(mut buf: abi::Buf) -> Result<Bytes, Invalid> {
+        // SAFETY: the buffer is owned and moved.
+        unsafe { take(&mut buf) }
+    }
+
+    #[test]
+    fn bytes_that_pass_through_stay_the_same_memory() {
+        let before = lent_objects();
+        let bytes = Bytes::from(vec![1_u8; 100]);
+        let address = bytes.as_ptr();
+        let mut buf = lend(bytes);
+        buf.len = 60;
+        buf.ptr = buf.ptr.wrapping_add(10);
+        let back = take_back(buf).unwrap();
+        assert_eq!((back.as_ptr(), back.len()), (address.wrapping_add(10), 60));
+        assert_eq!(lent_objects(), before);
+    }
+
+    #[test]
+    fn a_clone_is_an_owner_of_its_own() {
+        let buf = lend(Bytes::from(vec![7; 5000]));
+        // SAFETY: the buffer is live.
+        let clone = unsafe { host_clone(&buf) };
+        // SAFETY: the buffer is live.
+        let shared = unsafe { share(&buf) }.unwrap();
+        take_back(buf).unwrap();
+        let clone = take_back(clone).unwrap();
+        assert!(clone == shared && clone.len() == 5000);
+    }
+
+    #[test]
+    fn bounds_outside_what_was_lent_are_refused() {
+        let before = lent_objects();
+        for (back, longer) in [(1, 0), (0, 1), (0, usize::MAX)] {
+            let mut buf = lend(Bytes::from_static(b"hello"));
+            buf.ptr = buf.ptr.wrapping_sub(back);
+            buf.len = buf.len.saturating_add(longer);
+            assert_eq!(take_back(buf), Err(Invalid::Bounds));
+        }
+        assert_eq!(lent_objects(), before);
+    }
+
+    #[test]
+    fn a_small_buffer_is_copied_and_a_large_one_kept() {
+        let alive = Arc::new(AtomicUsize::new(0));
+        let small = take_back(plugin_buf(vec![1; COPY_BYTES_MAX - 1], &alive)).unwrap();
+        assert_eq!((small.len(), alive.load(Ordering::SeqCst)), (COPY_BYTES_MAX - 1, 0));
+
+        let buf = plugin_buf(vec![2; COPY_BYTES_MAX], &alive);
+        let address = buf.ptr;
+        let large = take_back(buf).unwrap();
+        assert_eq!((large.as_ptr(), alive.load(Ordering::SeqCst)), (address, 1));
+        let part = large.slice(5..10);
+        drop(large);
+        assert_eq!(alive.load(Ordering::SeqCst), 1);
+        drop(part);
+        assert_eq!(alive.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn sharing_leaves_the_buffer_with_its_owner() {
+        let alive = Arc::new(AtomicUsize::new(0));
+        for size in [0, 1, COPY_BYTES_MAX - 1, COPY_BYTES_MAX, 100_000] {
+            let mut buf = plugin_buf(vec![3; size], &alive);
+            // SAFETY: the buffer is live.
+            let shared = unsafe { share(&buf) }.unwrap();
+            assert!(shared == vec![3; size]);
+            drop(shared);
+            assert_eq!(alive.load(Ordering::SeqCst), 1);
+            // SAFETY: the buffer is owned and moved.
+            unsafe { discard(&mut buf) };
+            assert_eq!(alive.load(Ordering::SeqCst), 0);
+        }
+    }
+
+    #[test]
+    fn null_pointers_are_refused_and_what_came_with_them_is_freed() {
+        let alive = Arc::new(AtomicUsize::new(0));
+        let mut buf = plugin_buf(vec![3; 10], &alive);
+        buf.ptr = std::ptr::null();
+        // SAFETY: the buffer is live.
+        assert_eq!(unsafe { share(&buf) }, Err(Invalid::NullPointer));
+        assert_eq!(take_back(buf), Err(Invalid::NullPointer));
+        assert_eq!(alive.load(Ordering::SeqCst), 0);
+        assert_eq!(take_back(abi::Buf { len: 1, ..EMPTY }), Err(Invalid::NullPointer));
+        assert!(take_back(EMPTY).unwrap().is_empty());
+    }
+
+    #[test]
+    fn static_memory_is_used_in_place() {
+        let text = b"static";
+        let buf = abi::Buf { ptr: text.as_ptr(), len: text.len(), ..EMPTY };
+        assert_eq!(take_back(buf).unwrap().as_ptr(), text.as_ptr());
+    }
+}

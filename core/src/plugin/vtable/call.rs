@@ -123,6 +123,9 @@ impl Future for Call {
         // `PluginVt`), and it is not done: it is taken when it is.
         match unsafe { future.poll(cx, out.cast()) } {
             Polled::Pending => {
+                if running.parked.is_some() && !future.has_new_waker() {
+                    return Poll::Pending;
+                }
                 pin.park(&mut running.parked, cx.waker());
                 // Between the look above and the parking the generation may have been told to end.
                 if pin.must_end() {
@@ -149,11 +152,14 @@ impl Running {
 
 impl Drop for Call {
     fn drop(&mut self) {
-        // SAFETY: leaked by `start`; nothing uses the call after this.
-        let mut parts = unsafe { Box::from_raw(self.parts.as_ptr()) };
-        let Parts { running, pin, .. } = &mut *parts;
+        // SAFETY: leaked by `start`, alive. As in `poll`, nothing that the plugin points to is
+        // referred to while its future lives.
+        let running = unsafe { &mut (*self.parts.as_ptr()).running };
+        // SAFETY: as above.
+        let pin = unsafe { &(*self.parts.as_ptr()).pin };
         running.finish(pin);
-        // What was lent goes with the box, after the future; the pin, its last field, at the end.
-        drop(parts);
+        // SAFETY: leaked by `start` and given back here only; the plugin's future is gone. What was
+        // lent goes with the box, and the pin, its last field, at the end.
+        drop(unsafe { Box::from_raw(self.parts.as_ptr()) });
     }
 }

@@ -17,6 +17,8 @@ use crate::plugin::host::HostObject;
 pub(in crate::plugin) struct PluginFuture {
     raw: abi::Future,
     waker: Option<Arc<HostWaker>>,
+    /// The last poll made `waker` anew.
+    has_new_waker: bool,
     host: &'static HostObject,
 }
 
@@ -45,7 +47,17 @@ impl PluginFuture {
         }
         // SAFETY: a future's vtable is static.
         let size = unsafe { (*raw.vt).size };
-        (size >= size_of::<abi::FutureVt>()).then_some(Self { raw, waker: None, host })
+        (size >= size_of::<abi::FutureVt>()).then_some(Self {
+            raw,
+            waker: None,
+            has_new_waker: false,
+            host,
+        })
+    }
+
+    /// Whether the last poll came with another waker than the one before.
+    pub(super) fn has_new_waker(&self) -> bool {
+        self.has_new_waker
     }
 
     /// Polls. After anything but [`Polled::Pending`] the future may only be dropped.
@@ -58,7 +70,9 @@ impl PluginFuture {
         cx: &mut Context<'_>,
         out: *mut c_void,
     ) -> Polled {
+        let before = self.waker.as_ref().map(HostWaker::as_abi);
         let waker = HostWaker::as_abi(HostWaker::refresh(&mut self.waker, cx));
+        self.has_new_waker = before != Some(waker);
         // SAFETY: the vtable is static and large enough (`new`).
         let vt = unsafe { &*self.raw.vt };
         let entered = self.host.enter();

@@ -293,3 +293,73 @@ impl Drop for PluginIo {
         unsafe { (self.vt().drop)(self.raw.data) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::super::lent_objects;
+    use super::*;
+
+    /// A stream with a plugin's own vtable, that passes on to one of the host's.
+    fn as_a_plugins(stream: impl Stream) -> abi::Io {
+        static FOREIGN_VT: abi::IoVt = abi::IoVt {
+            size: size_of::<abi::IoVt>(),
+            poll_read,
+            poll_writev,
+            poll_flush,
+            poll_shutdown,
+            drop: drop_io,
+        };
+        abi::Io { vt: &raw const FOREIGN_VT, ..lend(Box::new(stream)) }
+    }
+
+    #[tokio::test]
+    async fn a_plugins_stream_reads_writes_and_closes_like_any() {
+        let before = lent_objects();
+        let (ours, theirs) = tokio::io::duplex(64);
+        // SAFETY: the stream is moved.
+        let mut stream = unsafe { take(as_a_plugins(ours)) }.unwrap();
+        let peer = tokio::spawn(async move {
+            let (mut read, mut write) = tokio::io::split(theirs);
+            tokio::io::copy(&mut read, &mut write).await.unwrap();
+            write.shutdown().await.unwrap();
+        });
+        let sent: Vec<u8> = (0..=255).cycle().take(10_000).collect();
+        let mut back = Vec::new();
+        let (mut read, mut write) = tokio::io::split(&mut stream);
+        let writing = async {
+            write.write_all(&sent).await.unwrap();
+            write.flush().await.unwrap();
+            write.shutdown().await.unwrap();
+        };
+        let (read, ()) = tokio::join!(read.read_to_end(&mut back), writing);
+        assert_eq!(read.unwrap(), sent.len());
+        assert!(back == sent);
+        peer.await.unwrap();
+        drop(stream);
+        assert_eq!(lent_objects(), before);
+    }
+
+    #[test]
+    fn a_stream_of_the_hosts_comes_back_as_it_was() {
+        let before = lent_objects();
+        let (ours, _theirs) = tokio::io::duplex(64);
+        let io = lend(Box::new(ours));
+        // SAFETY: the stream is moved.
+        drop(unsafe { take(io) }.unwrap());
+        assert_eq!(lent_objects(), before);
+        let none = abi::Io { data: std::ptr::null_mut(), vt: std::ptr::null() };
+        // SAFETY: nothing is moved.
+        assert_eq!(unsafe { take(none) }.err(), Some(Invalid::Vtable));
+    }
+
+    #[test]
+    fn an_errors_number_survives_or_is_made_from_its_kind() {
+        let refused = rustix::io::Errno::CONNREFUSED.raw_os_error();
+        assert_eq!(errno(&io::Error::from_raw_os_error(refused)), refused);
+        assert_eq!(errno(&io::Error::from(io::ErrorKind::ConnectionRefused)), refused);
+        assert!(errno(&io::Error::other("anything")) > 0);
+        assert_ne!(failed_outcome(abi::failure::NONE, 0).code, abi::failure::NONE);
+    }
+}

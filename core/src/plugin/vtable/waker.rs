@@ -137,3 +137,94 @@ unsafe fn foreign_drop(data: *const ()) {
     // SAFETY: the owner that `foreign_clone` made ends here.
     unsafe { (vt.release)(waker) };
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
+
+    use super::super::lent_objects;
+    use super::*;
+
+    /// A plugin's waker: counts owners and wakes.
+    #[repr(C)]
+    struct PluginWaker {
+        abi: abi::Waker,
+        owners: AtomicUsize,
+        wakes: AtomicUsize,
+    }
+
+    static PLUGIN_VT: abi::WakerVt = abi::WakerVt {
+        size: size_of::<abi::WakerVt>(),
+        retain: plugin_retain,
+        release: plugin_release,
+        wake: plugin_wake,
+    };
+
+    unsafe extern "C" fn plugin_retain(waker: *const abi::Waker) {
+        // SAFETY: called with a `PluginWaker` that outlives the test's wakers.
+        unsafe { &*waker.cast::<PluginWaker>() }.owners.fetch_add(1, Ordering::SeqCst);
+    }
+
+    unsafe extern "C" fn plugin_release(waker: *const abi::Waker) {
+        // SAFETY: as above.
+        unsafe { &*waker.cast::<PluginWaker>() }.owners.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    unsafe extern "C" fn plugin_wake(waker: *const abi::Waker) {
+        // SAFETY: as above.
+        unsafe { &*waker.cast::<PluginWaker>() }.wakes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The waker that a host object gets when it is polled with `waker`.
+    fn seen(waker: *const abi::Waker) -> Waker {
+        // SAFETY: the tests' wakers are alive.
+        unsafe { with_context(waker, |cx| cx.waker().clone()) }
+    }
+
+    #[test]
+    fn a_plugins_waker_is_owned_as_often_as_it_is_kept() {
+        let plugin = PluginWaker {
+            abi: abi::Waker { vt: &raw const PLUGIN_VT },
+            owners: AtomicUsize::new(1),
+            wakes: AtomicUsize::new(0),
+        };
+        let pointer = (&raw const plugin).cast();
+        let (first, second) = (seen(pointer), seen(pointer));
+        assert_eq!(plugin.owners.load(Ordering::SeqCst), 3);
+        assert!(first.will_wake(&second));
+        first.wake_by_ref();
+        first.wake();
+        drop(second);
+        assert_eq!(plugin.wakes.load(Ordering::SeqCst), 2);
+        assert_eq!(plugin.owners.load(Ordering::SeqCst), 1);
+    }
+
+    struct Task;
+
+    impl Wake for Task {
+        fn wake(self: Arc<Self>) {}
+    }
+
+    #[test]
+    fn the_hosts_own_waker_comes_back_as_the_tasks() {
+        let before = lent_objects();
+        let task = Waker::from(Arc::new(Task));
+        let other = Waker::from(Arc::new(Task));
+        let mut slot = None;
+        let pointer = HostWaker::as_abi(HostWaker::refresh(&mut slot, &Context::from_waker(&task)));
+        assert!(seen(pointer).will_wake(&task));
+        // The same task keeps the object, another task gets another.
+        let again = HostWaker::as_abi(HostWaker::refresh(&mut slot, &Context::from_waker(&task)));
+        assert_eq!(pointer, again);
+        // SAFETY: the object is alive.
+        unsafe { retain(pointer) };
+        let new = HostWaker::as_abi(HostWaker::refresh(&mut slot, &Context::from_waker(&other)));
+        assert!(seen(new).will_wake(&other) && seen(pointer).will_wake(&task));
+        // SAFETY: retained above.
+        unsafe { release(pointer) };
+        assert_eq!(lent_objects(), before + 1);
+        drop(slot);
+        assert_eq!(lent_objects(), before);
+    }
+}
