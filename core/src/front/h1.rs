@@ -217,7 +217,10 @@ impl Clock {
             let now = Instant::now();
             if self.phase == Phase::Busy {
                 self.deadline = now + self.idle_timeout;
-            } else if self.phase == Phase::Idle && signals.wrote.swap(false, Relaxed) {
+            } else if self.deadline <= now
+                && self.phase == Phase::Idle
+                && signals.wrote.swap(false, Relaxed)
+            {
                 // A slow client still takes the last response.
                 self.deadline = now + self.idle_timeout;
             } else if self.deadline <= now {
@@ -239,6 +242,7 @@ impl Clock {
             self.requests = requests;
             // What was read belonged to the exchange.
             signals.read.store(false, Relaxed);
+            signals.wrote.store(false, Relaxed);
             self.enter(Phase::Idle, self.idle_timeout);
         } else if self.phase == Phase::Idle && signals.read.load(Relaxed) {
             self.enter(Phase::Head, self.head_timeout);
