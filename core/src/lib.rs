@@ -1,4 +1,6 @@
-//! The library behind the program `sidelane`, in reading order.
+//! The library behind the program `sidelane`.
 
+pub mod config;
 pub mod front;
 pub mod plugin;
+pub mod router;

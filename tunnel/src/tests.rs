@@ -1,0 +1,5 @@
+//! Tests of the crate as a whole; a module per area.
+
+mod generated;
+mod lane;
+mod pair;
