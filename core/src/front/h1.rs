@@ -53,12 +53,16 @@ where
 
     let mut closing = false;
     let end = poll_fn(|cx| {
+        if let Poll::Ready(done) = connection.poll_without_shutdown(cx) {
+            return Poll::Ready(End::Done(done));
+        }
+        // After the first poll, so that a request that has come is still answered.
         if !closing && shutdown.as_mut().poll(cx).is_ready() {
             closing = true;
             Pin::new(&mut connection).graceful_shutdown();
-        }
-        if let Poll::Ready(done) = connection.poll_without_shutdown(cx) {
-            return Poll::Ready(End::Done(done));
+            if let Poll::Ready(done) = connection.poll_without_shutdown(cx) {
+                return Poll::Ready(End::Done(done));
+            }
         }
         if signals.ended.load(Relaxed) && signals.live.load(Relaxed) > 0 {
             // hyper notices only where it waits for nothing but the response.

@@ -241,6 +241,20 @@ impl Once<()> {
     }
 }
 
+/// Bounds what a listener pays for a connection at rest, beside hyper's two buffers of 8 KiB.
+const SERVING_BYTES_MAX: usize = 2048;
+
+#[test]
+fn connections_at_rest_are_small() {
+    let script = Script::new(|_| async {});
+    let (stream, _far) = tokio::io::duplex(1);
+    let info = ConnectionInfo::plain("test".into(), "192.0.2.1:4711".parse().unwrap());
+    let serving =
+        serve(stream, Arc::new(info), Arc::default(), script, std::future::pending::<()>());
+    let size = size_of_val(&serving);
+    assert!(size <= SERVING_BYTES_MAX, "{size} bytes");
+}
+
 /// Turns of other tasks after which whoever could still take a chunk has taken it.
 const TURNS: usize = 64;
 

@@ -481,6 +481,34 @@ async fn early_answer_arrives_although_the_body_goes_on() {
     sending.await.unwrap().unwrap();
 }
 
+/// Over a real socket, where closing with input outstanding resets the connection.
+#[tokio::test]
+async fn answer_survives_input_that_nobody_reads() {
+    let body = vec![b'x'; 300_000];
+    let head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 300000\r\n\r\n";
+    let refused = b"POST / HTTP/1.1\r\nHost: a b\r\nContent-Length: 300000\r\n\r\n";
+    let long = b"GET / HTTP/1.1\r\nX: ";
+    let table = [(&head[..], "413", "too large"), (refused, "400", "Host\n"), (long, "431", "")];
+    for (head, status, tail) in table {
+        let script = Script::new(|mut asked| async move { asked.answer(413, &[], "too large") });
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
+        let (far, from) = listener.accept().await.unwrap();
+        let info = Arc::new(ConnectionInfo::plain("test".into(), from));
+        let serving = serve(far, info, Arc::default(), script, std::future::pending());
+        let served = tokio::spawn(serving);
+        client.write_all(head).await.unwrap();
+        client.write_all(&body).await.unwrap();
+        let mut output = String::new();
+        client.read_to_string(&mut output).await.unwrap();
+        assert!(output.starts_with(&format!("HTTP/1.1 {status} ")), "{output:?}");
+        assert!(output.ends_with(tail), "{output:?}");
+        drop(client);
+        let _ = served.await.unwrap();
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn broken_chunk_is_the_clients_fault() {
     let script = Script::new(|mut asked| async move {
@@ -718,6 +746,93 @@ async fn shutdown_lets_the_exchange_end() {
     go.send(()).unwrap();
     let output = undated(&client.read_all().await);
     assert_eq!(output, "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok");
+}
+
+#[tokio::test(start_paused = true)]
+async fn request_that_came_before_shutdown_is_answered() {
+    let mut client = connect(&ok());
+    client.send(GET).await;
+    client.shut_down();
+    assert!(client.read_all().await.ends_with("\r\n\r\nok"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn cut_at_every_offset_leaves_nothing() {
+    let script = Script::new(|mut asked| async move {
+        asked.begin(200, &[]).unwrap();
+        loop {
+            let (bytes, end) = match asked.frame().await {
+                BodyFrame::Data { bytes, end } => (bytes, end),
+                BodyFrame::Failed(_) => return,
+                BodyFrame::Trailers(_) | BodyFrame::End => (Bytes::new(), true),
+            };
+            if asked.put(bytes, end).await.is_err() || end {
+                return;
+            }
+        }
+    });
+    let input = "POST /1 HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc\
+        POST /2 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\nX: y\r\n\r\n\
+        GET /3 HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n";
+    let begun = tokio::time::Instant::now();
+    for cut in 0..=input.len() {
+        let mut client = connect(&script);
+        client.send(&input[..cut]).await;
+        if cut % 2 == 0 {
+            tokio::task::yield_now().await;
+        }
+        drop(client.stream);
+        let _ = client.served.await.unwrap();
+        while tokio::runtime::Handle::current().metrics().num_alive_tasks() > 0 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(Arc::strong_count(&script), 1, "something is left after {cut} bytes");
+    }
+    assert_eq!(begun.elapsed().as_secs(), 0, "ended by a timeout only");
+    assert!(script.seen().iter().any(|seen| seen == "GET a /3"));
+}
+
+#[tokio::test]
+async fn exchange_may_live_on_another_thread() {
+    let script = Script::new(|mut asked| async move {
+        let (done, ended) = oneshot::channel();
+        let elsewhere = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            runtime.block_on(async {
+                asked.begin(200, &[]).unwrap();
+                let mut size = 0;
+                loop {
+                    match asked.frame().await {
+                        BodyFrame::Data { bytes, .. } => {
+                            size += bytes.len();
+                            asked.put(bytes, false).await.unwrap();
+                        }
+                        frame => break assert!(matches!(frame, BodyFrame::End), "{frame:?}"),
+                    }
+                }
+                asked.put(format!("{size}!"), true).await.unwrap();
+            });
+            done.send(()).unwrap();
+        });
+        ended.await.unwrap();
+        elsewhere.join().unwrap();
+    });
+    let mut client = connect(&script);
+    client.send("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n").await;
+    let (mut from, mut to) = tokio::io::split(client.stream);
+    let sending = tokio::spawn(async move {
+        for _ in 0..500 {
+            let chunk = format!("3e8\r\n{}\r\n", "x".repeat(1000));
+            to.write_all(chunk.as_bytes()).await.unwrap();
+        }
+        to.write_all(b"0\r\n\r\n").await.unwrap();
+        to
+    });
+    let mut output = Vec::new();
+    while !output.ends_with(b"500000!\r\n0\r\n\r\n") {
+        assert_ne!(from.read_buf(&mut output).await.unwrap(), 0, "closed early");
+    }
+    sending.await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]

@@ -158,6 +158,8 @@ async fn broken_requests_are_refused_before_dispatch() {
         (with("http://u@a.test/", &[]), 400, "bad-request"),
         (with("http://a.test/", &many), 431, "too-large"),
         (connect, 501, "unsupported"),
+        (without_authority(&[]), 400, "bad-request"),
+        (without_authority(&[("host", "a b")]), 400, "bad-request"),
     ];
     for (request, status, code) in table {
         let script = Script::new(|mut asked| async move { asked.answer(200, &[], "ok") });
@@ -171,6 +173,21 @@ async fn broken_requests_are_refused_before_dispatch() {
         // Others on the connection are not concerned.
         assert_eq!(client.ask(get(&[])).await.1, "ok");
     }
+}
+
+/// The client sends no `:authority` for what looks like a request of HTTP/1.
+fn without_authority(fields: &[(&'static str, &str)]) -> Request<()> {
+    let mut request = Request::get("/").version(http::Version::HTTP_11).body(()).unwrap();
+    *request.headers_mut() = fields_of(fields);
+    request
+}
+
+#[tokio::test(start_paused = true)]
+async fn host_counts_where_there_is_no_authority() {
+    let script = Script::new(|mut asked| async move { asked.answer(200, &[], "ok") });
+    let mut client = h2(&script).await;
+    assert_eq!(client.ask(without_authority(&[("host", "b.test:1")])).await.1, "ok");
+    assert_eq!(script.seen(), ["GET b.test:1 /"]);
 }
 
 #[tokio::test(start_paused = true)]
