@@ -3,7 +3,9 @@
 //! Drives one connection: timeouts, the client's end, shutdown, the hand-over after an upgrade.
 //! hyper parses and frames; docs/adr/0002-http-front.md says what it cannot do and what holds then.
 
+use std::error::Error as _;
 use std::future::{Future, poll_fn};
+use std::io;
 use std::pin::Pin;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
@@ -91,14 +93,7 @@ where
             close(wire, true).await;
             Err(ConnectionError::Http1(error))
         }
-        End::Done(Err(error)) if error.is_user() || error.is_body_write_aborted() => {
-            Err(ConnectionError::Aborted)
-        }
-        End::Done(Err(error)) if error.is_incomplete_message() => {
-            tracing::debug!(%error, "client closed during an exchange");
-            Err(ConnectionError::ClientGone)
-        }
-        End::Done(Err(error)) => Err(ConnectionError::Http1(error)),
+        End::Done(Err(error)) => Err(classify(error)),
         End::Gone => Err(ConnectionError::ClientGone),
         End::Late(Late::Idle) => {
             close(wire, false).await;
@@ -111,6 +106,25 @@ where
             }
             Err(ConnectionError::HeadTimeout)
         }
+    }
+}
+
+/// Returns who broke the connection, where it was not the request's syntax.
+fn classify(error: hyper::Error) -> ConnectionError {
+    if error.is_user() || error.is_body_write_aborted() {
+        return ConnectionError::Aborted;
+    }
+    let cause = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+    match cause.map(io::Error::kind) {
+        _ if error.is_incomplete_message() => ConnectionError::ClientGone,
+        Some(
+            io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted,
+        ) => ConnectionError::ClientGone,
+        Some(kind) => ConnectionError::Io(io::Error::new(kind, error)),
+        None => ConnectionError::Http1(error),
     }
 }
 
@@ -148,7 +162,7 @@ async fn close<S: AsyncRead + AsyncWrite + Unpin>(mut wire: Wire<S>, linger: boo
                 read => thrown_away += read,
             }
         }
-        Ok::<(), std::io::Error>(())
+        Ok::<(), io::Error>(())
     };
     if let Ok(Err(error)) = tokio::time::timeout(LINGER, closing).await {
         tracing::trace!(%error, "client's connection failed while it was closed");

@@ -168,7 +168,11 @@ fn connect(script: &Arc<Script>) -> Client {
 }
 
 fn connect_with(script: &Arc<Script>, config: FrontConfig) -> Client {
-    let (stream, far) = tokio::io::duplex(PIPE_BYTES);
+    connect_through(script, config, PIPE_BYTES)
+}
+
+fn connect_through(script: &Arc<Script>, config: FrontConfig, pipe_bytes: usize) -> Client {
+    let (stream, far) = tokio::io::duplex(pipe_bytes);
     let (shutdown, asked) = oneshot::channel();
     let info = ConnectionInfo::plain("test".into(), "192.0.2.1:4711".parse().unwrap());
     let asked = async {

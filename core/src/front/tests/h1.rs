@@ -552,7 +552,7 @@ async fn leave(input: &str, begin: bool, look: bool) {
     }
     drop(client.stream);
     drop_seen.await.unwrap();
-    client.served.await.unwrap().unwrap_err();
+    assert!(matches!(client.served.await.unwrap(), Err(ConnectionError::ClientGone)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -920,6 +920,27 @@ async fn upgrade_hands_over_every_byte() {
     let mut rest = String::new();
     client.stream.read_to_string(&mut rest).await.unwrap();
     assert_eq!(rest, "ahead\n");
+}
+
+#[tokio::test(start_paused = true)]
+async fn upgrade_fails_where_the_connection_is_dropped_first() {
+    let (begun, begin) = Once::new();
+    let (heard, code) = Once::new();
+    let script = Script::new(move |mut asked| {
+        let (begun, heard) = (Arc::clone(&begun), Arc::clone(&heard));
+        async move {
+            asked.responder.head(response(101, &[]), None, true).unwrap();
+            begun.say(());
+            heard.say(asked.responder.upgrade().await.map(drop).map_err(|(code, _)| code));
+        }
+    });
+    // Too little room for the 101 to leave, so the stream cannot be handed over yet.
+    let mut client = connect_through(&script, FrontConfig::default(), 16);
+    client.send("GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n").await;
+    begin.await.unwrap();
+    tokio::task::yield_now().await;
+    client.served.abort();
+    assert_eq!(code.await.unwrap(), Err(failure::CLIENT_GONE));
 }
 
 #[tokio::test(start_paused = true)]
