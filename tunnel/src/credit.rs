@@ -7,13 +7,13 @@ use sidelane_abi::MESSAGE_BYTES_MAX;
 
 /// Charged for each message beside its payload's bytes: about what its place in a queue costs. Both
 /// ends must use the same number; it is part of the protocol.
-pub const MESSAGE_CHARGE: u64 = 64;
+pub const MESSAGE_CHARGE: usize = 64;
 
 /// Smallest window that an end may grant: one message of the largest size always fits.
 pub const WINDOW_MIN: u64 = 64 * 1024;
 
 /// Largest charge of one message.
-const CHARGE_MAX: u64 = MESSAGE_BYTES_MAX as u64 + MESSAGE_CHARGE;
+const CHARGE_MAX: u64 = (MESSAGE_BYTES_MAX + MESSAGE_CHARGE) as u64;
 
 /// Returns what a message of `payload_len` bytes is charged, at both ends: its payload as encoded by
 /// the plugin and [`MESSAGE_CHARGE`]. The envelope is not charged, so that the number does not hang
@@ -21,7 +21,7 @@ const CHARGE_MAX: u64 = MESSAGE_BYTES_MAX as u64 + MESSAGE_CHARGE;
 /// without a payload are charged nothing.
 #[must_use]
 pub const fn charge(payload_len: usize) -> u64 {
-    payload_len as u64 + MESSAGE_CHARGE
+    (payload_len + MESSAGE_CHARGE) as u64
 }
 
 /// The sender's end.

@@ -14,7 +14,7 @@ use prost::Message;
 use sidelane_abi::{MESSAGE_BYTES_MAX, OPEN_BYTES_MAX, failure};
 
 use crate::control::{Control, ControlQueue};
-use crate::credit::charge;
+use crate::credit::{MESSAGE_CHARGE, charge};
 use crate::envelope::{DecodeError, field};
 use crate::exchange::{Exchange, Exchanges, Key, Opening, SendEnd};
 use crate::id::{RequestId, Side};
@@ -27,9 +27,9 @@ use crate::wakes::{Wakes, register};
 mod input;
 mod output;
 
-/// Bytes that one exchange may have queued before its sender waits: a slow lane pushes back at
-/// once, and a fast one still finds a few quanta to write.
-pub const SEND_QUEUE_BYTES_MAX: usize = 64 * 1024;
+/// Bytes that one exchange may have queued before its sender waits: two of the largest messages, so
+/// that a slow lane pushes back at once and a fast one finds a few quanta to write.
+pub const SEND_QUEUE_BYTES_MAX: usize = 2 * (MESSAGE_BYTES_MAX + MESSAGE_CHARGE);
 
 /// Largest encoded `Open`. With the largest first payload it fits the smallest message that a peer
 /// may refuse to exceed ([`crate::MESSAGE_BYTES_MIN`]).
@@ -651,6 +651,12 @@ impl Lane {
         register(&mut self.driver, waker);
     }
 
+    /// Returns whether there is something to transmit.
+    #[must_use]
+    pub fn wants_transmit(&self) -> bool {
+        self.control.len() > 0 || !self.outbox.is_empty()
+    }
+
     /// Takes the wakers of all who can go on. The caller wakes them after releasing the lane's lock.
     pub fn take_wakes(&mut self) -> Wakes {
         std::mem::take(&mut self.wakes)
@@ -775,7 +781,8 @@ impl Lane {
         Ok(())
     }
 
-    fn wake_driver(&mut self) {
+    /// Wakes the driver though nothing new is to be sent.
+    pub fn wake_driver(&mut self) {
         self.wakes.push_from(&mut self.driver);
     }
 }

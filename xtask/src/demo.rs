@@ -85,6 +85,7 @@ struct Ports {
     http: u16,
     tunnel: u16,
     health: u16,
+    admin: u16,
     service: u16,
     base_domain: String,
 }
@@ -95,7 +96,8 @@ impl Ports {
             http: port("HTTP_PORT", 9080)?,
             tunnel: port("WS_PORT", 9081)?,
             health: port("HEALTH_PORT", 9082)?,
-            service: port("SERVICE_PORT", 3000)?,
+            admin: port("ADMIN_PORT", 9083)?,
+            service: port("DEMO_PORT", 3000)?,
             base_domain: std::env::var("BASE_DOMAIN").unwrap_or_else(|_| "localhost".to_owned()),
         })
     }
@@ -106,7 +108,8 @@ impl Ports {
             ("HTTP_PORT", self.http),
             ("WS_PORT", self.tunnel),
             ("HEALTH_PORT", self.health),
-            ("SERVICE_PORT", self.service),
+            ("ADMIN_PORT", self.admin),
+            ("DEMO_PORT", self.service),
         ] {
             TcpListener::bind((Ipv4Addr::LOCALHOST, port)).with_context(|| {
                 format!("port {port} is taken; choose another with {variable}=<port> cargo demo")

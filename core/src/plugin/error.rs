@@ -94,6 +94,9 @@ pub enum LoadFault {
     /// The stamp's symbol does not lead to a stamp.
     #[error("exports a `{symbol}` that is no stamp: {0}", symbol = abi::STAMP_SYMBOL)]
     BadStamp(&'static str),
+    /// A function that every plugin must have is missing.
+    #[error("has no function in its vtable's slot `{0}`, which must be filled")]
+    NullSlot(&'static str),
     /// Another major version.
     #[error(
         "speaks plugin ABI {found}, this host speaks {}.{}; rebuild it with the sidelane-plugin of this host's release",

@@ -43,7 +43,7 @@ pub(super) struct Anchor {
     instance: OnceLock<Instance>,
     tasks: Mutex<Tasks>,
     /// Dropped after the instance.
-    retired: Retired,
+    _retired: Retired,
 }
 
 #[derive(Default)]
@@ -89,6 +89,18 @@ pub enum GenerationState {
     Draining,
     /// Destroyed; its library stays mapped.
     Retired,
+}
+
+impl GenerationState {
+    /// Returns its name in metrics and on the admin page.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Current => "current",
+            Self::Draining => "draining",
+            Self::Retired => "retired",
+        }
+    }
 }
 
 struct Retired(Arc<Record>);
@@ -209,7 +221,7 @@ impl Record {
 
 impl Anchor {
     pub(super) fn new(record: Arc<Record>) -> Self {
-        Self { instance: OnceLock::new(), tasks: Mutex::default(), retired: Retired(record) }
+        Self { instance: OnceLock::new(), tasks: Mutex::default(), _retired: Retired(record) }
     }
 
     pub(super) fn install(&self, instance: Instance) {
@@ -253,11 +265,6 @@ impl Anchor {
         for handle in handles {
             handle.abort();
         }
-    }
-
-    #[cfg(test)]
-    fn tasks(&self) -> usize {
-        lock(&self.tasks).running.len()
     }
 }
 
@@ -312,9 +319,10 @@ impl Generation {
         }
     }
 
+    /// How many tasks the plugin has running.
     #[cfg(test)]
     pub(super) fn tasks(&self) -> usize {
-        self.anchor.tasks()
+        lock(&self.anchor.tasks).running.len()
     }
 }
 
@@ -348,7 +356,8 @@ impl ExchangePin {
             let parked = lot.get_mut(place / PARKING_LOTS).expect("parked until `unpark`");
             parked.clone_from(waker);
         } else {
-            let index = super::host::shard_index().map_or(0, |shard| shard as usize) % PARKING_LOTS;
+            let index =
+                super::host::current_shard().map_or(0, |shard| shard as usize) % PARKING_LOTS;
             let key = lock(&self.generation.parked[index]).insert(waker.clone());
             *place = Some(key * PARKING_LOTS + index);
         }

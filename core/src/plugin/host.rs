@@ -31,6 +31,15 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// Longest log text taken from a plugin; the rest is cut. Bounds a log line.
 const LOG_BYTES_MAX: usize = 8 * 1024;
 
+/// Longest log target taken from a plugin: a module's path.
+const LOG_TARGET_BYTES_MAX: usize = 256;
+
+/// Longest help text of a metric.
+const METRIC_HELP_BYTES_MAX: usize = 1024;
+
+/// Longest address that is dialled: a host name has at most 253 bytes, a socket's path 108.
+const ADDRESS_BYTES_MAX: usize = 512;
+
 /// Most metrics that one plugin may register. Bounds what a scrape costs.
 const METRICS_PER_PLUGIN_MAX: usize = 128;
 
@@ -58,10 +67,13 @@ pub struct HostContext {
     shared: Arc<Shared>,
 }
 
+/// By name: kind and the sink's id.
+type PluginMetrics = HashMap<String, (u32, u32)>;
+
 struct Shared {
     sink: Arc<dyn MetricSink>,
-    /// By plugin, then by metric: kind and the sink's id.
-    metrics: Mutex<HashMap<Arc<str>, HashMap<String, (u32, u32)>>>,
+    /// By plugin.
+    metrics: Mutex<HashMap<Arc<str>, PluginMetrics>>,
 }
 
 impl HostContext {
@@ -96,8 +108,9 @@ pub fn enter_shard(index: u32, count: u32) {
     }
 }
 
-/// Returns which data-path thread this is.
-pub(super) fn shard_index() -> Option<u32> {
+/// Returns which data-path thread this is; `None` on any other thread.
+#[must_use]
+pub fn current_shard() -> Option<u32> {
     SHARD.get().map(|(index, _)| index)
 }
 
@@ -249,19 +262,13 @@ unsafe fn text<'a>(text: abi::Str, bytes_max: usize) -> std::borrow::Cow<'a, str
 }
 
 unsafe extern "C" fn spawn(host: *const abi::Host, future: abi::Future) -> u32 {
+    let start = |host| {
+        // SAFETY: the plugin moves the future here.
+        let future = unsafe { PluginFuture::new(future, host) };
+        future.map_or(0, |future| u32::from(spawn_task(host, future)))
+    };
     // SAFETY: the plugin passes the host it was given.
-    unsafe {
-        serve(
-            host,
-            "host.spawn",
-            || 0,
-            |host| {
-                // SAFETY: the plugin moves the future here.
-                let Some(future) = PluginFuture::new(future, host) else { return 0 };
-                u32::from(spawn_task(host, future))
-            },
-        )
-    }
+    unsafe { serve(host, "host.spawn", || 0, start) }
 }
 
 fn spawn_task(host: &'static HostObject, future: PluginFuture) -> bool {
@@ -356,7 +363,7 @@ unsafe extern "C" fn timer_drop(data: *mut c_void) {
 unsafe extern "C" fn connect(host: *const abi::Host, address: abi::Str) -> abi::Future {
     let failed = || future::lend(async { stream::failed_outcome(abi::failure::INTERNAL, 0) });
     // SAFETY: the plugin lends the address for the call.
-    let address = unsafe { text(address, 4096) }.into_owned();
+    let address = unsafe { text(address, ADDRESS_BYTES_MAX) }.into_owned();
     // SAFETY: the plugin passes the host it was given.
     unsafe {
         serve(host, "host.connect", failed, move |_| {
@@ -400,8 +407,10 @@ impl<F: Future> Future for InRuntime<F> {
 }
 
 unsafe extern "C" fn log(host: *const abi::Host, level: u32, target: abi::Str, line: abi::Str) {
-    // SAFETY: the plugin lends both texts for the call.
-    let (target, line) = unsafe { (text(target, 256), text(line, LOG_BYTES_MAX)) };
+    // SAFETY: the plugin lends the text for the call.
+    let target = unsafe { text(target, LOG_TARGET_BYTES_MAX) };
+    // SAFETY: as above.
+    let line = unsafe { text(line, LOG_BYTES_MAX) };
     let write = |host: &HostObject| {
         let plugin = &*host.plugin;
         match level {
@@ -434,8 +443,11 @@ unsafe extern "C" fn metric(
     name: abi::Str,
     help: abi::Str,
 ) -> u32 {
-    // SAFETY: the plugin lends both texts for the call.
-    let (name, help) = unsafe { (text(name, METRIC_NAME_BYTES_MAX + 1), text(help, 1024)) };
+    // SAFETY: the plugin lends the text for the call. One byte more than allowed is read, so that a
+    // longer name is refused rather than cut.
+    let name = unsafe { text(name, METRIC_NAME_BYTES_MAX + 1) };
+    // SAFETY: as above.
+    let help = unsafe { text(help, METRIC_HELP_BYTES_MAX) };
     let register = |host: &HostObject| {
         let id = host.context.register(&host.plugin, kind, &name, &help);
         if id.is_none() {
@@ -531,10 +543,12 @@ impl Drop for Job {
 }
 
 unsafe extern "C" fn splice(host: *const abi::Host, a: abi::Io, b: abi::Io) -> abi::Future {
-    // SAFETY: the plugin moves both streams here.
-    let streams = unsafe { (stream::take(a), stream::take(b)) };
+    // SAFETY: the plugin moves the stream here.
+    let a = unsafe { stream::take(a) };
+    // SAFETY: as above.
+    let b = unsafe { stream::take(b) };
     let failed = || future::lend(async { spliced(Err(io::ErrorKind::InvalidInput.into())) });
-    let join = move |host: &'static HostObject| match streams {
+    let join = move |host: &'static HostObject| match (a, b) {
         (Ok(mut a), Ok(mut b)) => future::lend(async move {
             let size = SPLICE_BUFFER_BYTES;
             spliced(tokio::io::copy_bidirectional_with_sizes(&mut a, &mut b, size, size).await)
@@ -557,12 +571,11 @@ fn spliced(result: io::Result<(u64, u64)>) -> abi::SpliceOutcome {
 
 unsafe extern "C" fn dedicate(host: *const abi::Host, exchange: abi::Exchange) -> abi::Future {
     let refused = || future::lend(async { stream::failed_outcome(abi::failure::UNSUPPORTED, 0) });
+    let refuse = move |_: &'static HostObject| {
+        // SAFETY: the plugin moves the exchange here; no session has dedicated lanes.
+        unsafe { exchange::discard(exchange) };
+        refused()
+    };
     // SAFETY: the plugin passes the host it was given.
-    unsafe {
-        serve(host, "host.dedicate", refused, move |_| {
-            // SAFETY: the plugin moves the exchange here; no session has dedicated lanes.
-            exchange::discard(exchange);
-            refused()
-        })
-    }
+    unsafe { serve(host, "host.dedicate", refused, refuse) }
 }

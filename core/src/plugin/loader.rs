@@ -124,7 +124,7 @@ fn open(path: &Path) -> Result<File, LoadFault> {
 fn check_directory(path: &Path) -> Result<(), LoadFault> {
     // The directory that holds the file itself, not the one that holds a link to it.
     let real = path.canonicalize().map_err(LoadFault::Unreadable)?;
-    let directory = real.parent().unwrap_or(Path::new("/"));
+    let directory = real.parent().unwrap_or_else(|| Path::new("/"));
     let metadata = directory.metadata().map_err(LoadFault::Unreadable)?;
     check_writers(&format!("the directory {}", directory.display()), &metadata)
 }
@@ -280,16 +280,16 @@ fn vtable(library: &dl::Library, image: &Image) -> Result<&'static abi::PluginVt
     }
     // SAFETY: a stamp's `plugin` leads to a static vtable, which begins with its size (plugin ABI,
     // "Versions"); only that first field is read until the size is known to be enough.
-    let size = unsafe { (&raw const (*vt).size).read() };
+    let size = unsafe { vt.cast::<usize>().read() };
     if size < size_of::<abi::PluginVt>() {
         return Err(LoadFault::BadStamp("its vtable is smaller than this ABI's"));
     }
     for (slot, offset) in REQUIRED_SLOTS {
-        // SAFETY: the table is at least as large as ours, and each offset is that of a pointer.
-        let address = unsafe { vt.byte_add(offset).cast::<usize>().read() };
-        if address == 0 {
-            tracing::debug!(slot, "null slot");
-            return Err(LoadFault::BadStamp("a slot of its vtable that must be filled is null"));
+        // SAFETY: the table is at least as large as ours.
+        let at = unsafe { vt.byte_add(offset) };
+        // SAFETY: as above, and the offset is that of a pointer.
+        if unsafe { at.cast::<usize>().read() } == 0 {
+            return Err(LoadFault::NullSlot(slot));
         }
     }
     // SAFETY: as above; the slots that Rust takes for never null are not.

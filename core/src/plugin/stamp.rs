@@ -40,7 +40,7 @@ const MACHINE: (elf::Machine, &str) = (elf::EM_S390, "s390x");
 const PLAIN_BYTES: usize = std::mem::offset_of!(abi::Stamp, plugin);
 
 /// Reads and judges the stamp of the library whose whole file is `file`.
-pub fn read(file: &[u8]) -> Result<Stamp, LoadFault> {
+pub(super) fn read(file: &[u8]) -> Result<Stamp, LoadFault> {
     let (header, endian) = library_header(file)?;
     check_extents(header, endian, file)?;
     judge(stamp_bytes(header, endian, file)?, endian)

@@ -14,8 +14,6 @@ fn setup() -> Setup {
 fn run(command: &str, yaml: &str) -> Output {
     let directory = tempfile::tempdir().expect("a temporary directory");
     fs::write(directory.path().join("sidecar.yaml"), yaml).expect("the directory is ours");
-    // A library that lies beside the file.
-    fs::write(directory.path().join("text.so"), "not a library\n").expect("the directory is ours");
     Command::new(program())
         .current_dir(directory.path())
         .args([command, "sidecar.yaml"])
@@ -77,10 +75,12 @@ fn tunnel_beyond_loopback_needs_a_token() {
 #[test]
 fn library_that_is_none_is_refused_by_name() {
     let directory = tempfile::tempdir().unwrap();
+    let text_file = directory.path().join("text.so");
+    fs::write(&text_file, "not a library\n").unwrap();
     let truncated = changed_library(directory.path(), |bytes| bytes.truncate(bytes.len() / 2));
     for (name, path, says) in [
-        ("missing", "./nothing.so".into(), "nothing.so"),
-        ("text", "./text.so".into(), "text.so"),
+        ("missing", directory.path().join("nothing.so"), "nothing.so"),
+        ("text", text_file, "text.so"),
         ("truncated", truncated, "changed.so"),
     ] {
         let mut setup = setup();

@@ -116,24 +116,27 @@ fn two_sidecars_share_a_tunnel_and_either_may_leave() {
 fn right_token_is_let_in() {
     let service = Service::ok();
     let mut setup = Setup::of(service.address());
-    setup.relay_token = Some("correct horse".to_owned());
-    setup.sidecar_token = Some("correct horse".to_owned());
+    setup.relay_token = Some("correct horse battery staple".to_owned());
+    setup.sidecar_token = Some("correct horse battery staple".to_owned());
     let (relay, sidecar) = pair(&setup);
     for (name, side) in [("relay", &relay), ("sidecar", &sidecar)] {
-        assert!(!side.log().contains("correct horse"), "the {name} logs the token");
+        assert!(!side.log().contains("correct horse battery staple"), "the {name} logs the token");
         let config = side.get(side.admin(), "/config");
         assert_eq!(config.head.status, 200, "{name}");
         let text = String::from_utf8_lossy(&config.body).into_owned();
-        assert!(!text.contains("correct horse"), "the {name} shows the token: {text}");
+        assert!(
+            !text.contains("correct horse battery staple"),
+            "the {name} shows the token: {text}"
+        );
     }
 }
 
 #[test]
 fn wrong_or_missing_token_is_refused() {
-    for shown in [Some("wrong battery".to_owned()), None] {
+    for shown in [Some("wrong horse battery staple".to_owned()), None] {
         let service = Service::ok();
         let mut setup = Setup::of(service.address());
-        setup.relay_token = Some("correct horse".to_owned());
+        setup.relay_token = Some("correct horse battery staple".to_owned());
         setup.sidecar_token = shown.clone();
         let relay = Sidelane::spawn("relay", &setup.relay());
         let sidecar = Sidelane::spawn("sidecar", &setup.sidecar(relay.tunnel()));
@@ -145,7 +148,10 @@ fn wrong_or_missing_token_is_refused() {
             sidecar.log().to_lowercase().contains("credential").then_some(())
         });
         for side in [&relay, &sidecar] {
-            assert!(!side.log().contains("correct horse") && !side.log().contains("wrong battery"));
+            assert!(
+                !side.log().contains("correct horse battery staple")
+                    && !side.log().contains("wrong horse battery staple")
+            );
         }
     }
 }

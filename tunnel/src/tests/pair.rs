@@ -248,14 +248,13 @@ impl Pipe {
             if from.out.is_empty() && !from.lane.poll_transmit(&mut from.out, 128 * 1024) {
                 break;
             }
-            let mut chunks = [std::io::IoSlice::new(&[]); 4];
-            let filled = from.out.chunks(&mut chunks);
-            let first: Vec<u8> =
-                chunks[..filled].iter().flat_map(|chunk| chunk.iter().copied()).collect();
-            let count = first.len().min(self.capacity - self.held).min(chop);
+            let mut chunks = [std::io::IoSlice::new(&[]); 1];
+            from.out.chunks(&mut chunks);
+            let count = chunks[0].len().min(self.capacity - self.held).min(chop);
+            let bytes = chunks[0][..count].to_vec();
             from.out.advance(count);
             self.held += count;
-            self.flying.push_back((arrival, first[..count].to_vec()));
+            self.flying.push_back((arrival, bytes));
             moved = true;
         }
         moved

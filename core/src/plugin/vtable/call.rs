@@ -53,7 +53,8 @@ pub(super) struct Lent {
     pub(super) head: Option<PreparedHead>,
     pub(super) meta: Option<Meta>,
     pub(super) failure: Option<Failure>,
-    pub(super) opener: Option<Arc<dyn Owner>>,
+    /// Owner of the meta record that the opener gave; only kept.
+    pub(super) _opener: Option<Arc<dyn Owner>>,
 }
 
 impl Lent {

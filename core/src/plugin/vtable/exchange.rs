@@ -2,6 +2,7 @@
 
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
+use std::mem::offset_of;
 use std::sync::Arc;
 use std::task::Poll;
 
@@ -9,7 +10,8 @@ use sidelane_abi as abi;
 
 use super::waker::with_context;
 use super::{
-    Counted, Invalid, buf, future, guard, io, report, reset_from_abi, reset_to_abi, str_of, text_of,
+    Counted, Invalid, buf, bytes_of, future, guard, io, report, reset_from_abi, reset_to_abi,
+    str_of, text_of,
 };
 use crate::plugin::lend;
 
@@ -83,13 +85,15 @@ pub(super) fn lend_exchange(send: impl lend::SendHalf, recv: impl lend::RecvHalf
 /// # Safety
 /// `exchange` was moved here by the plugin.
 pub(in crate::plugin) unsafe fn discard(exchange: abi::Exchange) {
-    if !exchange.send.vt.is_null() {
+    // SAFETY: a half's vtable is static.
+    if let Some(vt) = unsafe { exchange.send.vt.as_ref() } {
         // SAFETY: moved here, dropped once, by the functions of whoever made it.
-        unsafe { ((*exchange.send.vt).drop)(exchange.send.data) };
+        unsafe { (vt.drop)(exchange.send.data) };
     }
-    if !exchange.recv.vt.is_null() {
+    // SAFETY: as above.
+    if let Some(vt) = unsafe { exchange.recv.vt.as_ref() } {
         // SAFETY: as above.
-        unsafe { ((*exchange.recv.vt).drop)(exchange.recv.data) };
+        unsafe { (vt.drop)(exchange.recv.data) };
     }
 }
 
@@ -346,7 +350,9 @@ impl<O: lend::Opener> Opener<O> {
         // SAFETY: one thread uses an opener at a time (plugin ABI, "Threads"), and core does not.
         let state = unsafe { &mut *this.state.get() };
         // SAFETY: the plugin lends the key for the call.
-        let key = unsafe { route_key(&*key) };
+        let key = unsafe { &*key };
+        // SAFETY: as above, with the text it points to.
+        let key = unsafe { route_key(key) };
         let opened = guard("opener.poll_open", Poll::Ready(Err(defect())), || {
             let key = match key {
                 Ok(key) => key,
@@ -367,16 +373,20 @@ impl<O: lend::Opener> Opener<O> {
                 guard("opener.poll_open", (), || drop(opener));
                 let exchange = lend_exchange(opened.send, opened.recv);
                 let meta = state.meta.insert(Meta::new(opened.meta)).as_abi();
-                // SAFETY: the plugin lends `out` for the call.
-                unsafe { write(&raw mut (*out).exchange, exchange) };
+                let at = |offset| out.wrapping_byte_add(offset);
+                let exchange_at = at(offset_of!(abi::Opened, exchange)).cast();
+                // SAFETY: the plugin lends `out` for the call, and this is a field of it.
+                unsafe { write(exchange_at, exchange) };
+                let meta_at = at(offset_of!(abi::Opened, meta)).cast();
                 // SAFETY: as above.
-                unsafe { write(&raw mut (*out).meta, meta) };
+                unsafe { write(meta_at, meta) };
                 abi::poll::READY
             }
             Poll::Ready(Err(failure)) => {
                 let failure = state.failure.insert(Failure::new(failure));
+                let failure_at = out.wrapping_byte_add(offset_of!(abi::Opened, failure)).cast();
                 // SAFETY: as above; the detail lives as long as the opener.
-                unsafe { write(&raw mut (*out).failure, failure.view) };
+                unsafe { write(failure_at, failure.view) };
                 abi::poll::CLOSED
             }
         }
@@ -413,8 +423,17 @@ unsafe fn route_key<'a>(key: &abi::RouteKey) -> Result<lend::RouteKey<'a>, Inval
     // SAFETY: by this function's contract.
     let host = unsafe { text_of(key.host) }?;
     // SAFETY: by this function's contract.
-    let path = unsafe { text_of(key.path) }?;
-    Ok(lend::RouteKey::Host { host, path: if path.is_empty() { "/" } else { path } })
+    let path = unsafe { bytes_of(key.path) }?;
+    Ok(lend::RouteKey::Host { host, path: routable(path) })
+}
+
+/// Returns the part of a path that routes can tell apart: they are text, and match by prefix.
+fn routable(path: &[u8]) -> &str {
+    let text = match std::str::from_utf8(path) {
+        Ok(text) => text,
+        Err(error) => std::str::from_utf8(&path[..error.valid_up_to()]).unwrap_or_default(),
+    };
+    if text.is_empty() { "/" } else { text }
 }
 
 /// Returns the service to give a plugin.

@@ -86,8 +86,10 @@ impl PluginFuture {
 impl Drop for PluginFuture {
     fn drop(&mut self) {
         let entered = self.host.enter();
+        // SAFETY: the vtable is static and large enough (`new`).
+        let vt = unsafe { &*self.raw.vt };
         // SAFETY: the future was moved here (`new`) and is dropped once.
-        unsafe { ((*self.raw.vt).drop)(self.raw.data) };
+        unsafe { (vt.drop)(self.raw.data) };
         drop(entered);
     }
 }

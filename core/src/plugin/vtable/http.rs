@@ -267,8 +267,10 @@ impl<R: lend::Responder> Responder<R> {
     ) -> u32 {
         // SAFETY: as in `informational`.
         let this = unsafe { Self::of(data) };
-        // SAFETY: the plugin moves `*first` here, whatever comes of the call.
-        let first = unsafe { first.as_mut().map(|first| buf::take(first)) }.transpose();
+        // SAFETY: the plugin lends the buffer's place for the call.
+        let first = unsafe { first.as_mut() };
+        // SAFETY: the plugin moves the buffer here, whatever comes of the call.
+        let first = first.map(|first| unsafe { buf::take(first) }).transpose();
         // SAFETY: the plugin lends the head for the call.
         let head = unsafe { &*head };
         this.call("responder.head", |responder| {

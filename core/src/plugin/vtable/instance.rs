@@ -134,7 +134,7 @@ impl Instance {
         let lent = Lent {
             head: Some(head),
             meta: Some(Meta::new(meta)),
-            opener: Some(owner),
+            _opener: Some(owner),
             failure: None,
         };
         Call::start(pin, lent, |lent| {
@@ -159,7 +159,7 @@ impl Instance {
         };
         let (opener, owner) = exchange::lend_opener(opener);
         let client = io::lend(client);
-        let lent = Lent { meta: Some(Meta::new(meta)), opener: Some(owner), ..Lent::default() };
+        let lent = Lent { meta: Some(Meta::new(meta)), _opener: Some(owner), ..Lent::default() };
         Call::start(pin, lent, |lent| {
             let meta = lent.meta();
             // SAFETY: as in `accept_http`.

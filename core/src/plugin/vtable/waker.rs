@@ -99,10 +99,19 @@ fn foreign(waker: *const abi::Waker) -> RawWaker {
     RawWaker::new(waker.cast(), &FOREIGN_VT)
 }
 
-unsafe fn foreign_clone(data: *const ()) -> RawWaker {
+/// # Safety
+/// `data` is a plugin's waker, alive.
+unsafe fn foreign_parts(data: *const ()) -> (*const abi::Waker, &'static abi::WakerVt) {
     let waker: *const abi::Waker = data.cast();
-    // SAFETY: `data` is a plugin's waker that someone owns or borrows; its vtable is static.
-    let vt = unsafe { &*(*waker).vt };
+    // SAFETY: by this function's contract.
+    let vt = unsafe { (*waker).vt };
+    // SAFETY: a vtable is static, in a library that is never unmapped.
+    (waker, unsafe { &*vt })
+}
+
+unsafe fn foreign_clone(data: *const ()) -> RawWaker {
+    // SAFETY: by `RawWaker`'s contract `data` is a plugin's waker that someone owns or borrows.
+    let (waker, vt) = unsafe { foreign_parts(data) };
     // SAFETY: as above.
     unsafe { (vt.retain)(waker) };
     foreign(waker)
@@ -116,17 +125,15 @@ unsafe fn foreign_wake(data: *const ()) {
 }
 
 unsafe fn foreign_wake_by_ref(data: *const ()) {
-    let waker: *const abi::Waker = data.cast();
     // SAFETY: as in `foreign_clone`.
-    let vt = unsafe { &*(*waker).vt };
+    let (waker, vt) = unsafe { foreign_parts(data) };
     // SAFETY: as in `foreign_clone`.
     unsafe { (vt.wake)(waker) };
 }
 
 unsafe fn foreign_drop(data: *const ()) {
-    let waker: *const abi::Waker = data.cast();
     // SAFETY: as in `foreign_clone`.
-    let vt = unsafe { &*(*waker).vt };
+    let (waker, vt) = unsafe { foreign_parts(data) };
     // SAFETY: the owner that `foreign_clone` made ends here.
     unsafe { (vt.release)(waker) };
 }
