@@ -164,12 +164,9 @@ impl Exchange {
     /// put before it.
     pub(super) fn poll_output(&self, cx: &mut Context<'_>, room: bool) -> Poll<Output> {
         let mut state = self.state();
-        let output = match state.next_output(room) {
-            Some(output) => output,
-            None => {
-                keep(&mut state.connection, cx.waker());
-                return Poll::Pending;
-            }
+        let Some(output) = state.next_output(room) else {
+            keep(&mut state.connection, cx.waker());
+            return Poll::Pending;
         };
         let waker = if state.chunk.is_none() { state.room.take() } else { None };
         drop(state);

@@ -3,7 +3,9 @@
 //! Drives one connection: timeouts, the client's end, shutdown, the hand-over after an upgrade.
 //! hyper parses and frames; docs/adr/0002-http-front.md says what it cannot do and what holds then.
 
+use std::error::Error as _;
 use std::future::{Future, poll_fn};
+use std::io;
 use std::pin::Pin;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
@@ -53,12 +55,16 @@ where
 
     let mut closing = false;
     let end = poll_fn(|cx| {
+        if let Poll::Ready(done) = connection.poll_without_shutdown(cx) {
+            return Poll::Ready(End::Done(done));
+        }
+        // After the first poll, so that a request that has come is still answered.
         if !closing && shutdown.as_mut().poll(cx).is_ready() {
             closing = true;
             Pin::new(&mut connection).graceful_shutdown();
-        }
-        if let Poll::Ready(done) = connection.poll_without_shutdown(cx) {
-            return Poll::Ready(End::Done(done));
+            if let Poll::Ready(done) = connection.poll_without_shutdown(cx) {
+                return Poll::Ready(End::Done(done));
+            }
         }
         if signals.ended.load(Relaxed) && signals.live.load(Relaxed) > 0 {
             // hyper notices only where it waits for nothing but the response.
@@ -87,14 +93,7 @@ where
             close(wire, true).await;
             Err(ConnectionError::Http1(error))
         }
-        End::Done(Err(error)) if error.is_user() || error.is_body_write_aborted() => {
-            Err(ConnectionError::Aborted)
-        }
-        End::Done(Err(error)) if error.is_incomplete_message() => {
-            tracing::debug!(%error, "client closed during an exchange");
-            Err(ConnectionError::ClientGone)
-        }
-        End::Done(Err(error)) => Err(ConnectionError::Http1(error)),
+        End::Done(Err(error)) => Err(classify(error)),
         End::Gone => Err(ConnectionError::ClientGone),
         End::Late(Late::Idle) => {
             close(wire, false).await;
@@ -107,6 +106,25 @@ where
             }
             Err(ConnectionError::HeadTimeout)
         }
+    }
+}
+
+/// Returns who broke the connection, where it was not the request's syntax.
+fn classify(error: hyper::Error) -> ConnectionError {
+    if error.is_user() || error.is_body_write_aborted() {
+        return ConnectionError::Aborted;
+    }
+    let cause = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+    match cause.map(io::Error::kind) {
+        _ if error.is_incomplete_message() => ConnectionError::ClientGone,
+        Some(
+            io::ErrorKind::UnexpectedEof
+            | io::ErrorKind::BrokenPipe
+            | io::ErrorKind::ConnectionReset
+            | io::ErrorKind::ConnectionAborted,
+        ) => ConnectionError::ClientGone,
+        Some(kind) => ConnectionError::Io(io::Error::new(kind, error)),
+        None => ConnectionError::Http1(error),
     }
 }
 
@@ -144,7 +162,7 @@ async fn close<S: AsyncRead + AsyncWrite + Unpin>(mut wire: Wire<S>, linger: boo
                 read => thrown_away += read,
             }
         }
-        Ok::<(), std::io::Error>(())
+        Ok::<(), io::Error>(())
     };
     if let Ok(Err(error)) = tokio::time::timeout(LINGER, closing).await {
         tracing::trace!(%error, "client's connection failed while it was closed");
@@ -217,7 +235,10 @@ impl Clock {
             let now = Instant::now();
             if self.phase == Phase::Busy {
                 self.deadline = now + self.idle_timeout;
-            } else if self.phase == Phase::Idle && signals.wrote.swap(false, Relaxed) {
+            } else if self.deadline <= now
+                && self.phase == Phase::Idle
+                && signals.wrote.swap(false, Relaxed)
+            {
                 // A slow client still takes the last response.
                 self.deadline = now + self.idle_timeout;
             } else if self.deadline <= now {
@@ -239,6 +260,7 @@ impl Clock {
             self.requests = requests;
             // What was read belonged to the exchange.
             signals.read.store(false, Relaxed);
+            signals.wrote.store(false, Relaxed);
             self.enter(Phase::Idle, self.idle_timeout);
         } else if self.phase == Phase::Idle && signals.read.load(Relaxed) {
             self.enter(Phase::Head, self.head_timeout);

@@ -64,8 +64,13 @@ where
             connection.graceful_shutdown();
         }
         loop {
-            match pin!(connection.accept()).poll(cx) {
+            let accepted = pin!(connection.accept()).poll(cx);
+            match accepted {
                 Poll::Ready(None) => return Poll::Ready(Ok(())),
+                // A client may just close while nothing runs.
+                Poll::Ready(Some(Err(error))) if error.is_io() && !connection.has_streams() => {
+                    return Poll::Ready(Ok(()));
+                }
                 Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(classify(error))),
                 Poll::Ready(Some(Ok((request, respond)))) => {
                     requests.start(request, respond);
@@ -100,8 +105,7 @@ fn builder(config: &FrontConfig) -> server::Builder {
     builder
 }
 
-/// Returns who broke the connection. A client that just closes is no error while it has nothing
-/// running; what it has running is told on its own.
+/// Returns who broke the connection. What was running on it is told on its own.
 fn classify(error: ::h2::Error) -> ConnectionError {
     if error.is_io() {
         let cause = error.into_io().unwrap_or_else(|| std::io::ErrorKind::Other.into());

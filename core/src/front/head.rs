@@ -256,9 +256,12 @@ fn is_unreserved_or_sub_delim(byte: u8) -> bool {
 /// Decimal, at most 65535; `host:` is allowed.
 fn is_port(digits: &[u8]) -> bool {
     digits.iter().all(u8::is_ascii_digit)
-        && digits.iter().try_fold(0_u16, |port, digit| {
-            port.checked_mul(10)?.checked_add(u16::from(digit - b'0'))
-        }) != None
+        && digits
+            .iter()
+            .try_fold(0_u16, |port, digit| {
+                port.checked_mul(10)?.checked_add(u16::from(digit - b'0'))
+            })
+            .is_some()
 }
 
 #[cfg(test)]

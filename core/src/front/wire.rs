@@ -4,7 +4,7 @@
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes};
@@ -38,6 +38,16 @@ pub(super) struct Signals {
     pub(super) requests: AtomicU32,
     /// The exchange that was answered by 101 and waits for the client's bytes.
     pub(super) upgrade: Mutex<Option<Arc<Exchange>>>,
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        // The connection was dropped between its 101 and the hand-over.
+        let upgrade = self.upgrade.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(exchange) = upgrade.take() {
+            exchange.upgrade_failed();
+        }
+    }
 }
 
 /// A part of an exchange that keeps its connection busy.

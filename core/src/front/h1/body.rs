@@ -108,8 +108,7 @@ pub(super) enum ResponseBody {
 pub(super) struct Streaming {
     exchange: Arc<Exchange>,
     first: Option<Bytes>,
-    /// Nothing follows `first`, or what was last given to hyper.
-    ended: bool,
+    stage: Stage,
     /// Bytes that are still owed to the announced length. hyper stops asking when it has them.
     owed: Option<u64>,
     /// hyper shall find the length in the head.
@@ -117,6 +116,15 @@ pub(super) struct Streaming {
     /// What was put before an abort has had its turn to leave.
     flushed: bool,
     _busy: Busy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    Open,
+    /// Nothing follows `first`, or what was last given to hyper.
+    Ended,
+    /// The exchange was aborted.
+    Broken,
 }
 
 impl Streaming {
@@ -131,7 +139,7 @@ impl Streaming {
         Self {
             exchange,
             first,
-            ended: end,
+            stage: if end { Stage::Ended } else { Stage::Open },
             owed: stated.or(length),
             stated: stated.is_some(),
             flushed: false,
@@ -146,6 +154,17 @@ impl Streaming {
         Poll::Ready(Some(Ok(Frame::data(bytes))))
     }
 
+    /// Ends the body without a clean end. hyper throws away what it has buffered when a body fails;
+    /// one turn later it has written what the client could take.
+    fn break_off(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
+        if self.flushed {
+            return Poll::Ready(Some(Err(BrokenOff)));
+        }
+        self.flushed = true;
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
     fn poll_frame(
         &mut self,
         cx: &mut Context<'_>,
@@ -153,30 +172,30 @@ impl Streaming {
         if let Some(first) = self.first.take() {
             return self.data(first);
         }
-        if self.ended {
-            return Poll::Ready(None);
-        }
         loop {
+            match self.stage {
+                Stage::Open => {}
+                Stage::Ended if self.owed.is_none_or(|owed| owed == 0) => {
+                    return Poll::Ready(None);
+                }
+                Stage::Ended | Stage::Broken => return self.break_off(cx),
+            }
             match ready!(self.exchange.poll_output(cx, true)) {
                 Output::Chunk { bytes, end } => {
-                    self.ended = end;
+                    if end {
+                        self.stage = Stage::Ended;
+                    }
                     return self.data(bytes);
                 }
                 Output::End(trailers) => {
-                    self.ended = true;
-                    return Poll::Ready(trailers.map(|trailers| Ok(Frame::trailers(trailers))));
+                    self.stage = Stage::Ended;
+                    if let Some(trailers) = trailers
+                        && self.owed.is_none()
+                    {
+                        return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+                    }
                 }
-                Output::Aborted(_) if !self.flushed => {
-                    // hyper throws away what it has buffered when a body fails. One turn later
-                    // it has written what the client could take.
-                    self.flushed = true;
-                    cx.waker().wake_by_ref();
-                    return Poll::Pending;
-                }
-                Output::Aborted(_) => {
-                    self.ended = true;
-                    return Poll::Ready(Some(Err(BrokenOff)));
-                }
+                Output::Aborted(_) => self.stage = Stage::Broken,
                 // Both come before the body only.
                 Output::Interim(..) | Output::Head { .. } => {}
             }
@@ -186,7 +205,7 @@ impl Streaming {
 
 impl Drop for Streaming {
     fn drop(&mut self) {
-        if self.ended {
+        if self.stage != Stage::Open {
             return;
         }
         if self.owed == Some(0) {
@@ -227,7 +246,7 @@ impl http_body::Body for ResponseBody {
                 streaming.first.is_none()
                     && match streaming.owed {
                         Some(owed) => owed == 0,
-                        None => streaming.ended,
+                        None => streaming.stage == Stage::Ended,
                     }
             }
         }
