@@ -190,3 +190,26 @@ impl Exchanges {
         self.slots.iter().filter_map(|(index, _)| u32::try_from(index).ok()).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Thousands of exchanges are at rest at once.
+    #[test]
+    fn an_exchange_at_rest_is_small() {
+        assert!(size_of::<Exchange>() <= 384, "{}", size_of::<Exchange>());
+    }
+
+    #[test]
+    fn a_slot_that_is_filled_again_has_another_key() {
+        let mut exchanges = Exchanges::default();
+        let first = exchanges.insert(Exchange::new(RequestId(1), true, 0, 0));
+        exchanges.remove(first.index);
+        let second = exchanges.insert(Exchange::new(RequestId(3), true, 0, 0));
+        assert_eq!(first.index, second.index);
+        assert!(exchanges.find(first).is_none());
+        assert!(exchanges.find_mut(first).is_none());
+        assert!(exchanges.find(second).is_some());
+    }
+}

@@ -118,7 +118,7 @@ impl Dialler {
     pub fn hello(&self, hello: &proto::Hello) -> Result<Bytes, HandshakeError> {
         let hello = proto::Hello { version: VERSION, ..hello.clone() };
         check_hello(&hello)?;
-        Ok(frame(field::HELLO, &hello))
+        frame("hello", field::HELLO, &hello)
     }
 
     /// Takes the answer, once it is whole.
@@ -179,13 +179,17 @@ impl Acceptor {
     pub fn encode_welcome(&self, welcome: &proto::Welcome) -> Result<Bytes, HandshakeError> {
         let welcome = proto::Welcome { version: VERSION, ..welcome.clone() };
         check_welcome(&welcome)?;
-        Ok(frame(field::WELCOME, &welcome))
+        frame("welcome", field::WELCOME, &welcome)
     }
 
-    /// Returns the bytes that turn the dialler away.
+    /// Returns the bytes that turn the dialler away. A detail above 256 bytes is cut.
     #[must_use]
     pub fn encode_refuse(&self, refuse: &proto::Refuse) -> Bytes {
-        frame(field::REFUSE, refuse)
+        let mut refuse = refuse.clone();
+        while refuse.detail.len() > TEXT_BYTES_MAX {
+            refuse.detail.pop();
+        }
+        frame("refuse", field::REFUSE, &refuse).expect("a short detail fits")
     }
 }
 
@@ -264,10 +268,12 @@ const fn check_limits(window: u64, message_bytes_max: u32) -> Result<(), Handsha
     Ok(())
 }
 
-fn frame(number: u32, message: &impl Message) -> Bytes {
+fn frame(name: &'static str, number: u32, message: &impl Message) -> Result<Bytes, HandshakeError> {
     let mut out = Vec::new();
     write_control(&mut out, None, number, message);
-    Bytes::from(out)
+    // The frame's own length is counted in, which errs on the safe side.
+    check_len(name, out.len(), 0, HELLO_BYTES_MAX, "at most 65536 bytes as a whole")?;
+    Ok(Bytes::from(out))
 }
 
 fn decode<M: Message + Default>(field: u32, payload: Bytes) -> Result<M, HandshakeError> {

@@ -531,8 +531,9 @@ impl Lane {
         self.free(key.index, key);
     }
 
-    /// The receiving handle is gone. Without the peer's end the exchange is reset with `CANCELLED`:
-    /// at once, or, where this end has finished, after what it has queued, so that an early answer
+    /// The receiving handle is gone. Without the peer's end the exchange is reset: with `CANCELLED`;
+    /// or with `NONE` where this end has answered and finished, since an early answer that makes the
+    /// rest of the question needless is no failure. What is queued goes out first, so that the answer
     /// arrives whole.
     pub fn drop_recv(&mut self, key: Key) {
         let Some(exchange) = self.exchanges.find_mut(key) else { return };
@@ -541,8 +542,9 @@ impl Lane {
         self.drop_received(key);
         let Some(exchange) = self.exchanges.find_mut(key) else { return };
         if exchange.closed.is_none() && !exchange.recv.ended {
-            let reset = Reset::new(failure::CANCELLED);
-            if exchange.send.end == SendEnd::Queued {
+            let answered = !exchange.opener && exchange.send.end != SendEnd::Open;
+            let reset = Reset::new(if answered { failure::NONE } else { failure::CANCELLED });
+            if answered && exchange.send.end == SendEnd::Queued {
                 exchange.reset_after_queue = Some(reset);
             } else {
                 self.reset(key, reset);
@@ -743,14 +745,22 @@ impl Lane {
         self.wakes.push_from(&mut exchange.closed_waker);
         self.outbox.clear(index);
         if exchange.is_over() {
-            self.exchanges.remove(index);
+            self.remove(index);
         }
+        self.wake_waiting();
     }
 
     /// Frees the slot where nothing needs it; `key` may be stale.
     fn free(&mut self, index: u32, key: Key) {
         if self.exchanges.find(key).is_some_and(Exchange::is_over) {
-            self.exchanges.remove(index);
+            self.remove(index);
+        }
+    }
+
+    fn remove(&mut self, index: u32) {
+        self.exchanges.remove(index);
+        if self.exchanges.len() == 0 {
+            self.outbox.shrink();
         }
     }
 

@@ -20,6 +20,9 @@ pub const QUANTUM_BYTES: usize = 16 * 1024;
 /// Queues whose capacity is above this give it back when they are empty.
 const QUEUE_KEPT_MAX: usize = 16;
 
+/// Nodes kept when no exchange is left.
+const NODES_KEPT_MAX: usize = 1024;
+
 const NIL: u32 = u32::MAX;
 
 /// What an exchange has to send, and where in the lists it stands. Numbered as the exchanges are.
@@ -182,6 +185,14 @@ impl Outbox {
         self.queued -= node.queued;
         node.queued = 0;
         self.make_idle(index);
+    }
+
+    /// Gives the queues' memory back where they are many. All of them are empty.
+    pub(crate) fn shrink(&mut self) {
+        debug_assert_eq!(self.queued, 0, "no exchange is left");
+        if self.nodes.len() > NODES_KEPT_MAX {
+            self.nodes = Vec::new();
+        }
     }
 
     /// Takes the message whose turn it is.

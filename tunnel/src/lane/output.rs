@@ -113,8 +113,8 @@ impl Lane {
         }
     }
 
-    /// Wakes the senders that waited for room in the lane.
-    fn wake_waiting(&mut self) {
+    /// Wakes the senders that waited for room in the lane, once there is some.
+    pub(super) fn wake_waiting(&mut self) {
         if self.outbox.queued() as u64 >= self.config.queued_bytes_max {
             return;
         }

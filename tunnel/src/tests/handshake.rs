@@ -67,6 +67,15 @@ fn a_refusal_reaches_the_dialler() {
 }
 
 #[test]
+fn a_long_detail_is_cut_between_characters() {
+    let refuse = proto::Refuse { detail: "é".repeat(1000) + "x", ..proto::Refuse::default() };
+    let mut buffer = BytesMut::from(&*Acceptor::new().encode_refuse(&refuse));
+    let reply = Dialler::new().handle_input(&mut buffer).unwrap();
+    let expected = proto::Refuse { detail: "é".repeat(128), ..proto::Refuse::default() };
+    assert_eq!(reply, Some(Reply::Refuse(expected)));
+}
+
+#[test]
 fn another_version_is_refused_as_such() {
     let mut dialled = proto::Hello { version: 2, ..hello() };
     // `hello` fills in this end's version, so the message is made here.
@@ -125,6 +134,7 @@ fn a_welcome_with_a_field_out_of_range_is_refused() {
         ("peers", proto::Welcome { peers: vec![String::new()], ..welcome() }),
         ("peers", proto::Welcome { peers: vec!["r".to_owned(); 257], ..welcome() }),
         ("window", proto::Welcome { window: 0, ..welcome() }),
+        ("welcome", proto::Welcome { peers: vec!["r".repeat(256); 256], ..welcome() }),
     ];
     for (field, welcome) in cases {
         let error = Acceptor::new().encode_welcome(&welcome).unwrap_err();

@@ -377,6 +377,21 @@ fn a_full_lane_makes_all_senders_wait_and_refuses_opens() {
 }
 
 #[test]
+fn an_exchange_that_ends_unsent_makes_room_in_the_lane() {
+    let mut pair = Pair::with(|config| config.queued_bytes_max = 50_000).capacity(0);
+    let (first, second) = (pair.open(), pair.open());
+    assert_eq!(pair.relay.send(first, bytes(60_000)), DONE);
+    let (bell, waker) = Bell::new();
+    let mut cx = Context::from_waker(&waker);
+    let mut waiting = Some(bytes(100));
+    assert!(pair.relay.lane.poll_send(second, &mut cx, &mut waiting).is_pending());
+    pair.relay.drop_handles(first);
+    pair.relay.lane.take_wakes().wake();
+    assert_eq!(bell.rings(), 1);
+    assert_eq!(pair.relay.lane.poll_send(second, &mut cx, &mut waiting), DONE);
+}
+
+#[test]
 fn a_receiver_full_of_unread_bytes_refuses_opens() {
     let mut pair = Pair::with(|config| config.queued_bytes_max = 100_000);
     let (first, first_there) = pair.opened();
@@ -490,17 +505,36 @@ fn dropping_an_unfinished_half_cancels() {
 }
 
 #[test]
-fn an_early_answer_arrives_whole() {
+fn an_early_answer_arrives_whole_and_is_no_failure() {
     let mut pair = Pair::new();
     let (relay, sidecar) = pair.opened();
     assert_eq!(pair.sidecar.send(sidecar, last(b"413")), DONE);
     pair.sidecar.drop_handles(sidecar);
     pair.run();
-    assert_eq!(pair.relay.send(relay, data(b"body")), failed(failure::CANCELLED));
+    assert_eq!(pair.relay.send(relay, data(b"body")), failed(failure::NONE));
+    assert_eq!(pair.relay.closed(relay), Poll::Ready(reset(failure::NONE)));
     assert_eq!(pair.relay.recv(relay), received(last(b"413")));
     assert_eq!(pair.relay.recv(relay), Poll::Ready(Received::Finished));
     pair.relay.drop_handles(relay);
     pair.assert_empty();
+}
+
+#[test]
+fn an_opener_that_has_asked_and_leaves_cancels() {
+    for written in [true, false] {
+        let mut pair = Pair::new();
+        let (relay, sidecar) = pair.opened();
+        assert_eq!(pair.relay.send(relay, last(b"asked")), DONE);
+        if written {
+            pair.run();
+        }
+        pair.relay.drop_handles(relay);
+        pair.run();
+        assert_eq!(pair.sidecar.closed(sidecar), Poll::Ready(reset(failure::CANCELLED)));
+        assert_eq!(pair.sidecar.send(sidecar, data(b"x")), failed(failure::CANCELLED));
+        pair.sidecar.drop_handles(sidecar);
+        pair.assert_empty();
+    }
 }
 
 #[test]
