@@ -12,17 +12,17 @@ const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 /// Builds the Rust example with the cargo and into the target directory of this test, where most of it
 /// stands already: cargo holds no lock while tests run.
 fn line_rust() -> PathBuf {
-    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("target/tmp has a parent");
     let output = Command::new(env!("CARGO"))
         .args(["build", "--package", "line-rust", "--message-format=json", "--manifest-path"])
         .arg(Path::new(ROOT).join("Cargo.toml"))
         .arg("--target-dir")
         .arg(target)
         .output()
-        .unwrap();
+        .expect("cargo runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let libraries: Vec<PathBuf> = String::from_utf8(output.stdout)
-        .unwrap()
+        .expect("cargo writes UTF-8")
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())
         .filter(|message| message["target"]["name"] == "line_rust")
