@@ -202,8 +202,12 @@ pub struct IoVt {
     /// `sizeof(IoVt)`.
     pub size: usize,
     /// Reads up to `len` bytes into `ptr`.
-    pub poll_read:
-        unsafe extern "C" fn(data: *mut c_void, waker: *const Waker, ptr: *mut u8, len: usize) -> IoRes,
+    pub poll_read: unsafe extern "C" fn(
+        data: *mut c_void,
+        waker: *const Waker,
+        ptr: *mut u8,
+        len: usize,
+    ) -> IoRes,
     /// Writes from `count` (at least 1, at most 64) elements.
     pub poll_writev: unsafe extern "C" fn(
         data: *mut c_void,
@@ -462,7 +466,8 @@ pub struct BodyVt {
     /// `sizeof(BodyVt)`.
     pub size: usize,
     /// Next frame.
-    pub poll_frame: unsafe extern "C" fn(data: *mut c_void, waker: *const Waker, frame: *mut Frame) -> u32,
+    pub poll_frame:
+        unsafe extern "C" fn(data: *mut c_void, waker: *const Waker, frame: *mut Frame) -> u32,
     /// Ends interest; the host drains or closes as the protocol wants.
     pub drop: unsafe extern "C" fn(data: *mut c_void),
 }
@@ -491,17 +496,24 @@ pub struct ResponderVt {
     ) -> u32,
     /// Sends the head, and with it a first chunk of the body where `first` is not null (moved, also
     /// on failure). [`poll::READY`], or [`poll::CLOSED`].
-    pub head: unsafe extern "C" fn(data: *mut c_void, head: *const ResponseHead, first: *mut Buf) -> u32,
+    pub head:
+        unsafe extern "C" fn(data: *mut c_void, head: *const ResponseHead, first: *mut Buf) -> u32,
     /// Sends a chunk. [`poll::PENDING`] leaves `chunk` with the caller: backpressure.
-    pub poll_body:
-        unsafe extern "C" fn(data: *mut c_void, waker: *const Waker, chunk: *mut Buf, flags: u32) -> u32,
+    pub poll_body: unsafe extern "C" fn(
+        data: *mut c_void,
+        waker: *const Waker,
+        chunk: *mut Buf,
+        flags: u32,
+    ) -> u32,
     /// Ends the body, with trailers where `headers_len` is not 0.
-    pub finish: unsafe extern "C" fn(data: *mut c_void, headers: *const Header, headers_len: usize) -> u32,
+    pub finish:
+        unsafe extern "C" fn(data: *mut c_void, headers: *const Header, headers_len: usize) -> u32,
     /// Ends the exchange early: a reset on HTTP/2 (with `protocol_code` where given), a closed
     /// connection on HTTP/1. Before the head the host answers by `code` instead.
     pub abort: unsafe extern "C" fn(data: *mut c_void, reset: Reset),
     /// [`poll::CLOSED`] once the client is gone (then `reset` is filled).
-    pub poll_closed: unsafe extern "C" fn(data: *mut c_void, waker: *const Waker, reset: *mut Reset) -> u32,
+    pub poll_closed:
+        unsafe extern "C" fn(data: *mut c_void, waker: *const Waker, reset: *mut Reset) -> u32,
     /// After a `head` that accepts an upgrade: resolves to an [`IoOutcome`] with the client's bytes.
     pub upgrade: unsafe extern "C" fn(data: *mut c_void) -> Future,
     /// Without `finish` (or END) before: as `abort` with [`failure::PLUGIN_FAILED`].
@@ -565,14 +577,16 @@ pub struct SendVt {
     pub size: usize,
     /// Queues `message`. [`poll::READY`]: `head` and `body` are moved. [`poll::PENDING`]: they stay
     /// with the caller (backpressure). [`poll::CLOSED`]: they stay, the exchange is over.
-    pub poll_send: unsafe extern "C" fn(data: *mut c_void, waker: *const Waker, message: *mut Msg) -> u32,
+    pub poll_send:
+        unsafe extern "C" fn(data: *mut c_void, waker: *const Waker, message: *mut Msg) -> u32,
     /// Ends the direction (an empty END message) where no message with END was sent.
     pub finish: unsafe extern "C" fn(data: *mut c_void) -> u32,
     /// Ends the whole exchange, both directions, for `reset`'s reason.
     pub reset: unsafe extern "C" fn(data: *mut c_void, reset: Reset),
     /// [`poll::CLOSED`] once the exchange has been reset or lost (then `reset` is filled), without
     /// reading; [`poll::PENDING`] until then.
-    pub poll_closed: unsafe extern "C" fn(data: *mut c_void, waker: *const Waker, reset: *mut Reset) -> u32,
+    pub poll_closed:
+        unsafe extern "C" fn(data: *mut c_void, waker: *const Waker, reset: *mut Reset) -> u32,
     /// Sidecar's end: the first byte is about to be written to a service.
     pub dispatched: unsafe extern "C" fn(data: *mut c_void),
     /// Sidecar's end: nothing was and nothing will be written to a service. Ends the exchange.
@@ -802,8 +816,11 @@ pub struct HostVt {
     /// How many there are.
     pub shards: unsafe extern "C" fn(host: *const Host) -> u32,
     /// Runs `run(data)` on a thread that may block. It is run exactly once.
-    pub blocking:
-        unsafe extern "C" fn(host: *const Host, run: unsafe extern "C" fn(*mut c_void), data: *mut c_void),
+    pub blocking: unsafe extern "C" fn(
+        host: *const Host,
+        run: unsafe extern "C" fn(*mut c_void),
+        data: *mut c_void,
+    ),
     /// Joins two byte streams, half-close kept, until both directions have ended; `out` is a
     /// [`SpliceOutcome`]. Streams of the host's own are joined without passing the plugin.
     pub splice: unsafe extern "C" fn(host: *const Host, a: Io, b: Io) -> Future,
@@ -896,11 +913,16 @@ pub struct PluginVt {
     pub create:
         unsafe extern "C" fn(host: *const Host, config: Str, error: *mut ErrorOut) -> *mut c_void,
     /// Checks a route's `options.<protocol_type>` (JSON text). 1, or 0 with `error` filled.
-    pub validate_route:
-        unsafe extern "C" fn(plugin: *mut c_void, protocol: u32, options: Str, error: *mut ErrorOut) -> u32,
+    pub validate_route: unsafe extern "C" fn(
+        plugin: *mut c_void,
+        protocol: u32,
+        options: Str,
+        error: *mut ErrorOut,
+    ) -> u32,
     /// Pure. One of [`claim`]. Null where no type is [`born::HTTP`].
-    pub claims:
-        Option<unsafe extern "C" fn(plugin: *mut c_void, protocol: u32, head: *const RequestHead) -> u32>,
+    pub claims: Option<
+        unsafe extern "C" fn(plugin: *mut c_void, protocol: u32, head: *const RequestHead) -> u32,
+    >,
     /// Pure. One of [`sniff`]; may point `host` at a part of `bytes`. Null where no type is [`born::BYTES`].
     pub sniff: Option<
         unsafe extern "C" fn(plugin: *mut c_void, protocol: u32, bytes: Str, host: *mut Str) -> u32,

@@ -1,0 +1,877 @@
+//! The configuration: parsed, not validated. A [`Config`] is whole and consistent, or it is not
+//! made; every fault of the file is told at once, with its place.
+//!
+//! Knows the language and its defaults (`docs/config.md`), not what plugins accept: that is asked
+//! of a [`PluginCheck`]. Does no I/O but to read the file and those it names.
+
+mod diff;
+mod error;
+mod raw;
+mod read;
+mod substitute;
+mod value;
+pub mod watch;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
+use std::io::Read;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value as Json, json};
+
+pub use diff::{Changes, Delta, diff};
+pub use error::{ConfigError, ConfigErrors, Position};
+pub use value::{HostPort, Secret, duration_text, size_text};
+
+use error::{did_you_mean, list};
+
+/// Largest configuration file. A ConfigMap holds 1 MiB at most.
+pub const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// A configuration file's contents.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Source {
+    /// Where it was read from; relative paths in it start at its directory.
+    pub path: PathBuf,
+    /// YAML.
+    pub text: String,
+}
+
+/// The text may hold secrets.
+impl fmt::Debug for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Source").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl Source {
+    /// Reads the file.
+    pub fn read(path: &Path) -> Result<Self, ConfigErrors> {
+        let fault = |message: String| {
+            ConfigErrors::from(ConfigError {
+                file: path.display().to_string().into(),
+                position: Position::default(),
+                path: String::new(),
+                message,
+                snippet: None,
+            })
+        };
+        let mut bytes = Vec::new();
+        std::fs::File::open(path)
+            .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
+            .map_err(|error| fault(format!("cannot be read: {error}")))?;
+        if bytes.len() as u64 > FILE_BYTES_MAX {
+            return Err(fault(format!("is larger than {}", size_text(FILE_BYTES_MAX))));
+        }
+        let text = String::from_utf8(bytes).map_err(|error| {
+            let line = error.as_bytes()[..error.utf8_error().valid_up_to()]
+                .iter()
+                .filter(|byte| **byte == b'\n')
+                .count();
+            fault(format!("is not UTF-8 text (line {})", line + 1))
+        })?;
+        Ok(Self { path: path.to_owned(), text })
+    }
+}
+
+/// Reads and parses the file, with the process's environment.
+pub fn load(path: &Path) -> Result<(Source, Config), ConfigErrors> {
+    let source = Source::read(path)?;
+    let config = parse(&source, &|name| std::env::var(name).ok())?;
+    Ok((source, config))
+}
+
+/// Parses a configuration; `env` gives the environment's variables.
+pub fn parse(
+    source: &Source,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<Config, ConfigErrors> {
+    read::read(source, env)
+}
+
+/// A configuration, valid by construction.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The relay's role, where this process has it.
+    pub relay: Option<Relay>,
+    /// The sidecar's role, where this process has it. One of the two is there.
+    pub sidecar: Option<Sidecar>,
+    /// In the file's order; names are unique.
+    pub tunnels: Vec<Arc<Tunnel>>,
+    /// In the file's order; names are unique. With a sidecar, or with any tunnel, each names one of
+    /// `tunnels`.
+    pub routes: Vec<Arc<Route>>,
+    /// Plugins.
+    pub plugins: Plugins,
+    /// Health and metrics; `None`: not served.
+    pub health: Option<SocketAddr>,
+    /// Administration; `None`: not served. Loopback.
+    pub admin: Option<SocketAddr>,
+    /// Logs.
+    pub log: Log,
+    /// How long running exchanges may take after SIGTERM.
+    pub drain_timeout: Duration,
+    /// Files that values were read from; their contents belong to the configuration.
+    pub files: Vec<PathBuf>,
+    /// Where everything stands.
+    pub origin: Origin,
+}
+
+/// The relay's role.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Relay {
+    /// For clients; names and addresses are unique.
+    pub listeners: Vec<Arc<Listener>>,
+    /// Subdomains of these are routed; lower case, never empty.
+    pub base_domains: Vec<Arc<str>>,
+    /// The tunnel's public end.
+    pub tunnel: RelayTunnel,
+    /// Data-path threads; 0: one per core.
+    pub threads: usize,
+    /// Limits.
+    pub limits: RelayLimits,
+    /// Timeouts.
+    pub timeouts: RelayTimeouts,
+}
+
+/// Where clients come in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// Unique.
+    pub name: Arc<str>,
+    /// Address.
+    pub address: SocketAddr,
+    /// Every connection is of this type; `None`: the HTTP front.
+    pub protocol_type: Option<Arc<str>>,
+}
+
+/// Where sidecars come in. Without a token the address is loopback.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RelayTunnel {
+    /// Address.
+    pub address: SocketAddr,
+    /// What sidecars must present.
+    pub token: Option<Secret>,
+}
+
+/// Bounds of a relay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RelayLimits {
+    /// Clients' connections at once.
+    pub connections: usize,
+    /// Sessions at once.
+    pub sessions: usize,
+    /// Lanes of one session.
+    pub lanes_per_session: usize,
+    /// Exchanges of one session at once.
+    pub exchanges_per_session: usize,
+    /// HTTP/2 streams of one connection at once.
+    pub streams_per_connection: u32,
+    /// Bytes of a request's head.
+    pub request_head: usize,
+    /// Fields of a request's head.
+    pub request_headers: usize,
+    /// Bytes of messages queued or held for replay in the process.
+    pub queued: u64,
+    /// Largest credit window of an exchange and direction, in bytes.
+    pub window: u64,
+    /// Handshakes of sidecars per second.
+    pub handshakes_per_second: u32,
+    /// The same, from one address.
+    pub handshakes_per_second_per_address: u32,
+}
+
+impl Default for RelayLimits {
+    fn default() -> Self {
+        Self {
+            connections: 65_536,
+            sessions: 4_096,
+            lanes_per_session: 16,
+            exchanges_per_session: 10_000,
+            streams_per_connection: 256,
+            request_head: 64 * 1024,
+            request_headers: 128,
+            queued: 2 << 30,
+            window: 4 << 20,
+            handshakes_per_second: 200,
+            handshakes_per_second_per_address: 20,
+        }
+    }
+}
+
+/// Timeouts of a relay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RelayTimeouts {
+    /// For a client to send a whole request head.
+    pub request_head: Duration,
+    /// For a client's connection without an exchange.
+    pub idle: Duration,
+    /// An exchange waits this long for a session that is on its way.
+    pub open_wait: Duration,
+    /// For a sidecar to send its hello.
+    pub handshake: Duration,
+}
+
+impl Default for RelayTimeouts {
+    fn default() -> Self {
+        Self {
+            request_head: Duration::from_secs(30),
+            idle: Duration::from_secs(75),
+            open_wait: Duration::from_secs(1),
+            handshake: Duration::from_secs(10),
+        }
+    }
+}
+
+/// The sidecar's role.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sidecar {
+    /// For people, beside the instance's random id.
+    pub name: Arc<str>,
+    /// Which relays it dials.
+    pub relays: Relays,
+    /// Credential; with the embedded relay that relay's own.
+    pub token: Option<Secret>,
+    /// Connections per session.
+    pub lanes: usize,
+    /// Data-path threads; 0: one per core.
+    pub threads: usize,
+    /// Limits.
+    pub limits: SidecarLimits,
+    /// Timeouts.
+    pub timeouts: SidecarTimeouts,
+}
+
+/// Which relays a sidecar dials.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Relays {
+    /// The relay of this process, at the address it is bound to.
+    Embedded,
+    /// Never empty. Without a token all are loopback.
+    Listed(Vec<HostPort>),
+}
+
+/// Bounds of a sidecar.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SidecarLimits {
+    /// Exchanges of one session at once.
+    pub exchanges_per_session: usize,
+    /// Bytes of messages queued or held for replay in the process.
+    pub queued: u64,
+    /// Largest credit window of an exchange and direction, in bytes.
+    pub window: u64,
+}
+
+impl Default for SidecarLimits {
+    fn default() -> Self {
+        Self { exchanges_per_session: 10_000, queued: 256 << 20, window: 4 << 20 }
+    }
+}
+
+/// Timeouts of a sidecar.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SidecarTimeouts {
+    /// For a connection to a relay.
+    pub dial: Duration,
+    /// For a relay's welcome.
+    pub handshake: Duration,
+}
+
+impl Default for SidecarTimeouts {
+    fn default() -> Self {
+        Self { dial: Duration::from_secs(10), handshake: Duration::from_secs(10) }
+    }
+}
+
+/// A name for a service's end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    /// Unique.
+    pub name: Arc<str>,
+    /// Where the service is.
+    pub service: HostPort,
+    /// Protocol types it carries; `None`: all that plugins serve.
+    pub protocols: Option<Vec<Arc<str>>>,
+    /// For a connection to the service.
+    pub connect_timeout: Duration,
+}
+
+impl Tunnel {
+    /// Returns whether the tunnel carries exchanges of this type.
+    #[must_use]
+    pub fn carries(&self, protocol_type: &str) -> bool {
+        self.protocols
+            .as_ref()
+            .is_none_or(|types| types.iter().any(|carried| **carried == *protocol_type))
+    }
+}
+
+/// What a client asks for, and the tunnel it goes to.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Route {
+    /// Unique.
+    pub name: Arc<str>,
+    /// The tunnel's name.
+    pub tunnel: Arc<str>,
+    /// Which exchanges it takes.
+    pub matches: Match,
+    /// Per protocol type, checked by its plugin.
+    pub options: BTreeMap<Arc<str>, Block>,
+}
+
+impl Route {
+    /// Returns the options for this protocol as JSON, or empty text.
+    #[must_use]
+    pub fn options_for(&self, protocol_type: &str) -> Arc<str> {
+        self.options.get(protocol_type).map_or_else(|| Arc::from(""), |block| block.text.clone())
+    }
+}
+
+/// Which exchanges a route takes: those that fit every part that is given.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Match {
+    /// Host.
+    pub host: HostMatch,
+    /// Whole segments: `/a` takes `/a` and `/a/b`, not `/ab`. No final `/`; empty: every path.
+    pub path_prefix: Arc<str>,
+    /// Name of a listener; `None`: any.
+    pub listener: Option<Arc<str>>,
+    /// `None`: any.
+    pub protocol_type: Option<Arc<str>>,
+}
+
+/// Which hosts a route takes. Names are lower case.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub enum HostMatch {
+    /// Any host, or none.
+    #[default]
+    Any,
+    /// This host.
+    Exact(Arc<str>),
+    /// This label (or labels) below any base domain.
+    Subdomain(Arc<str>),
+    /// One label or more below `<suffix>.<base domain>`; empty: below any base domain.
+    Wildcard(Arc<str>),
+    /// One label or more below this host.
+    HostWildcard(Arc<str>),
+}
+
+/// A match as it stands in a file or an announcement.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MatchSpec<'a> {
+    /// `demo`.
+    pub subdomain: Option<&'a str>,
+    /// `demo.example.org`, `*.example.org`.
+    pub host: Option<&'a str>,
+    /// `*.apps`, `*`.
+    pub wildcard: Option<&'a str>,
+    /// `/api`.
+    pub path_prefix: Option<&'a str>,
+    /// `web`.
+    pub listener: Option<&'a str>,
+    /// `HTTP`.
+    pub protocol_type: Option<&'a str>,
+}
+
+impl Match {
+    /// Parses a match; the error is the part at fault (empty: the whole) and what is wrong with it.
+    pub fn parse(spec: &MatchSpec<'_>) -> Result<Self, (&'static str, String)> {
+        let part = |name: &'static str| move |message: String| (name, message);
+        let given = [
+            ("subdomain", spec.subdomain.is_some()),
+            ("host", spec.host.is_some()),
+            ("wildcard", spec.wildcard.is_some()),
+        ];
+        let given: Vec<&str> =
+            given.into_iter().filter_map(|(name, given)| given.then_some(name)).collect();
+        if given.len() > 1 {
+            let message = format!(
+                "has {} at once (accepted: one of subdomain, host, wildcard)",
+                given.join(" and ")
+            );
+            return Err(("", message));
+        }
+        if given.is_empty() && spec.listener.is_none() {
+            let message = "takes nothing (accepted: one of subdomain, host, wildcard, or listener)";
+            return Err(("", message.to_owned()));
+        }
+        let host = if let Some(text) = spec.subdomain {
+            HostMatch::Subdomain(value::subdomain(text).map_err(part("subdomain"))?)
+        } else if let Some(text) = spec.wildcard {
+            HostMatch::Wildcard(value::wildcard(text).map_err(part("wildcard"))?)
+        } else if let Some(text) = spec.host {
+            match text.strip_prefix("*.") {
+                Some(suffix) => HostMatch::HostWildcard(value::host(suffix).map_err(part("host"))?),
+                None => HostMatch::Exact(value::host(text).map_err(part("host"))?),
+            }
+        } else {
+            HostMatch::Any
+        };
+        Ok(Self {
+            host,
+            path_prefix: spec.path_prefix.map_or_else(
+                || Ok(Arc::from("")),
+                |text| value::path_prefix(text).map_err(part("path_prefix")),
+            )?,
+            listener: spec
+                .listener
+                .map(|text| value::name(text).map_err(part("listener")))
+                .transpose()?,
+            protocol_type: spec
+                .protocol_type
+                .map(|text| value::protocol_type(text).map_err(part("protocol_type")))
+                .transpose()?,
+        })
+    }
+}
+
+/// As in the file: `demo/api`, `*.apps`, `listener lines`; a route's default name.
+impl fmt::Display for Match {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.host, &self.listener) {
+            (HostMatch::Exact(host) | HostMatch::Subdomain(host), _) => f.write_str(host)?,
+            (HostMatch::Wildcard(suffix), _) if suffix.is_empty() => f.write_str("*")?,
+            (HostMatch::Wildcard(suffix) | HostMatch::HostWildcard(suffix), _) => {
+                write!(f, "*.{suffix}")?;
+            }
+            (HostMatch::Any, Some(listener)) => f.write_str(listener)?,
+            (HostMatch::Any, None) => {}
+        }
+        f.write_str(&self.path_prefix)
+    }
+}
+
+/// A block of a plugin's own.
+#[derive(Clone, PartialEq)]
+pub struct Block {
+    /// The block.
+    pub value: Json,
+    /// The block as JSON text.
+    pub text: Arc<str>,
+    /// For people: secrets are `***`.
+    pub masked: Json,
+}
+
+impl Block {
+    /// Returns a block of this value, without secrets.
+    #[must_use]
+    pub fn new(value: Json) -> Self {
+        Self { text: value.to_string().into(), masked: value.clone(), value }
+    }
+}
+
+impl Default for Block {
+    fn default() -> Self {
+        Self { value: Json::Null, text: "".into(), masked: Json::Null }
+    }
+}
+
+/// The block may hold secrets.
+impl fmt::Debug for Block {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.masked.fmt(f)
+    }
+}
+
+/// Plugins to load.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plugins {
+    /// In the file's order; names are unique.
+    pub libraries: Vec<Library>,
+    /// Distinct libraries in the process's life (nothing is ever unloaded).
+    pub generations: usize,
+    /// A plugin that panics this often within `panics_within` is quarantined.
+    pub panics: u32,
+    /// See `panics`.
+    pub panics_within: Duration,
+    /// A poll that takes longer is logged.
+    pub slow_poll: Duration,
+}
+
+impl Default for Plugins {
+    fn default() -> Self {
+        Self {
+            libraries: Vec::new(),
+            generations: 8,
+            panics: 5,
+            panics_within: Duration::from_secs(60),
+            slow_poll: Duration::from_millis(100),
+        }
+    }
+}
+
+/// One plugin.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Library {
+    /// Unique.
+    pub name: Arc<str>,
+    /// The file: absolute, or relative to the working directory.
+    pub path: PathBuf,
+    /// The file must have this hash.
+    pub sha256: Option<[u8; 32]>,
+    /// Without it nothing starts; else it is logged.
+    pub required: bool,
+    /// Only these of the types it serves; `None`: all.
+    pub protocol_types: Option<Vec<Arc<str>>>,
+    /// The plugin's own settings.
+    pub config: Block,
+}
+
+/// Logs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Log {
+    /// Directives as tracing's filter takes them: `info`, `info,sidelane::tunnel=debug`.
+    pub level: Arc<str>,
+    /// Form.
+    pub format: LogFormat,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { level: "info".into(), format: LogFormat::Text }
+    }
+}
+
+/// Form of the logs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One object a line.
+    Json,
+}
+
+/// Where the parts of a configuration stand in their file.
+#[derive(Clone)]
+pub struct Origin {
+    file: Arc<str>,
+    root: Arc<raw::Node>,
+}
+
+/// The tree holds secrets.
+impl fmt::Debug for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Origin").field("file", &self.file).finish_non_exhaustive()
+    }
+}
+
+impl Origin {
+    /// Returns the place of `path` (`routes[2].options.HTTP.mode`), or of its nearest ancestor.
+    #[must_use]
+    pub fn locate(&self, path: &str) -> Position {
+        self.root.locate(path)
+    }
+
+    /// Returns an error at `path`.
+    #[must_use]
+    pub fn error(&self, path: &str, message: impl Into<String>) -> ConfigError {
+        ConfigError {
+            file: self.file.clone(),
+            position: self.locate(path),
+            path: path.to_owned(),
+            message: message.into(),
+            snippet: None,
+        }
+    }
+}
+
+/// What a plugin finds wrong with a block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// What is wrong.
+    pub message: String,
+    /// Where in the block: `limits.idle`, `rules[1]`; empty: the block as a whole.
+    pub path: String,
+}
+
+/// What plugins know of a configuration.
+pub trait PluginCheck {
+    /// Returns the protocol types that plugins serve.
+    fn types(&self) -> Vec<Arc<str>>;
+    /// Checks a route's options for this protocol.
+    fn validate_route(&self, protocol_type: &str, options_json: &str) -> Result<(), Fault>;
+}
+
+impl Config {
+    /// Returns the tunnel of that name.
+    #[must_use]
+    pub fn tunnel(&self, name: &str) -> Option<&Arc<Tunnel>> {
+        self.tunnels.iter().find(|tunnel| *tunnel.name == *name)
+    }
+
+    /// Checks what only plugins know: protocol types and routes' options.
+    pub fn check_plugins(&self, plugins: &dyn PluginCheck) -> Result<(), ConfigErrors> {
+        let types = plugins.types();
+        let mut errors = Vec::new();
+        let mut known = |path: String, protocol_type: &str| {
+            let known = types.iter().any(|served| **served == *protocol_type);
+            if !known {
+                let names = || types.iter().map(|served| &**served);
+                let message = format!(
+                    "no plugin serves protocol type \"{protocol_type}\" (served: {}){}",
+                    list(names()),
+                    did_you_mean(protocol_type, names())
+                );
+                errors.push(self.origin.error(&path, message));
+            }
+            known
+        };
+        let listeners = self.relay.iter().flat_map(|relay| &relay.listeners);
+        for (index, listener) in listeners.enumerate() {
+            if let Some(protocol_type) = &listener.protocol_type {
+                known(format!("relay.listeners[{index}].protocol_type"), protocol_type);
+            }
+        }
+        for (index, tunnel) in self.tunnels.iter().enumerate() {
+            for (item, protocol_type) in tunnel.protocols.iter().flatten().enumerate() {
+                known(format!("tunnels[{index}].protocols[{item}]"), protocol_type);
+            }
+        }
+        let mut blocks = Vec::new();
+        for (index, route) in self.routes.iter().enumerate() {
+            if let Some(protocol_type) = &route.matches.protocol_type {
+                known(format!("routes[{index}].protocol_type"), protocol_type);
+            }
+            for (protocol_type, block) in &route.options {
+                let path = format!("routes[{index}].options.{protocol_type}");
+                if known(path.clone(), protocol_type) {
+                    blocks.push((path, protocol_type, block));
+                }
+            }
+        }
+        for (path, protocol_type, block) in blocks {
+            if let Err(fault) = plugins.validate_route(protocol_type, &block.text) {
+                errors.push(self.fault(&path, &fault));
+            }
+        }
+        if errors.is_empty() { Ok(()) } else { Err(ConfigErrors::new(errors, 0)) }
+    }
+
+    /// Returns the error of a plugin that refuses its own `config`.
+    #[must_use]
+    pub fn library_fault(&self, name: &str, fault: &Fault) -> ConfigError {
+        let index = self.plugins.libraries.iter().position(|library| *library.name == *name);
+        let path =
+            index.map_or_else(|| "plugins".into(), |i| format!("plugins.libraries[{i}].config"));
+        self.fault(&path, fault)
+    }
+
+    fn fault(&self, path: &str, fault: &Fault) -> ConfigError {
+        let separator = if fault.path.is_empty() || fault.path.starts_with('[') { "" } else { "." };
+        self.origin.error(&format!("{path}{separator}{}", fault.path), fault.message.clone())
+    }
+
+    /// Takes over from `old` each route, tunnel and listener that is unchanged, so that it stays
+    /// the same object.
+    pub fn reuse(&mut self, old: &Self) {
+        reuse(&mut self.tunnels, &old.tunnels, |tunnel| &tunnel.name);
+        reuse(&mut self.routes, &old.routes, |route| &route.name);
+        if let (Some(relay), Some(old)) = (&mut self.relay, &old.relay) {
+            reuse(&mut relay.listeners, &old.listeners, |listener| &listener.name);
+        }
+    }
+
+    /// Returns the effective configuration, defaults filled in and secrets masked.
+    #[must_use]
+    pub fn to_masked_json(&self) -> Json {
+        json!({
+            "version": 1,
+            "relay": self.relay.as_ref().map(Relay::to_json),
+            "sidecar": self.sidecar.as_ref().map(Sidecar::to_json),
+            "tunnels": self.tunnels.iter().map(|tunnel| tunnel.to_json()).collect::<Vec<_>>(),
+            "routes": self.routes.iter().map(|route| route.to_json()).collect::<Vec<_>>(),
+            "plugins": self.plugins.to_json(),
+            "health": self.health.map(|address| json!({ "address": address })),
+            "admin": self.admin.map(|address| json!({ "address": address })),
+            "log": {
+                "level": self.log.level.as_ref(),
+                "format": match self.log.format {
+                    LogFormat::Text => "text",
+                    LogFormat::Json => "json",
+                },
+            },
+            "drain_timeout": duration_text(self.drain_timeout),
+        })
+    }
+}
+
+fn reuse<T: PartialEq>(new: &mut [Arc<T>], old: &[Arc<T>], name: fn(&T) -> &Arc<str>) {
+    let old: HashMap<&str, &Arc<T>> = old.iter().map(|item| (&**name(item), item)).collect();
+    for item in new {
+        if let Some(same) = old.get(&**name(item)).filter(|old| ***old == *item) {
+            *item = Arc::clone(same);
+        }
+    }
+}
+
+fn masked(token: Option<&Secret>) -> Option<String> {
+    token.map(Secret::to_string)
+}
+
+impl Relay {
+    fn to_json(&self) -> Json {
+        let limits = &self.limits;
+        let listeners: Vec<Json> = self
+            .listeners
+            .iter()
+            .map(|listener| {
+                json!({
+                    "name": listener.name.as_ref(),
+                    "address": listener.address,
+                    "protocol_type": listener.protocol_type.as_deref(),
+                })
+            })
+            .collect();
+        json!({
+            "listeners": listeners,
+            "base_domains": self.base_domains.iter().map(AsRef::as_ref).collect::<Vec<&str>>(),
+            "tunnel": {
+                "address": self.tunnel.address,
+                "token": masked(self.tunnel.token.as_ref()),
+            },
+            "threads": self.threads,
+            "limits": {
+                "connections": limits.connections,
+                "sessions": limits.sessions,
+                "lanes_per_session": limits.lanes_per_session,
+                "exchanges_per_session": limits.exchanges_per_session,
+                "streams_per_connection": limits.streams_per_connection,
+                "request_head": size_text(limits.request_head as u64),
+                "request_headers": limits.request_headers,
+                "queued": size_text(limits.queued),
+                "window": size_text(limits.window),
+                "handshakes_per_second": limits.handshakes_per_second,
+                "handshakes_per_second_per_address": limits.handshakes_per_second_per_address,
+            },
+            "timeouts": {
+                "request_head": duration_text(self.timeouts.request_head),
+                "idle": duration_text(self.timeouts.idle),
+                "open_wait": duration_text(self.timeouts.open_wait),
+                "handshake": duration_text(self.timeouts.handshake),
+            },
+        })
+    }
+}
+
+impl Sidecar {
+    fn to_json(&self) -> Json {
+        json!({
+            "name": self.name.as_ref(),
+            "relays": match &self.relays {
+                Relays::Embedded => Json::Null,
+                Relays::Listed(relays) => relays.iter().map(HostPort::to_string).collect(),
+            },
+            "token": masked(self.token.as_ref()),
+            "lanes": self.lanes,
+            "threads": self.threads,
+            "limits": {
+                "exchanges_per_session": self.limits.exchanges_per_session,
+                "queued": size_text(self.limits.queued),
+                "window": size_text(self.limits.window),
+            },
+            "timeouts": {
+                "dial": duration_text(self.timeouts.dial),
+                "handshake": duration_text(self.timeouts.handshake),
+            },
+        })
+    }
+}
+
+fn names(types: Option<&Vec<Arc<str>>>) -> Option<Vec<&str>> {
+    types.map(|types| types.iter().map(AsRef::as_ref).collect())
+}
+
+impl Tunnel {
+    fn to_json(&self) -> Json {
+        json!({
+            "name": self.name.as_ref(),
+            "service": self.service.to_string(),
+            "protocols": names(self.protocols.as_ref()),
+            "connect_timeout": duration_text(self.connect_timeout),
+        })
+    }
+}
+
+impl Route {
+    /// Returns the route as it may stand in a file, secrets masked.
+    #[must_use]
+    pub fn to_json(&self) -> Json {
+        let mut map = serde_json::Map::new();
+        map.insert("name".into(), self.name.as_ref().into());
+        let host = match &self.matches.host {
+            HostMatch::Any => None,
+            HostMatch::Exact(host) => Some(("host", host.to_string())),
+            HostMatch::Subdomain(subdomain) => Some(("subdomain", subdomain.to_string())),
+            HostMatch::Wildcard(suffix) if suffix.is_empty() => Some(("wildcard", "*".to_owned())),
+            HostMatch::Wildcard(suffix) => Some(("wildcard", format!("*.{suffix}"))),
+            HostMatch::HostWildcard(suffix) => Some(("host", format!("*.{suffix}"))),
+        };
+        map.extend(host.map(|(key, host)| (key.to_owned(), host.into())));
+        let matches = &self.matches;
+        let prefix = (!matches.path_prefix.is_empty()).then(|| matches.path_prefix.as_ref());
+        map.extend(prefix.map(|prefix| ("path_prefix".to_owned(), prefix.into())));
+        map.extend(matches.listener.as_deref().map(|name| ("listener".to_owned(), name.into())));
+        map.extend(
+            matches.protocol_type.as_deref().map(|name| ("protocol_type".to_owned(), name.into())),
+        );
+        map.insert("tunnel".into(), self.tunnel.as_ref().into());
+        if !self.options.is_empty() {
+            let options: serde_json::Map<String, Json> = self
+                .options
+                .iter()
+                .map(|(name, block)| (name.to_string(), block.masked.clone()))
+                .collect();
+            map.insert("options".into(), options.into());
+        }
+        map.into()
+    }
+}
+
+impl Plugins {
+    fn to_json(&self) -> Json {
+        let libraries: Vec<Json> = self
+            .libraries
+            .iter()
+            .map(|library| {
+                json!({
+                    "name": library.name.as_ref(),
+                    "library": library.path.display().to_string(),
+                    "sha256": library.sha256.map(|hash| {
+                        hash.iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+                    }),
+                    "required": library.required,
+                    "protocol_types": names(library.protocol_types.as_ref()),
+                    "config": library.config.masked,
+                })
+            })
+            .collect();
+        json!({
+            "libraries": libraries,
+            "generations": self.generations,
+            "panics": self.panics,
+            "panics_within": duration_text(self.panics_within),
+            "slow_poll": duration_text(self.slow_poll),
+        })
+    }
+}
+
+/// Returns the first item whose key another item has as well, with that other's index.
+fn duplicates<'a>(keys: impl IntoIterator<Item = &'a str>) -> Vec<(usize, usize)> {
+    let mut first = HashMap::new();
+    let mut seen = HashSet::new();
+    let mut found = Vec::new();
+    for (index, key) in keys.into_iter().enumerate() {
+        if seen.insert(key) {
+            first.insert(key, index);
+        } else {
+            found.push((first[key], index));
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests;

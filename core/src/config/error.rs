@@ -1,0 +1,209 @@
+//! What is wrong with a configuration: every fault with file, line, column, path and a suggestion.
+//!
+//! Texts never hold secrets: readers of secret values do not print them, and a snippet is left out
+//! where its line may show one.
+
+use std::fmt;
+use std::sync::Arc;
+
+/// Most errors kept of one file; more would not be read, and a file of garbage must not fill memory.
+const ERRORS_MAX: usize = 100;
+
+/// Longest line that a snippet shows.
+const SNIPPET_COLUMNS_MAX: usize = 160;
+
+/// Words in a line that keep it out of snippets: it may hold a secret.
+const SECRET_WORDS: [&str; 4] = ["token", "secret", "password", "key"];
+
+/// Where something stands in a file. Lines and columns count characters from 1; line 0: nowhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Position {
+    /// From 1; 0: unknown.
+    pub line: u32,
+    /// From 1, in characters.
+    pub column: u32,
+    /// Length in characters of what is marked; 0: unknown.
+    pub len: u32,
+}
+
+/// One fault of a configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    /// The file's name.
+    pub file: Arc<str>,
+    /// Where.
+    pub position: Position,
+    /// `routes[2].tunnel`; empty: the file as a whole.
+    pub path: String,
+    /// What failed, the value, what is accepted, a suggestion.
+    pub message: String,
+    /// The line and a caret under the place.
+    pub snippet: Option<String>,
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.file)?;
+        if self.position.line > 0 {
+            write!(f, ":{}:{}", self.position.line, self.position.column)?;
+        }
+        if !self.path.is_empty() {
+            write!(f, ": {}", self.path)?;
+        }
+        write!(f, ": {}", self.message)
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+/// All faults of a configuration, in the order of their places. Never empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ConfigErrors {
+    /// Invariant: sorted by position, not empty.
+    errors: Vec<ConfigError>,
+    /// Faults beyond [`ERRORS_MAX`].
+    more: usize,
+}
+
+impl ConfigErrors {
+    pub(crate) fn new(mut errors: Vec<ConfigError>, more: usize) -> Self {
+        debug_assert!(!errors.is_empty());
+        errors.sort_by(|a, b| (a.position, &a.path).cmp(&(b.position, &b.path)));
+        Self { errors, more }
+    }
+
+    /// Returns the errors, sorted by position.
+    #[must_use]
+    pub fn errors(&self) -> &[ConfigError] {
+        &self.errors
+    }
+
+    /// Returns the errors for a terminal: each with its line and a caret.
+    #[must_use]
+    pub fn report(&self) -> String {
+        let mut text = String::new();
+        for error in &self.errors {
+            text.push_str(&error.to_string());
+            text.push('\n');
+            if let Some(snippet) = &error.snippet {
+                text.push_str(snippet);
+            }
+        }
+        if self.more > 0 {
+            text.push_str(&format!("and {} more\n", self.more));
+        }
+        text
+    }
+}
+
+impl From<ConfigError> for ConfigErrors {
+    fn from(error: ConfigError) -> Self {
+        Self { errors: vec![error], more: 0 }
+    }
+}
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, error) in self.errors.iter().enumerate() {
+            if index > 0 {
+                f.write_str("\n")?;
+            }
+            error.fmt(f)?;
+        }
+        if self.more > 0 {
+            write!(f, "\nand {} more", self.more)?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for ConfigErrors {}
+
+/// Collects errors, so that all are told at once.
+pub(crate) struct Sink {
+    file: Arc<str>,
+    errors: Vec<ConfigError>,
+    more: usize,
+}
+
+impl Sink {
+    pub(crate) fn new(file: Arc<str>) -> Self {
+        Self { file, errors: Vec::new(), more: 0 }
+    }
+
+    pub(crate) fn push(&mut self, position: Position, path: &str, message: String) {
+        if self.errors.len() == ERRORS_MAX {
+            self.more += 1;
+            return;
+        }
+        self.errors.push(ConfigError {
+            file: self.file.clone(),
+            position,
+            path: path.to_owned(),
+            message,
+            snippet: None,
+        });
+    }
+
+    /// Returns the errors with snippets of `text`, or `Ok` where there are none.
+    pub(crate) fn into_result(mut self, text: &str) -> Result<(), ConfigErrors> {
+        if self.errors.is_empty() {
+            return Ok(());
+        }
+        for error in &mut self.errors {
+            error.snippet = snippet(text, error.position);
+        }
+        Err(ConfigErrors::new(self.errors, self.more))
+    }
+}
+
+fn snippet(text: &str, position: Position) -> Option<String> {
+    let line = text.lines().nth(position.line.checked_sub(1)? as usize)?;
+    let lower = line.to_ascii_lowercase();
+    if line.chars().count() > SNIPPET_COLUMNS_MAX
+        || SECRET_WORDS.iter().any(|word| lower.contains(word))
+    {
+        return None;
+    }
+    let column = position.column.saturating_sub(1) as usize;
+    // Tabs stay tabs, so that the caret stands below its place whatever their width.
+    let indent: String =
+        line.chars().take(column).map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
+    let rest = line.chars().count().saturating_sub(column).max(1);
+    let carets = "^".repeat((position.len.max(1) as usize).min(rest));
+    let number = position.line.to_string();
+    let margin = " ".repeat(number.len());
+    Some(format!(" {margin} |\n {number} | {line}\n {margin} | {indent}{carets}\n"))
+}
+
+/// Returns `; did you mean "…"?` where a candidate is near, else nothing.
+pub(crate) fn did_you_mean<'a>(
+    value: &str,
+    candidates: impl IntoIterator<Item = &'a str>,
+) -> String {
+    candidates
+        .into_iter()
+        .map(|candidate| {
+            let distance =
+                strsim::damerau_levenshtein(&value.to_lowercase(), &candidate.to_lowercase());
+            (distance, candidate)
+        })
+        // A third of the letters may be wrong: "apii" is api, "foo" is not web.
+        .filter(|(distance, candidate)| *distance <= candidate.chars().count().max(3) / 3)
+        .min()
+        .map_or_else(String::new, |(_, candidate)| format!("; did you mean \"{candidate}\"?"))
+}
+
+/// Returns `a, b, c`, shortened beyond 12 items.
+pub(crate) fn list<'a>(items: impl IntoIterator<Item = &'a str>) -> String {
+    const SHOWN_MAX: usize = 12;
+    let items: Vec<&str> = items.into_iter().collect();
+    if items.is_empty() {
+        return "none".to_owned();
+    }
+    let mut text = items[..items.len().min(SHOWN_MAX)].join(", ");
+    if items.len() > SHOWN_MAX {
+        text.push_str(&format!(" and {} more", items.len() - SHOWN_MAX));
+    }
+    text
+}

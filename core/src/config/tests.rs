@@ -1,0 +1,386 @@
+use std::fmt::Write as _;
+
+use super::*;
+
+const FILE: &str = "/etc/sidelane/test.yaml";
+
+fn source(text: &str) -> Source {
+    Source { path: FILE.into(), text: text.to_owned() }
+}
+
+fn env(name: &str) -> Option<String> {
+    match name {
+        "PORT" => Some("9080".to_owned()),
+        "WORD" => Some("word".to_owned()),
+        "TOKEN" => Some("0123456789abcdef".to_owned()),
+        _ => None,
+    }
+}
+
+#[track_caller]
+fn good(text: &str) -> Config {
+    parse(&source(text), &env).unwrap_or_else(|errors| panic!("{}", errors.report()))
+}
+
+#[track_caller]
+fn bad(text: &str) -> ConfigErrors {
+    parse(&source(text), &env).expect_err("the file is faulty")
+}
+
+/// Each case of `broken.txt` begins with `=== title`, then the file, `---`, then the errors as
+/// `check` prints them. `SIDELANE_BLESS=1` writes the errors anew: read the difference.
+#[test]
+fn broken_files_are_told_with_place_value_and_what_is_accepted() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/config/tests/broken.txt");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let mut blessed = String::new();
+    let mut cases = 0;
+    for case in text.split("=== ").skip(1) {
+        let (title, rest) = case.split_once('\n').unwrap();
+        let (file, expected) = rest.split_once("---\n").unwrap();
+        let Err(errors) = parse(&source(file), &env) else { panic!("no error: {title}") };
+        let report = errors.report().replace("/etc/sidelane/", "");
+        write!(blessed, "=== {title}\n{file}---\n{report}\n").unwrap();
+        if std::env::var_os("SIDELANE_BLESS").is_none() {
+            assert_eq!(report.trim_end(), expected.trim_end(), "case: {title}");
+        }
+        cases += 1;
+    }
+    assert!(cases >= 60, "{cases} cases");
+    if std::env::var_os("SIDELANE_BLESS").is_some() {
+        std::fs::write(&path, blessed).unwrap();
+    }
+}
+
+/// The tree of a file with its comments, where defaults stand, made part of it.
+fn with_comments_read(text: &str) -> String {
+    // Alternatives to what stands there, not defaults.
+    let not_defaults = [
+        "protocol_type: LINE",
+        "token_file:",
+        "name: laptop",
+        "relays:",
+        "protocols:",
+        "- {",
+        "sha256:",
+        "protocol_types:",
+        "config:",
+    ];
+    text.lines()
+        .map(|line| match line.trim_start().strip_prefix("# ") {
+            Some(rest)
+                if format!("{rest} ").split_once(": ").is_some_and(|(key, _)| {
+                    key.trim_start().bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+                }) && !not_defaults.iter().any(|text| rest.contains(text)) =>
+            {
+                line.replacen("# ", "", 1)
+            }
+            _ => line.to_owned(),
+        })
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+fn default_file() -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../sidecar.yaml");
+    std::fs::read_to_string(path).unwrap()
+}
+
+#[test]
+fn the_default_file_runs_both_roles_and_the_demo() {
+    let config = good(&default_file());
+    let relay = config.relay.unwrap();
+    assert_eq!(relay.listeners[0].address.to_string(), "127.0.0.1:9080");
+    assert_eq!(relay.tunnel.address.to_string(), "127.0.0.1:9081");
+    assert_eq!(config.sidecar.unwrap().relays, Relays::Embedded);
+    assert_eq!(*config.routes[0].name, *"demo");
+    assert_eq!(config.routes[0].matches.host, HostMatch::Subdomain("demo".into()));
+    assert_eq!(config.tunnels[0].service.to_string(), "127.0.0.1:3000");
+    let library = &config.plugins.libraries[0];
+    assert_eq!(library.path, Path::new("/etc/sidelane/target/release/libsidelane_http.so"));
+}
+
+#[test]
+fn the_default_file_takes_the_founding_documents_variables() {
+    let env = |name: &str| {
+        Some(match name {
+            "HTTP_PORT" => "1080".to_owned(),
+            "WS_PORT" => "1081".to_owned(),
+            "BASE_DOMAIN" => "example.org".to_owned(),
+            _ => return None,
+        })
+    };
+    let config = parse(&source(&default_file()), &env).unwrap();
+    let relay = config.relay.unwrap();
+    assert_eq!(relay.listeners[0].address.port(), 1080);
+    assert_eq!(relay.tunnel.address.port(), 1081);
+    assert_eq!(&*relay.base_domains[0], "example.org");
+}
+
+#[test]
+fn comments_of_the_default_file_are_the_defaults() {
+    let plain = default_file();
+    let full = with_comments_read(&plain);
+    let keys = |text: &str| text.lines().filter(|l| !l.trim_start().starts_with('#')).count();
+    assert!(keys(&full) > keys(&plain) + 30, "comments were read:\n{full}");
+    assert_eq!(good(&full).to_masked_json(), good(&plain).to_masked_json());
+}
+
+#[test]
+fn sections_left_empty_hold_the_defaults_that_the_default_file_shows() {
+    let shown = good(&default_file());
+    let empty = good("version: 1\nrelay: {}\nsidecar: {}\nhealth: {}\nadmin:\n");
+    assert_eq!(empty.relay, shown.relay);
+    assert_eq!(empty.sidecar, shown.sidecar);
+    assert_eq!((empty.health, empty.admin), (shown.health, shown.admin));
+    assert_eq!(empty.drain_timeout, shown.drain_timeout);
+    assert_eq!(empty.log, shown.log);
+}
+
+#[test]
+fn every_key_stands_in_the_reference() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/config.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let sections: [(&str, &[&str]); 16] = [
+        ("", read::ROOT_KEYS),
+        ("relay", read::RELAY_KEYS),
+        ("relay.listeners[]", read::LISTENER_KEYS),
+        ("relay.tunnel", read::RELAY_TUNNEL_KEYS),
+        ("relay.limits", read::RELAY_LIMITS_KEYS),
+        ("relay.timeouts", read::RELAY_TIMEOUTS_KEYS),
+        ("sidecar", read::SIDECAR_KEYS),
+        ("sidecar.limits", read::SIDECAR_LIMITS_KEYS),
+        ("sidecar.timeouts", read::SIDECAR_TIMEOUTS_KEYS),
+        ("tunnels[]", read::TUNNEL_KEYS),
+        ("routes[]", read::ROUTE_KEYS),
+        ("plugins", read::PLUGINS_KEYS),
+        ("plugins.libraries[]", read::LIBRARY_KEYS),
+        ("health", read::HEALTH_KEYS),
+        ("admin", read::ADMIN_KEYS),
+        ("log", read::LOG_KEYS),
+    ];
+    for (section, keys) in sections {
+        for key in keys {
+            let separator = if section.is_empty() { "" } else { "." };
+            let row = format!("| `{section}{separator}{key}` |");
+            assert!(text.contains(&row), "docs/config.md lacks {row}");
+        }
+    }
+}
+
+const TWO_ROUTES: &str = "version: 1
+relay: {}
+tunnels:
+  - { name: api, service: \"127.0.0.1:3000\" }
+  - { name: web, service: \"127.0.0.1:3001\" }
+routes:
+  - { name: one, subdomain: one, tunnel: api, options: { HTTP: { a: [1, { b: 2 }] } } }
+  - { name: two, subdomain: two, tunnel: web }
+";
+
+#[test]
+fn what_a_reload_leaves_unchanged_stays_the_same_object() {
+    let old = good(TWO_ROUTES);
+    // Other lines, another order, one route changed.
+    let mut new = good(
+        &TWO_ROUTES
+            .replace("tunnels:", "\n# moved\ntunnels:")
+            .replace("two, tunnel: web", "two, tunnel: api"),
+    );
+    new.reuse(&old);
+    assert!(Arc::ptr_eq(&old.routes[0], &new.routes[0]));
+    assert!(!Arc::ptr_eq(&old.routes[1], &new.routes[1]));
+    assert!(Arc::ptr_eq(&old.tunnels[0], &new.tunnels[0]));
+    assert!(Arc::ptr_eq(
+        &old.relay.as_ref().unwrap().listeners[0],
+        &new.relay.as_ref().unwrap().listeners[0]
+    ));
+    let changes = diff(&old, &new);
+    assert_eq!(changes.routes.changed, [(old.routes[1].clone(), new.routes[1].clone())]);
+    assert!(changes.tunnels.is_empty() && changes.routes.added.is_empty());
+    assert!(changes.needs_restart.is_empty());
+}
+
+#[test]
+fn a_diff_tells_added_removed_and_what_needs_a_restart() {
+    let old = good(TWO_ROUTES);
+    assert!(diff(&old, &good(TWO_ROUTES)).is_empty());
+    let new = good(
+        "version: 1
+relay: { threads: 2, base_domains: [example.org] }
+sidecar: {}
+tunnels: [{ name: web, service: \"127.0.0.1:3001\" }]
+routes: [{ name: three, subdomain: one, tunnel: web }]
+health: {}
+drain_timeout: 1s
+log: { level: debug }
+plugins: { panics: 9 }
+",
+    );
+    let changes = diff(&old, &new);
+    assert_eq!(changes.routes.added, new.routes);
+    assert_eq!(changes.routes.removed, old.routes);
+    assert_eq!(changes.tunnels.removed, [old.tunnels[0].clone()]);
+    assert!(changes.base_domains && changes.log && changes.drain_timeout && changes.plugins);
+    assert_eq!(changes.needs_restart, ["relay.threads", "sidecar", "health"]);
+}
+
+#[test]
+fn options_reach_plugins_as_json_with_their_yaml_types() {
+    let config = good(
+        "version: 1
+relay: {}
+routes:
+  - subdomain: a
+    tunnel: t
+    options:
+      HTTP: { n: 1, f: 1.5, b: true, s: \"1\", v: \"1.10\", z: ~, list: [a], port: \"${PORT}\" }
+      WEBSOCKET:
+        port: ${PORT}
+        on: ${YES:-true}
+        none: ${NONE:-}
+",
+    );
+    let text = config.routes[0].options_for("HTTP");
+    let value: Json = serde_json::from_str(&text).unwrap();
+    assert_eq!(
+        value,
+        json!({
+            "n": 1, "f": 1.5, "b": true, "s": "1", "v": "1.10", "z": null, "list": ["a"],
+            "port": "9080",
+        })
+    );
+    assert_eq!(
+        config.routes[0].options["WEBSOCKET"].value,
+        json!({ "port": 9080, "on": true, "none": null })
+    );
+    assert_eq!(&*config.routes[0].options_for("GRPC"), "");
+}
+
+struct Checked;
+
+impl PluginCheck for Checked {
+    fn types(&self) -> Vec<Arc<str>> {
+        vec!["HTTP".into(), "WEBSOCKET".into()]
+    }
+
+    fn validate_route(&self, protocol_type: &str, options_json: &str) -> Result<(), Fault> {
+        assert_eq!(protocol_type, "HTTP");
+        let value: Json = serde_json::from_str(options_json).unwrap();
+        if value["a"][1]["b"] == 2 {
+            let path = "a[1].b".to_owned();
+            return Err(Fault { message: "2 is not accepted (accepted: 1)".to_owned(), path });
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn faults_that_plugins_find_have_their_place_in_the_file() {
+    let text = TWO_ROUTES
+        .replace("two, tunnel: web", "two, tunnel: web, protocol_type: WEBSOCKT")
+        .replace("3001\" }", "3001\", protocols: [HTTP, GRPC] }");
+    let errors = good(&text).check_plugins(&Checked).unwrap_err();
+    assert_eq!(
+        errors.to_string(),
+        "/etc/sidelane/test.yaml:5:63: tunnels[1].protocols[1]: no plugin serves protocol type \
+         \"GRPC\" (served: HTTP, WEBSOCKET)\n\
+         /etc/sidelane/test.yaml:7:78: routes[0].options.HTTP.a[1].b: 2 is not accepted (accepted: \
+         1)\n\
+         /etc/sidelane/test.yaml:8:62: routes[1].protocol_type: no plugin serves protocol type \
+         \"WEBSOCKT\" (served: HTTP, WEBSOCKET); did you mean \"WEBSOCKET\"?"
+    );
+    good(&TWO_ROUTES.replace("b: 2", "b: 1")).check_plugins(&Checked).unwrap();
+}
+
+#[test]
+fn a_plugins_fault_in_its_own_block_has_its_place() {
+    let config = good(
+        "version: 1\nrelay: {}\nplugins:\n  libraries:\n    - name: http\n      library: a.so\n      config:\n        idle: 5\n",
+    );
+    let fault = |path: &str| Fault { message: "bad".into(), path: path.into() };
+    let place = |fault| {
+        let error = config.library_fault("http", &fault);
+        (error.position.line, error.position.column)
+    };
+    assert_eq!(place(fault("idle")), (8, 15));
+    assert_eq!(place(fault("idle.deeper")), (8, 15));
+    assert_eq!(place(fault("elsewhere")).0, 8);
+}
+
+#[test]
+fn secrets_are_masked_everywhere() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("secret"), "f1le-s3cret-0123456\n").unwrap();
+    let text = "version: 1
+relay: { tunnel: { address: \"0.0.0.0:1\", token: \"${TOKEN}\" } }
+sidecar: { token_file: secret }
+routes:
+  - { subdomain: a, tunnel: t, options: { HTTP: { x: \"${file:secret}\", password: pl4in } } }
+tunnels: [{ name: t, service: \"127.0.0.1:3000\" }]
+";
+    let source = Source { path: directory.path().join("c.yaml"), text: text.to_owned() };
+    let config = parse(&source, &env).unwrap();
+    assert_eq!(config.files, [directory.path().join("secret")]);
+    assert_eq!(config.sidecar.as_ref().unwrap().token, Some(Secret::new("f1le-s3cret-0123456")));
+    for shown in [config.to_masked_json().to_string(), format!("{config:?} {source:?}")] {
+        for secret in ["s3cret", "0123456789abcdef", "pl4in"] {
+            assert!(!shown.contains(secret), "{secret} in {shown}");
+        }
+    }
+    assert!(config.routes[0].options_for("HTTP").contains("f1le-s3cret-0123456"));
+}
+
+#[test]
+fn errors_do_not_show_what_came_from_a_file() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("secret"), "s3cret").unwrap();
+    let text = "version: 1\nrelay: { threads: \"${file:secret}\", tunnel: \"${file:secret}\" }\n";
+    let source = Source { path: directory.path().join("c.yaml"), text: text.to_owned() };
+    let report = parse(&source, &env).unwrap_err().report();
+    assert!(report.contains("relay.threads") && report.contains("relay.tunnel"), "{report}");
+    assert!(!report.contains("s3cret"), "{report}");
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_an_error_with_its_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("c.yaml");
+    let error = load(&path).unwrap_err().to_string();
+    assert!(error.ends_with("c.yaml: cannot be read: No such file or directory (os error 2)"));
+    std::fs::write(&path, b"version: 1\n\xff\n").unwrap();
+    assert!(load(&path).unwrap_err().to_string().ends_with("is not UTF-8 text (line 2)"));
+    let len = usize::try_from(FILE_BYTES_MAX).unwrap() + 1;
+    std::fs::write(&path, vec![b' '; len]).unwrap();
+    assert!(load(&path).unwrap_err().to_string().ends_with("is larger than 4MiB"));
+}
+
+#[test]
+fn errors_beyond_a_hundred_are_counted() {
+    let mut text = String::from("version: 1\nrelay: {}\n");
+    for index in 0..150 {
+        writeln!(text, "x{index}: 1").unwrap();
+    }
+    let errors = bad(&text);
+    assert_eq!(errors.errors().len(), 100);
+    assert!(errors.to_string().ends_with("\nand 50 more"));
+}
+
+#[test]
+fn expansions_of_aliases_are_bounded() {
+    let mut text = String::from("version: 1\na0: &a0 [x, x, x, x, x, x, x, x, x]\n");
+    for level in 1..9 {
+        let item = format!("*a{}", level - 1);
+        writeln!(text, "a{level}: &a{level} [{}]", vec![item; 9].join(", ")).unwrap();
+    }
+    let error = bad(&text).to_string();
+    assert!(!error.contains("unknown key"), "{error}");
+}
+
+#[test]
+fn aliases_point_at_their_use() {
+    let errors = bad("version: 1\nrelay:\n  timeouts:\n    idle: &t 5\n    open_wait: *t\n");
+    let places: Vec<_> =
+        errors.errors().iter().map(|error| (error.position.line, error.position.column)).collect();
+    assert_eq!(places, [(4, 14), (5, 16)]);
+}

@@ -1,0 +1,1 @@
+//! Watches the configuration for changes.

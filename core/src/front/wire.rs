@@ -1,0 +1,172 @@
+//! The byte stream under an HTTP connection: what was read ahead comes first, and what a connection
+//! must know of its stream while hyper owns it is left in [`Signals`].
+
+use std::io::{self, IoSlice};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::exchange::Exchange;
+
+/// Bytes read ahead at most to notice that a client has gone while nobody reads. More would only be
+/// copied twice; a client that has sent more cannot be seen leaving until it is read.
+const AHEAD_BYTES_MAX: usize = 1024;
+
+/// What the stream and the exchanges of one connection tell its driver. All of it is used on the
+/// connection's thread, but for `live`, which an exchange's end may touch from any.
+#[derive(Default)]
+pub(super) struct Signals {
+    /// The client will send nothing more.
+    pub(super) ended: AtomicBool,
+    /// Bytes came since the driver last cleared it.
+    pub(super) read: AtomicBool,
+    /// Bytes went since the driver last cleared it.
+    pub(super) wrote: AtomicBool,
+    /// All that hyper wrote has left its buffer.
+    pub(super) flushed: AtomicBool,
+    /// Nobody reads, so look ahead for the client's end.
+    pub(super) look_ahead: AtomicBool,
+    /// A request's body was given up before its end.
+    pub(super) unread: AtomicBool,
+    /// Parts of exchanges that hyper or a plugin still holds.
+    pub(super) live: AtomicU32,
+    /// Requests so far, wrapping.
+    pub(super) requests: AtomicU32,
+    /// The exchange that was answered by 101 and waits for the client's bytes.
+    pub(super) upgrade: Mutex<Option<Arc<Exchange>>>,
+}
+
+/// A part of an exchange that keeps its connection busy.
+pub(super) struct Busy(Arc<Signals>);
+
+impl Busy {
+    pub(super) fn new(signals: &Arc<Signals>) -> Self {
+        signals.live.fetch_add(1, Relaxed);
+        Self(Arc::clone(signals))
+    }
+
+    pub(super) fn signals(&self) -> &Signals {
+        &self.0
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.live.fetch_sub(1, Relaxed);
+    }
+}
+
+/// A byte stream with some of it already read.
+pub(super) struct Wire<S> {
+    stream: S,
+    ahead: Bytes,
+    signals: Arc<Signals>,
+}
+
+impl<S> Wire<S> {
+    pub(super) fn new(stream: S, ahead: Bytes, signals: Arc<Signals>) -> Self {
+        Self { stream, ahead, signals }
+    }
+
+    /// Returns the same stream with `bytes`, read from it before, in front of what else was read.
+    pub(super) fn with_ahead(self, bytes: Bytes) -> Self {
+        if bytes.is_empty() {
+            return self;
+        }
+        let ahead = if self.ahead.is_empty() { bytes } else { [bytes, self.ahead].concat().into() };
+        Self { ahead, ..self }
+    }
+}
+
+impl<S: AsyncRead + Unpin> Wire<S> {
+    /// Reads a little where nobody else does, so that the client's end is noticed.
+    fn poll_ahead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut space = [0; AHEAD_BYTES_MAX];
+        let mut buf = ReadBuf::new(&mut space);
+        ready!(Pin::new(&mut self.stream).poll_read(cx, &mut buf))?;
+        if buf.filled().is_empty() {
+            self.signals.ended.store(true, Relaxed);
+            return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
+        }
+        self.signals.read.store(true, Relaxed);
+        self.ahead = Bytes::copy_from_slice(buf.filled());
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if !this.ahead.is_empty() {
+            let length = this.ahead.len().min(buf.remaining());
+            buf.put_slice(&this.ahead[..length]);
+            this.ahead.advance(length);
+            if this.ahead.is_empty() {
+                this.ahead = Bytes::new();
+            }
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
+        if buf.filled().len() == before {
+            this.signals.ended.store(true, Relaxed);
+        } else {
+            this.signals.read.store(true, Relaxed);
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.signals.flushed.store(false, Relaxed);
+        let written = ready!(Pin::new(&mut self.stream).poll_write(cx, buf))?;
+        self.signals.wrote.store(true, Relaxed);
+        Poll::Ready(Ok(written))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.signals.flushed.store(false, Relaxed);
+        let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, bufs))?;
+        self.signals.wrote.store(true, Relaxed);
+        Poll::Ready(Ok(written))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    /// Flushes. hyper calls this at the end of each of its turns, with nothing left in its buffer,
+    /// which also makes it the place to look for the client's end while hyper does not read.
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
+        self.signals.flushed.store(true, Relaxed);
+        if self.signals.look_ahead.load(Relaxed)
+            && self.ahead.is_empty()
+            && let Poll::Ready(Err(error)) = self.poll_ahead(cx)
+        {
+            return Poll::Ready(Err(error));
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,13 @@
+//! What the end-to-end tests stand on: the real program as a child process, a service that records
+//! the bytes it gets and answers by script, and clients that send exactly what a test says.
+//!
+//! Blocking and without a runtime on purpose: a test reads like the exchange it is about. Knows
+//! nothing of core's code; what it knows is the command line, the YAML and the wire.
+#![allow(clippy::print_stderr, reason = "a failing test shows the program's log")]
+
+pub mod client;
+pub mod process;
+pub mod service;
+pub mod stage;
+pub mod tools;
+pub mod wait;

@@ -1,0 +1,15 @@
+//! The program as its users meet it, one module per behaviour.
+
+mod failures;
+mod framing;
+mod head;
+mod hop_by_hop;
+mod pool;
+mod refused;
+mod reload;
+mod residue;
+mod service_double;
+mod shutdown;
+mod start;
+mod streaming;
+mod two_processes;

@@ -1,0 +1,153 @@
+//! SIGTERM: what runs ends, nothing new begins, and the program is gone within its deadline.
+
+use std::net::TcpStream;
+use std::sync::Mutex;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use sidelane_e2e::client::request;
+use sidelane_e2e::process::{Setup, Sidelane};
+use sidelane_e2e::service::Service;
+use sidelane_e2e::stage::{Stage, get};
+use sidelane_e2e::wait;
+
+#[test]
+fn exchange_ends_whole_after_sigterm() {
+    let (go, gone) = mpsc::channel::<()>();
+    let gone = Mutex::new(gone);
+    let mut stage = Stage::script(move |connection| {
+        connection.request()?;
+        connection.write("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nbegun")?;
+        gone.lock()
+            .expect("no panic")
+            .recv_timeout(wait::DEADLINE)
+            .map_err(std::io::Error::other)?;
+        connection.write(" end")?;
+        connection.closed()
+    });
+    let mut client = stage.connect();
+    client.send(get("/"));
+    let head = client.head();
+    assert_eq!(client.exactly(5).unwrap(), b"begun");
+    let web = stage.sidelane.web();
+    stage.sidelane.signal("TERM");
+    wait::until("the listener to close", || TcpStream::connect(web).is_err().then_some(()));
+    go.send(()).unwrap();
+    assert_eq!(head.first("content-length"), Some("9"));
+    assert_eq!(client.exactly(4).unwrap(), b" end");
+    assert!(client.rest().is_empty());
+    assert_eq!(stage.sidelane.ended().code(), Some(0));
+}
+
+#[test]
+fn idle_program_ends_at_once() {
+    let mut stage = Stage::ok();
+    assert_eq!(stage.get("/").head.status, 200);
+    // An idle kept-alive connection is no exchange.
+    let mut idle = stage.connect();
+    idle.send(get("/"));
+    assert_eq!(idle.answer("GET").head.status, 200);
+    let started = Instant::now();
+    stage.sidelane.signal("TERM");
+    assert_eq!(stage.sidelane.ended().code(), Some(0));
+    assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+    assert!(idle.rest().is_empty());
+}
+
+#[test]
+fn interrupt_ends_as_sigterm_does() {
+    let mut stage = Stage::ok();
+    stage.sidelane.signal("INT");
+    assert_eq!(stage.sidelane.ended().code(), Some(0));
+}
+
+#[test]
+fn exchange_without_an_end_is_cut_at_the_deadline() {
+    let service = Service::start(|connection| {
+        connection.request()?;
+        connection.write("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nbegun")?;
+        connection.closed()
+    });
+    let mut setup = Setup::of(service.address());
+    setup.drain = "1s";
+    let mut sidelane = Sidelane::both(&setup);
+    let mut client = sidelane_e2e::client::Client::connect(sidelane.web());
+    client.send(get("/"));
+    let head = client.head();
+    sidelane.signal("TERM");
+    client.try_body("GET", head).expect_err("a cut answer does not look complete");
+    let code = sidelane.ended().code();
+    assert_eq!(code, Some(0));
+}
+
+#[test]
+fn sidecar_that_ends_finishes_what_it_carries() {
+    let (go, gone) = mpsc::channel::<()>();
+    let gone = Mutex::new(gone);
+    let service = Service::start(move |connection| {
+        while let Some(request) = connection.request()? {
+            if request.target == b"/held" {
+                connection.write("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nbegun")?;
+                gone.lock()
+                    .expect("no panic")
+                    .recv_timeout(wait::DEADLINE)
+                    .map_err(std::io::Error::other)?;
+                connection.write(" end")?;
+            } else {
+                connection.write("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")?;
+            }
+        }
+        Ok(())
+    });
+    let setup = Setup::of(service.address());
+    let relay = Sidelane::spawn("relay", &setup.relay());
+    let mut sidecar = Sidelane::start("sidecar", &setup.sidecar(relay.tunnel()));
+    wait::until("the announcement", || {
+        (request(relay.web(), "GET", get("/")).head.status == 200).then_some(())
+    });
+    let mut client = sidelane_e2e::client::Client::connect(relay.web());
+    client.send(get("/held"));
+    let head = client.head();
+    sidecar.signal("TERM");
+    wait::until("new requests to go elsewhere", || {
+        (request(relay.web(), "GET", get("/")).head.status == 503).then_some(())
+    });
+    go.send(()).unwrap();
+    assert_eq!(client.try_body("GET", head).unwrap().body, b"begun end");
+    assert_eq!(sidecar.ended().code(), Some(0));
+}
+
+#[test]
+fn metrics_move_with_the_traffic() {
+    let stage = Stage::ok();
+    for _ in 0..10 {
+        assert_eq!(stage.get("/").head.status, 200);
+    }
+    let sidelane = &stage.sidelane;
+    sidelane.until_metric("sidelane_exchanges_total", &["route=\"api\""], |count| count >= 10.0);
+    let page = sidelane.metrics();
+    for name in [
+        "sidelane_exchanges_total",
+        "sidelane_exchange_duration_seconds_count",
+        "sidelane_exchange_duration_seconds_sum",
+        "sidelane_exchanges_in_flight",
+        "sidelane_messages_total",
+        "sidelane_message_bytes_total",
+        "sidelane_sessions",
+        "sidelane_lanes",
+        "sidelane_config_last_reload_successful",
+        "sidelane_config_last_reload_success_timestamp_seconds",
+        "sidelane_plugin_generations",
+        "sidelane_connections",
+    ] {
+        let found = page.lines().any(|line| line.starts_with(name));
+        assert!(found, "{name} is not in:\n{page}");
+    }
+    let live = sidelane.get(sidelane.health(), "/live");
+    assert_eq!(live.head.status, 200);
+    for page in ["/routes", "/tunnels", "/plugins"] {
+        let text = sidelane.admin_page(page).to_string();
+        let word = if page == "/plugins" { "http" } else { "api" };
+        assert!(text.contains(word), "{page}: {text}");
+    }
+}

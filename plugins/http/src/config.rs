@@ -1,0 +1,171 @@
+//! The plugin's configuration block. README.md of this crate describes each key; a test holds the
+//! two together.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, de};
+
+/// The block under `plugins` of whoever loads this library.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// How long an unused connection to the service is kept. 55 s: below the 60 s and 75 s after
+    /// which usual servers close theirs, so that few requests meet a closing connection.
+    #[serde(deserialize_with = "duration")]
+    pub idle_timeout: Duration,
+    /// Unused connections kept for one service, per data-path thread.
+    pub idle_per_service: usize,
+    /// Connections to all services, used and unused, per data-path thread. One more is refused with
+    /// `overloaded`: it bounds the descriptors that a burst of slow requests takes.
+    pub connections_max: usize,
+    /// How long the service may take from the request's dispatch to its response head; 0: any time.
+    #[serde(deserialize_with = "duration")]
+    pub response_timeout: Duration,
+    /// How long to wait for the service's own `100 Continue` before saying it in its place, since
+    /// some services never do (RFC 9110 §10.1.1 lets a proxy); 0: never.
+    #[serde(deserialize_with = "duration")]
+    pub continue_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            idle_timeout: Duration::from_secs(55),
+            idle_per_service: 64,
+            connections_max: 1024,
+            response_timeout: Duration::from_secs(60),
+            continue_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+impl Config {
+    /// Checks what types cannot say: the path of the key at fault, and why.
+    pub(crate) fn validate(&self) -> Result<(), (&'static str, String)> {
+        if self.connections_max == 0 {
+            return Err(("connections_max", "must be at least 1".to_owned()));
+        }
+        if self.idle_per_service > self.connections_max {
+            return Err((
+                "idle_per_service",
+                format!(
+                    "{} is more than connections_max ({})",
+                    self.idle_per_service, self.connections_max
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Reads `250ms`, `55s`, `2m`, `1h`, or `0`.
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+    struct Visitor;
+
+    impl de::Visitor<'_> for Visitor {
+        type Value = Duration;
+
+        fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            formatter.write_str("a duration such as \"250ms\", \"55s\", \"2m\", \"1h\" or 0")
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<Duration, E> {
+            parse_duration(text)
+                .ok_or_else(|| de::Error::invalid_value(de::Unexpected::Str(text), &self))
+        }
+
+        fn visit_u64<E: de::Error>(self, number: u64) -> Result<Duration, E> {
+            match number {
+                0 => Ok(Duration::ZERO),
+                _ => Err(de::Error::invalid_value(de::Unexpected::Unsigned(number), &self)),
+            }
+        }
+    }
+
+    deserializer.deserialize_any(Visitor)
+}
+
+fn parse_duration(text: &str) -> Option<Duration> {
+    let text = text.trim();
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().ok()?;
+    let milliseconds = match unit.trim_start() {
+        "" if number == 0 => 0,
+        "ms" => number,
+        "s" => number.checked_mul(1_000)?,
+        "m" => number.checked_mul(60_000)?,
+        "h" => number.checked_mul(3_600_000)?,
+        _ => return None,
+    };
+    // Longer than a year is a slip, and sums of such durations must not overflow a clock.
+    (milliseconds <= 366 * 24 * 3_600_000).then(|| Duration::from_millis(milliseconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        serde_json::from_str(text).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn an_empty_block_is_the_default() {
+        assert_eq!(parse("{}"), Ok(Config::default()));
+        assert_eq!(Config::default().validate(), Ok(()));
+    }
+
+    #[test]
+    fn durations_carry_units() {
+        for (text, expected) in [
+            ("\"250ms\"", Some(Duration::from_millis(250))),
+            ("\"55s\"", Some(Duration::from_secs(55))),
+            ("\"2 m\"", Some(Duration::from_secs(120))),
+            ("\"1h\"", Some(Duration::from_secs(3600))),
+            ("\"0\"", Some(Duration::ZERO)),
+            ("0", Some(Duration::ZERO)),
+            ("55", None),
+            ("\"55\"", None),
+            ("\"s\"", None),
+            ("\"-1s\"", None),
+            ("\"99999999999h\"", None),
+        ] {
+            let config = parse(&format!("{{\"idle_timeout\": {text}}}"));
+            assert_eq!(config.ok().map(|config| config.idle_timeout), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn unknown_keys_are_errors() {
+        let error = parse("{\"idle_timeot\": \"1s\"}").unwrap_err();
+        assert!(error.contains("idle_timeot") && error.contains("idle_timeout"), "{error}");
+    }
+
+    #[test]
+    fn limits_that_contradict_are_errors() {
+        let config = parse("{\"connections_max\": 10}").unwrap();
+        assert_eq!(config.validate().unwrap_err().0, "idle_per_service");
+        let config = parse("{\"connections_max\": 0, \"idle_per_service\": 0}").unwrap();
+        assert_eq!(config.validate().unwrap_err().0, "connections_max");
+    }
+
+    #[test]
+    fn the_readme_names_every_key_and_default() {
+        let readme = include_str!("../README.md");
+        for row in [
+            "| `idle_timeout` | `55s` |",
+            "| `idle_per_service` | `64` |",
+            "| `connections_max` | `1024` |",
+            "| `response_timeout` | `60s` |",
+            "| `continue_timeout` | `5s` |",
+        ] {
+            assert!(readme.contains(row), "README.md lacks {row}");
+        }
+        let parsed = parse(
+            "{\"idle_timeout\": \"55s\", \"idle_per_service\": 64, \"connections_max\": 1024, \
+             \"response_timeout\": \"60s\", \"continue_timeout\": \"5s\"}",
+        );
+        assert_eq!(parsed, Ok(Config::default()));
+    }
+}

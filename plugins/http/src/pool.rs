@@ -1,0 +1,468 @@
+//! Connections to services, kept between requests: per data-path thread, by service.
+//!
+//! An unused connection has no task of its own. That the service closed it shows when it is taken
+//! again, or when the thread's reaper looks, which also ends what was unused for too long.
+
+use std::collections::HashMap;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use http::Request;
+use hyper::client::conn::http1;
+use hyper::rt::{Read, ReadBufCursor, Write};
+use sidelane_plugin::{
+    Buf, ByteStream, Counter, Gauge, Host, Instant, Message, PerShard, Reset, SendHalf, Service,
+    ServiceError, Timer,
+};
+
+use crate::config::Config;
+use crate::fields::{self, Kind, Nominated};
+use crate::payload::{self, FIELD_RESPONSE, FieldsSize};
+use crate::upload::Upload;
+
+/// Most fields in a response's head or trailers; one more is `service-invalid`. The same bound as the
+/// relay's fronts have.
+pub(crate) const HEADERS_MAX: usize = 128;
+
+/// Most bytes of a response's head; more is `service-invalid`. The same bound as the relay's fronts
+/// have.
+pub(crate) const HEAD_BYTES_MAX: usize = 64 * 1024;
+
+/// What hyper may hold of one connection: twice a head, so that a head at its bound is told from one
+/// above it, and a bulk response is read in large pieces.
+const READ_BYTES_MAX: usize = 2 * HEAD_BYTES_MAX;
+
+/// Interim responses kept of one read; what a service sends beyond is dropped. They are sent on
+/// before the next read, so this only bounds a flood.
+const INTERIM_MAX: usize = 32;
+
+/// How often the reaper looks at unused connections: often enough that a closed one does not hold its
+/// descriptor for long, seldom enough to cost nothing.
+const REAP_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Why there is no connection.
+#[derive(Debug)]
+pub(crate) enum PoolError {
+    /// [`Config::connections_max`] are in use.
+    Full,
+    /// The service cannot be reached.
+    Connect(ServiceError),
+    /// hyper refused the stream.
+    Handshake(hyper::Error),
+}
+
+/// What the pool counts.
+#[derive(Clone, Debug)]
+struct Metrics {
+    opened: Counter,
+    reused: Counter,
+    repeated: Counter,
+    connections: Gauge,
+    idle: Gauge,
+}
+
+/// The pool of one plugin instance.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    config: Arc<Config>,
+    shards: PerShard<Shard>,
+    metrics: Metrics,
+    draining: AtomicBool,
+}
+
+/// One thread's part.
+#[derive(Debug, Default)]
+struct Shard {
+    services: HashMap<u64, Parked>,
+    /// Connections in `services`.
+    idle: usize,
+    /// Connections used and unused.
+    open: Arc<AtomicUsize>,
+    reaping: bool,
+}
+
+/// The unused connections of one service.
+#[derive(Debug)]
+struct Parked {
+    version: u64,
+    /// Oldest first; taken from the back, so that what is not needed grows old.
+    connections: Vec<Connection>,
+}
+
+/// Counts an open connection while it lives.
+#[derive(Debug)]
+struct Slot {
+    open: Arc<AtomicUsize>,
+    gauge: Gauge,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.open.fetch_sub(1, Ordering::Relaxed);
+        self.gauge.add(-1);
+    }
+}
+
+/// A connection to a service.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) sender: http1::SendRequest<Upload>,
+    /// `None` once it has ended.
+    driver: Option<http1::Connection<Counted, Upload>>,
+    pub(crate) watch: Arc<Watch>,
+    /// Kept with the connection: setting a timer again is cheaper than making one.
+    pub(crate) timer: Option<Timer>,
+    /// Taken from the pool.
+    pub(crate) reused: bool,
+    idle_since: Instant,
+    _slot: Slot,
+}
+
+impl Connection {
+    /// Drives reading and writing; ready once the connection has ended, for whatever reason. hyper
+    /// tells the request's future and the body what happened.
+    pub(crate) fn poll_drive(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(driver) = &mut self.driver else {
+            return Poll::Ready(());
+        };
+        match Pin::new(driver).poll(cx) {
+            Poll::Ready(_) => {
+                self.driver = None;
+                Poll::Ready(())
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    /// Whether request and response are through and another request may follow.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.driver.is_some() && self.sender.is_ready()
+    }
+}
+
+/// What is watched of a connection while hyper drives it.
+#[derive(Debug, Default)]
+pub(crate) struct Watch {
+    /// Reads that gave bytes or the end, since the request was begun.
+    reads: AtomicU32,
+    interim: Mutex<Vec<Message>>,
+}
+
+impl Watch {
+    /// Begins a request.
+    pub(crate) fn begin(&self) {
+        self.reads.store(0, Ordering::Relaxed);
+        self.take_interim();
+    }
+
+    /// Whether no byte can have come since [`Self::begin`], the connection having ended: its end is
+    /// one read at most.
+    pub(crate) fn nothing_came(&self) -> bool {
+        self.reads.load(Ordering::Relaxed) <= 1
+    }
+
+    /// Takes the interim responses that came.
+    pub(crate) fn take_interim(&self) -> Vec<Message> {
+        std::mem::take(&mut *self.interim.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Has hyper hand over the interim responses to `request`.
+    pub(crate) fn watch_interim(self: &Arc<Self>, request: &mut Request<Upload>) {
+        let watch = Arc::clone(self);
+        hyper::ext::on_informational(request, move |response| {
+            let mut interim = watch.interim.lock().unwrap_or_else(PoisonError::into_inner);
+            if interim.len() < INTERIM_MAX {
+                let head = encode_interim(response.status().as_u16(), response.headers());
+                interim.push(Message { field: FIELD_RESPONSE, end: false, head, body: Buf::new() });
+            }
+        });
+    }
+}
+
+fn encode_interim(status: u16, headers: &http::HeaderMap) -> Buf {
+    let fields =
+        || headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
+    let nominated = Nominated::scan(fields());
+    let mut size = FieldsSize::default();
+    for (name, value) in fields() {
+        size.add(name.len(), value.len());
+    }
+    let passing = fields()
+        .filter(|(name, _)| fields::kind(name) == Kind::EndToEnd && !nominated.contains(name));
+    payload::encode_response(status, passing, size, None, 0)
+}
+
+/// A byte stream whose reads are counted.
+#[derive(Debug)]
+struct Counted {
+    stream: ByteStream,
+    watch: Arc<Watch>,
+}
+
+impl Read for Counted {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: ReadBufCursor<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        let read = Read::poll_read(Pin::new(&mut self.stream), cx, buf);
+        if matches!(read, Poll::Ready(Ok(()))) {
+            self.watch.reads.fetch_add(1, Ordering::Relaxed);
+        }
+        read
+    }
+}
+
+impl Write for Counted {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        Write::poll_write(Pin::new(&mut self.stream), cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Write::poll_flush(Pin::new(&mut self.stream), cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Write::poll_shutdown(Pin::new(&mut self.stream), cx)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        Write::is_write_vectored(&self.stream)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        Write::poll_write_vectored(Pin::new(&mut self.stream), cx, parts)
+    }
+}
+
+impl Pool {
+    pub(crate) fn new(config: Arc<Config>, host: &Host) -> Self {
+        let metrics = Metrics {
+            opened: host
+                .counter("http_connections_opened_total", "Connections to services dialled"),
+            reused: host
+                .counter("http_connections_reused_total", "Requests sent on a kept connection"),
+            repeated: host
+                .counter("http_requests_repeated_total", "Requests repeated on a fresh connection"),
+            connections: host.gauge("http_connections", "Connections to services"),
+            idle: host.gauge("http_connections_idle", "Connections to services without a request"),
+        };
+        Self {
+            config,
+            shards: PerShard::new(host, Shard::default),
+            metrics,
+            draining: AtomicBool::new(false),
+        }
+    }
+
+    /// Takes an unused connection to the service.
+    pub(crate) fn take(&self, service: &Service) -> Option<Connection> {
+        let (connection, stale) = self.shards.with(|shard| {
+            let stale = match shard.services.get(&service.id()) {
+                Some(parked) if parked.version != service.version() => shard
+                    .services
+                    .remove(&service.id())
+                    .map_or_else(Vec::new, |parked| parked.connections),
+                _ => Vec::new(),
+            };
+            let connection =
+                shard.services.get_mut(&service.id()).and_then(|parked| parked.connections.pop());
+            shard.idle -= stale.len() + usize::from(connection.is_some());
+            (connection, stale)
+        });
+        self.count_idle(-(stale.len() as i64) - i64::from(connection.is_some()));
+        connection.map(|mut connection| {
+            connection.reused = true;
+            self.metrics.reused.add(1);
+            connection
+        })
+    }
+
+    /// Dials the service.
+    pub(crate) async fn connect(
+        &self,
+        service: &Service,
+        send: &mut SendHalf,
+    ) -> Result<Connection, Connecting> {
+        let slot = self.slot().ok_or(Connecting::Failed(PoolError::Full))?;
+        let mut connect = service.connect();
+        let stream = poll_fn(|cx| {
+            if let Poll::Ready(stream) = Pin::new(&mut connect).poll(cx) {
+                return Poll::Ready(
+                    stream.map_err(|error| Connecting::Failed(PoolError::Connect(error))),
+                );
+            }
+            send.poll_closed(cx).map(|reset| Err(Connecting::Abandoned(reset)))
+        })
+        .await?;
+        let watch = Arc::new(Watch::default());
+        let counted = Counted { stream, watch: Arc::clone(&watch) };
+        let (sender, driver) = http1::Builder::new()
+            .max_headers(HEADERS_MAX)
+            .max_buf_size(READ_BYTES_MAX)
+            .max_header_size(HEAD_BYTES_MAX)
+            .handshake(counted)
+            .await
+            .map_err(|error| Connecting::Failed(PoolError::Handshake(error)))?;
+        self.metrics.opened.add(1);
+        Ok(Connection {
+            sender,
+            driver: Some(driver),
+            watch,
+            timer: None,
+            reused: false,
+            idle_since: Host::current().now(),
+            _slot: slot,
+        })
+    }
+
+    /// Counts a request that is repeated.
+    pub(crate) fn count_repeated(&self) {
+        self.metrics.repeated.add(1);
+    }
+
+    /// Keeps a connection for the next request, or closes it where there are enough.
+    pub(crate) fn park(self: &Arc<Self>, service: &Service, mut connection: Connection) {
+        if self.draining.load(Ordering::Relaxed) || self.config.idle_per_service == 0 {
+            return;
+        }
+        let host = Host::current();
+        connection.idle_since = host.now();
+        let mut closing = Vec::new();
+        let (change, reap) = self.shards.with(|shard| {
+            let parked = shard
+                .services
+                .entry(service.id())
+                .or_insert_with(|| Parked { version: service.version(), connections: Vec::new() });
+            let before = parked.connections.len();
+            if parked.version != service.version() {
+                // Whichever is newer, a connection to the other is of no use soon.
+                if parked.version > service.version() {
+                    closing.push(connection);
+                    return (0, false);
+                }
+                parked.version = service.version();
+                closing.append(&mut parked.connections);
+            }
+            if parked.connections.len() >= self.config.idle_per_service {
+                closing.push(parked.connections.remove(0));
+            }
+            parked.connections.push(connection);
+            let after = parked.connections.len();
+            shard.idle = shard.idle + after - before;
+            let reap = !std::mem::replace(&mut shard.reaping, true);
+            (after as i64 - before as i64, reap)
+        });
+        self.count_idle(change);
+        drop(closing);
+        if reap && !host.try_spawn(Arc::clone(self).reap()) {
+            self.shards.with(|shard| shard.reaping = false);
+        }
+    }
+
+    /// Closes what is unused, and keeps nothing from here on.
+    pub(crate) fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+        let mut closing = Vec::new();
+        self.shards.each(|shard| {
+            shard.idle = 0;
+            closing.extend(shard.services.drain().flat_map(|(_, parked)| parked.connections));
+        });
+        self.count_idle(-(closing.len() as i64));
+    }
+
+    /// Takes a place among [`Config::connections_max`], for which another service's unused connection
+    /// may have to go.
+    fn slot(&self) -> Option<Slot> {
+        let (slot, closing) = self.shards.with(|shard| {
+            let full = shard.open.load(Ordering::Relaxed) >= self.config.connections_max;
+            let closing = if full { shard.take_oldest() } else { None };
+            if full && closing.is_none() {
+                return (None, None);
+            }
+            shard.open.fetch_add(1, Ordering::Relaxed);
+            self.metrics.connections.add(1);
+            (Some(Slot { open: Arc::clone(&shard.open), gauge: self.metrics.connections }), closing)
+        });
+        if closing.is_some() {
+            self.count_idle(-1);
+        }
+        slot
+    }
+
+    /// Ends unused connections as their time comes, until there are none.
+    async fn reap(self: Arc<Self>) {
+        let host = Host::current();
+        loop {
+            host.sleep(REAP_INTERVAL.min(self.config.idle_timeout)).await;
+            let now = host.now();
+            let (closing, left) = self.shards.with(|shard| {
+                let closing = shard.take_ended(now, self.config.idle_timeout);
+                shard.reaping = shard.idle > 0;
+                (closing, shard.reaping)
+            });
+            self.count_idle(-(closing.len() as i64));
+            drop(closing);
+            if !left {
+                return;
+            }
+        }
+    }
+
+    #[allow(clippy::cast_possible_wrap, reason = "counts of connections are small")]
+    fn count_idle(&self, change: i64) {
+        if change != 0 {
+            self.metrics.idle.add(change);
+        }
+    }
+}
+
+/// Why [`Pool::connect`] gave no connection.
+#[derive(Debug)]
+pub(crate) enum Connecting {
+    /// It failed.
+    Failed(PoolError),
+    /// The exchange is over.
+    Abandoned(Reset),
+}
+
+impl Shard {
+    /// Takes the connection that was unused for longest.
+    fn take_oldest(&mut self) -> Option<Connection> {
+        let parked = self
+            .services
+            .values_mut()
+            .filter(|parked| !parked.connections.is_empty())
+            .min_by_key(|parked| parked.connections[0].idle_since)?;
+        self.idle -= 1;
+        Some(parked.connections.remove(0))
+    }
+
+    /// Takes what the service has closed, and what was unused for `idle_timeout`.
+    fn take_ended(&mut self, now: Instant, idle_timeout: Duration) -> Vec<Connection> {
+        // Nobody waits for these connections; looking is enough.
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut ended = Vec::new();
+        self.services.retain(|_, parked| {
+            ended.extend(parked.connections.extract_if(.., |connection| {
+                now - connection.idle_since >= idle_timeout
+                    || connection.poll_drive(&mut cx).is_ready()
+            }));
+            !parked.connections.is_empty()
+        });
+        self.idle -= ended.len();
+        ended
+    }
+}

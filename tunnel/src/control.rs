@@ -1,0 +1,124 @@
+//! What a lane sends beside the messages of exchanges, and before them.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use prost::Message;
+
+use crate::envelope::{Head, field, write_head};
+use crate::exchange::Key;
+use crate::id::RequestId;
+use crate::payload::Reset;
+use crate::proto;
+
+/// A control message that waits for the carrier.
+#[derive(Clone, Debug)]
+pub(crate) enum Control {
+    Ping {
+        token: u64,
+    },
+    Pong {
+        token: u64,
+    },
+    /// The limit is read when it is written: an exchange has one such entry at most.
+    Window(Key),
+    Reset {
+        id: RequestId,
+        reset: Reset,
+    },
+    Refused {
+        id: RequestId,
+        code: u32,
+    },
+    Dispatched {
+        id: RequestId,
+    },
+    /// An encoded announcement, answer to one, or go-away.
+    Document {
+        field: u32,
+        bytes: Bytes,
+    },
+}
+
+impl Control {
+    /// Returns whether both ends count it, so that it is replayed after a loss.
+    pub(crate) const fn is_counted(&self) -> bool {
+        match self {
+            Self::Ping { .. } | Self::Pong { .. } | Self::Window(_) => false,
+            Self::Reset { .. }
+            | Self::Refused { .. }
+            | Self::Dispatched { .. }
+            | Self::Document { .. } => true,
+        }
+    }
+}
+
+/// The queue of control messages.
+#[derive(Debug)]
+pub(crate) struct ControlQueue {
+    queue: VecDeque<Control>,
+    /// Bounds what a peer that asks and never reads can make us hold.
+    max: usize,
+    overflowed: bool,
+}
+
+impl ControlQueue {
+    pub(crate) const fn new(max: usize) -> Self {
+        Self { queue: VecDeque::new(), max, overflowed: false }
+    }
+
+    pub(crate) fn push(&mut self, control: Control) {
+        if self.queue.len() >= self.max {
+            self.overflowed = true;
+        } else {
+            self.queue.push_back(control);
+        }
+    }
+
+    pub(crate) fn pop(&mut self) -> Option<Control> {
+        let control = self.queue.pop_front();
+        if self.queue.is_empty() && self.queue.capacity() > 64 {
+            self.queue = VecDeque::new();
+        }
+        control
+    }
+
+    /// Returns whether a message was lost for want of room: the lane is then of no further use.
+    pub(crate) const fn has_overflowed(&self) -> bool {
+        self.overflowed
+    }
+
+    pub(crate) const fn max(&self) -> usize {
+        self.max
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.queue.len()
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.queue = VecDeque::new();
+    }
+}
+
+/// Writes a control message with a small body.
+pub(crate) fn write_control(
+    out: &mut Vec<u8>,
+    request_id: Option<RequestId>,
+    number: u32,
+    message: &impl Message,
+) {
+    let payload_len = message.encoded_len();
+    write_head(out, &Head { request_id, field: number, payload_len, ..Head::default() });
+    message.encode_raw(out);
+}
+
+/// Writes a reset.
+pub(crate) fn write_reset(out: &mut Vec<u8>, id: RequestId, reset: Reset) {
+    let message = proto::Reset {
+        code: reset.code,
+        protocol_code: reset.protocol_code.map_or(0, |code| code.saturating_add(1)),
+        detail: String::new(),
+    };
+    write_control(out, Some(id), field::RESET, &message);
+}

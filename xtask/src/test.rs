@@ -1,0 +1,111 @@
+//! `cargo test-all`: prepares what tests need beyond cargo, then runs all of them.
+//!
+//! A test whose tool is missing prints `SKIPPED <name>: <why>`; with `CI=true` it fails instead.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::workspace;
+
+/// Programs that tests start, with the Debian package that brings each.
+const PROGRAMS: &[(&str, &str)] =
+    &[("cc", "gcc"), ("c++", "g++"), ("curl", "curl"), ("make", "make"), ("python3", "python3")];
+
+/// Runs every test of the workspace; `arguments` go to `cargo test`.
+pub(crate) fn run(arguments: &[String]) -> Result<()> {
+    install_missing_programs();
+    let python = prepare_python();
+
+    // Tests load the plugins that stand beside the program, so both exist before the first starts.
+    workspace::run(workspace::cargo().args(["build", "--workspace", "--all-targets"]))?;
+
+    let mut command = workspace::cargo();
+    command.args(["test", "--workspace"]).args(arguments);
+    command.env("SIDELANE_BUILD_DIR", workspace::target().join("debug"));
+    match python {
+        Ok(python) => {
+            command.env("SIDELANE_PYTHON", python);
+        }
+        Err(error) => eprintln!("SKIPPED preparation of the Python client: {error:#}"),
+    }
+    workspace::run(&mut command)
+}
+
+/// Installs what is missing, where that can be done without asking: as root, by apt-get.
+fn install_missing_programs() {
+    let missing: Vec<_> =
+        PROGRAMS.iter().filter(|(program, _)| !workspace::has_program(program)).collect();
+    if missing.is_empty() {
+        return;
+    }
+    let names: Vec<_> = missing.iter().map(|(program, _)| *program).collect();
+    if !workspace::has_program("apt-get") || !is_root() {
+        eprintln!("not installed: {}; tests that need them are skipped", names.join(", "));
+        return;
+    }
+    println!("installing {}", names.join(", "));
+    let packages = missing.iter().map(|(_, package)| *package);
+    let outcome = apt_get(&["update", "-qq"]).and_then(|()| {
+        let mut arguments = vec!["install", "-y", "-qq", "--no-install-recommends"];
+        arguments.extend(packages);
+        apt_get(&arguments)
+    });
+    if let Err(error) = outcome {
+        eprintln!("cannot install {}: {error:#}", names.join(", "));
+    }
+}
+
+fn apt_get(arguments: &[&str]) -> Result<()> {
+    workspace::run(Command::new("apt-get").args(arguments).env("DEBIAN_FRONTEND", "noninteractive"))
+}
+
+fn is_root() -> bool {
+    let output = Command::new("id").arg("-u").output();
+    output.is_ok_and(|output| output.stdout.trim_ascii() == b"0")
+}
+
+/// Makes a virtual environment under the target directory, with the pinned packages of
+/// e2e/clients/requirements.txt; one that stands is used again as long as they are the same.
+fn prepare_python() -> Result<PathBuf> {
+    let requirements = workspace::root().join("e2e/clients/requirements.txt");
+    let wanted = fs::read(&requirements)
+        .with_context(|| format!("cannot read {}", requirements.display()))?;
+    let venv = workspace::target().join("e2e-venv");
+    let python = venv.join("bin/python3");
+    let stamp = venv.join("requirements.installed");
+    if python.exists() && fs::read(&stamp).is_ok_and(|installed| installed == wanted) {
+        return Ok(python);
+    }
+    println!("preparing a Python environment in {}", venv.display());
+    if let Err(error) = make_venv(&venv, &python) {
+        // Debian ships Python without ensurepip.
+        if !workspace::has_program("apt-get") || !is_root() {
+            return Err(error).context("python3 -m venv failed (on Debian: package python3-venv)");
+        }
+        apt_get(&["update", "-qq"])?;
+        apt_get(&["install", "-y", "-qq", "--no-install-recommends", "python3-venv"])?;
+        make_venv(&venv, &python)?;
+    }
+    workspace::run(
+        Command::new(&python)
+            .args(["-m", "pip", "install", "--quiet", "--disable-pip-version-check"])
+            .arg("--requirement")
+            .arg(&requirements),
+    )?;
+    fs::write(&stamp, &wanted).with_context(|| format!("cannot write {}", stamp.display()))?;
+    Ok(python)
+}
+
+fn make_venv(venv: &std::path::Path, python: &std::path::Path) -> Result<()> {
+    if venv.exists() {
+        fs::remove_dir_all(venv).with_context(|| format!("cannot remove {}", venv.display()))?;
+    }
+    workspace::run(Command::new("python3").args(["-m", "venv"]).arg(venv))?;
+    if !python.exists() {
+        bail!("python3 -m venv made no {}", python.display());
+    }
+    Ok(())
+}

@@ -1,0 +1,73 @@
+//! Where things are in the workspace, and the cargo calls that build them.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+/// What the program needs at run time: itself, and the plugins that it loads.
+pub(crate) const PROGRAM_PACKAGES: &[&str] = &["sidelane", "sidelane-http-plugin"];
+/// The small service that `cargo demo` shows.
+pub(crate) const DEMO_PACKAGE: &str = "sidelane-demo-service";
+
+/// Returns the workspace's root.
+pub(crate) fn root() -> PathBuf {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().expect("xtask stands in the workspace's root").to_path_buf()
+}
+
+/// Returns cargo's target directory.
+pub(crate) fn target() -> PathBuf {
+    match std::env::var_os("CARGO_TARGET_DIR") {
+        Some(path) => root().join(path),
+        None => root().join("target"),
+    }
+}
+
+/// Returns a call of the cargo that runs this task, in the workspace's root.
+pub(crate) fn cargo() -> Command {
+    let program = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
+    let mut command = Command::new(program);
+    command.current_dir(root());
+    command
+}
+
+/// Builds the packages in a profile (`dev`, `release`).
+pub(crate) fn build(profile: &str, packages: &[&str]) -> Result<()> {
+    let mut command = cargo();
+    command.args(["build", "--profile", profile]);
+    for package in packages {
+        command.args(["--package", package]);
+    }
+    run(&mut command)
+}
+
+/// Runs a command to its end; its failure is an error that names it.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let text = format!("{command:?}");
+    let status = command.status().with_context(|| format!("cannot start {text}"))?;
+    if !status.success() {
+        bail!("{text}: {status}");
+    }
+    Ok(())
+}
+
+/// Returns whether a program is on the path.
+pub(crate) fn has_program(name: &str) -> bool {
+    let Some(path) = std::env::var_os("PATH") else { return false };
+    std::env::split_paths(&path).any(|directory| directory.join(name).is_file())
+}
+
+/// Runs the head-to-head of bench/ on a release build.
+pub(crate) fn bench(arguments: &[String]) -> Result<()> {
+    build("release", PROGRAM_PACKAGES)?;
+    let mut command = Command::new("python3");
+    command
+        .current_dir(root())
+        .arg("bench/run.py")
+        .arg("--program-directory")
+        .arg(target().join("release"))
+        .args(arguments);
+    run(&mut command)
+}
