@@ -28,7 +28,7 @@ pub(crate) struct World {
 
 pub(crate) struct State {
     pub(crate) now: u64,
-    tasks: Vec<Option<Task>>,
+    tasks: Vec<Slot>,
     ready: VecDeque<usize>,
     timers: BTreeMap<(u64, u64), Waker>,
     timers_made: u64,
@@ -36,6 +36,11 @@ pub(crate) struct State {
     pub(crate) logs: Vec<LogLine>,
     pub(crate) metrics: Vec<Metric>,
     pub(crate) services: BTreeMap<String, TestService>,
+}
+
+struct Slot {
+    task: Option<Task>,
+    waker: Waker,
 }
 
 pub(crate) struct Metric {
@@ -76,19 +81,20 @@ impl World {
     pub(crate) fn spawn(self: &Arc<Self>, task: Task) -> usize {
         let mut state = self.state();
         let id = state.tasks.len();
-        state.tasks.push(Some(task));
+        let waker = Waker::from(Arc::new(TaskWaker { id, world: Arc::downgrade(self) }));
+        state.tasks.push(Slot { task: Some(task), waker });
         state.ready.push_back(id);
         id
     }
 
     pub(crate) fn cancel(&self, id: usize) {
-        let task = self.state().tasks[id].take();
+        let task = self.state().tasks[id].task.take();
         drop(task);
     }
 
     pub(crate) fn cancel_all(&self) {
         loop {
-            let task = self.state().tasks.iter_mut().find_map(Option::take);
+            let task = self.state().tasks.iter_mut().find_map(|slot| slot.task.take());
             if task.is_none() {
                 return;
             }
@@ -119,12 +125,15 @@ impl World {
         let Some(id) = self.state().ready.pop_front() else {
             return false;
         };
-        let Some(mut task) = self.state().tasks[id].take() else {
+        let (task, waker) = {
+            let slot = &mut self.state().tasks[id];
+            (slot.task.take(), slot.waker.clone())
+        };
+        let Some(mut task) = task else {
             return true;
         };
-        let waker = Waker::from(Arc::new(TaskWaker { id, world: Arc::downgrade(self) }));
         if task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
-            self.state().tasks[id] = Some(task);
+            self.state().tasks[id].task = Some(task);
         }
         true
     }
