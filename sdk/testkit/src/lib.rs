@@ -22,3 +22,8 @@ pub use kit::{
     Accept, AcceptHttp, Deliver, Kit, LogLine, Outcome, Refuse, RefuseHttp, Running, TestFailure,
     TestMeta, TestRequest,
 };
+
+/// Compiles and runs the examples of the guide.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/plugin-guide.md")]
+struct Guide;
