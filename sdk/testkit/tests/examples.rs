@@ -1,4 +1,5 @@
-//! The example plugins, built as a third party builds them, through the contract suite and a conversation.
+//! Every plugin library of the repository through the contract suite; the examples also through a
+//! conversation.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,12 +10,12 @@ use sidelane_testkit::{Kit, Outcome, TestMeta, TestService, contract};
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
-/// Builds the Rust example with the cargo and into the target directory of this test, where most of it
+/// Builds a plugin's package with the cargo and into the target directory of this test, where most of it
 /// stands already: cargo holds no lock while tests run.
-fn line_rust() -> PathBuf {
+fn build(package: &str, library: &str) -> PathBuf {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("target/tmp has a parent");
     let output = Command::new(env!("CARGO"))
-        .args(["build", "--package", "line-rust", "--message-format=json", "--manifest-path"])
+        .args(["build", "--package", package, "--message-format=json", "--manifest-path"])
         .arg(Path::new(ROOT).join("Cargo.toml"))
         .arg("--target-dir")
         .arg(target)
@@ -25,7 +26,8 @@ fn line_rust() -> PathBuf {
         .expect("cargo writes UTF-8")
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-        .filter(|message| message["target"]["name"] == "line_rust")
+        .filter(|message| message["target"]["name"] == library)
+        .filter(|message| message["target"]["crate_types"][0] == "cdylib")
         .filter_map(|message| message["filenames"][0].as_str().map(PathBuf::from))
         .collect();
     libraries.into_iter().next().expect("cargo names the library it made")
@@ -51,10 +53,14 @@ fn line_c(library: &str, flags: &[&str]) -> PathBuf {
     compile(&Path::new(ROOT).join("examples/plugins/line-c/line.c"), library, flags)
 }
 
-fn check(path: &Path) {
+fn keeps_the_contract(path: &Path) {
     if let Err(broken) = contract::run(path) {
         panic!("{} breaks the contract:\n  {}", path.display(), broken.join("\n  "));
     }
+}
+
+fn check(path: &Path) {
+    keeps_the_contract(path);
     converse(path);
 }
 
@@ -95,12 +101,17 @@ fn converse(path: &Path) {
 
 #[test]
 fn rust_example_keeps_the_contract() {
-    check(&line_rust());
+    check(&build("line-rust", "line_rust"));
 }
 
 #[test]
 fn c_example_keeps_the_contract() {
     check(&line_c("libline_c.so", &[]));
+}
+
+#[test]
+fn http_plugin_keeps_the_contract() {
+    keeps_the_contract(&build("sidelane-http-plugin", "sidelane_http"));
 }
 
 #[test]

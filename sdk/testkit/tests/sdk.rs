@@ -59,6 +59,7 @@ fn absent_block_is_defaults_and_errors_carry_their_path() {
     let error = |config| Kit::new::<Bytes>(&config).err().expect("refused");
     assert_eq!(error(json!({"pool": {"size": "x"}})).path.as_deref(), Some("pool.size"));
     assert_eq!(error(json!({"pool": {"size": 100}})).path.as_deref(), Some("pool.size"));
+    assert!(error(json!([{"size": 1}])).message.contains("not a block"));
     assert!(error(json!({"pol": {}})).message.contains("unknown field `pol`"));
     drop(bytes());
 }
@@ -454,6 +455,28 @@ fn default_refusal_is_one_line_with_the_code() {
             (0, Some(whole.body.len() as u64))
         );
     }
+}
+
+#[test]
+fn handlers_left_out_say_unsupported() {
+    struct DeliversOnly;
+    impl Protocol for DeliversOnly {
+        type Config = ();
+        const TYPES: &'static [&'static str] = &["DELIVERS_ONLY"];
+        const BORN: Born = Born::Http;
+
+        fn new((): (), _: &Host) -> Result<Self, ConfigError> {
+            Ok(Self)
+        }
+
+        async fn deliver(&self, _: Exchange<'_>, _: Service) -> Result<(), Error> {
+            Ok(())
+        }
+    }
+    let kit = Kit::new::<DeliversOnly>(&json!(null)).expect("accepts an absent block");
+    let call = kit.accept_http(&TestRequest::new("GET", "/"));
+    assert_eq!(kit.block_on(call.running.outcome()), Outcome::Ended(failure::UNSUPPORTED));
+    assert_eq!(call.response.was_aborted(), Some(Reset::new(failure::UNSUPPORTED)));
 }
 
 #[test]

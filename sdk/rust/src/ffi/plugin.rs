@@ -172,6 +172,10 @@ fn parse_config<C: serde::de::DeserializeOwned>(json: &[u8]) -> Result<C, Config
         json => json.starts_with(b"{") && json[1..].trim_ascii() == b"}",
     };
     if !empty {
+        // serde would take a list for a struct, field by field.
+        if matches!(json.trim_ascii_start().first(), Some(b'[' | b'"')) {
+            return Err(ConfigError::new("not a block of settings (expected: name and value)"));
+        }
         return parse_json(json);
     }
     // Of the two errors that of the block is the useful one: it names a missing field.
