@@ -248,7 +248,8 @@ fn generated() -> String {
          #include <stddef.h>\n\n#include \"sidelane_plugin.h\"\n\n",
     );
     for (name, value) in CONSTANTS {
-        writeln!(out, "_Static_assert({name} == {value}u, \"{name}\");").expect("a string takes it");
+        writeln!(out, "_Static_assert({name} == {value}u, \"{name}\");")
+            .expect("a string takes it");
     }
     writeln!(out, "_Static_assert(sizeof(SIDELANE_MAGIC) == {}, \"SIDELANE_MAGIC\");", MAGIC.len())
         .expect("a string takes it");
