@@ -22,8 +22,8 @@ macro_rules! structs {
                 }
                 let _: fn(&$name) = every_field_is_listed;
                 let c = stringify!($c);
-                writeln!(out, "\n_Static_assert(sizeof({c}) == {}, \"size of {c}\");", size_of::<$name>()).unwrap();
-                writeln!(out, "_Static_assert(_Alignof({c}) == {}, \"alignment of {c}\");", align_of::<$name>()).unwrap();
+                writeln!(out, "\n_Static_assert(sizeof({c}) == {}, \"size of {c}\");", size_of::<$name>()).expect("a string takes it");
+                writeln!(out, "_Static_assert(_Alignof({c}) == {}, \"alignment of {c}\");", align_of::<$name>()).expect("a string takes it");
                 $(write_field(
                     out,
                     c,
@@ -165,7 +165,7 @@ fn type_of_field<S, T>(_: fn(&S) -> &T) -> &'static str {
 
 fn write_field(out: &mut String, c: &str, field: &str, offset: usize, rust: &str) {
     writeln!(out, "_Static_assert(offsetof({c}, {field}) == {offset}, \"offset of {c}.{field}\");")
-        .unwrap();
+        .expect("a string takes it");
     // An array decays where its type is asked for; its size follows from the offsets.
     if !rust.starts_with('[') {
         let ty = c_type(rust);
@@ -173,7 +173,7 @@ fn write_field(out: &mut String, c: &str, field: &str, offset: usize, rust: &str
             out,
             "_Static_assert(_Generic((({c} *)0)->{field}, {ty}: 1, default: 0), \"type of {c}.{field}\");"
         )
-        .unwrap();
+        .expect("a string takes it");
     }
 }
 
@@ -248,10 +248,11 @@ fn generated() -> String {
          #include <stddef.h>\n\n#include \"sidelane_plugin.h\"\n\n",
     );
     for (name, value) in CONSTANTS {
-        writeln!(out, "_Static_assert({name} == {value}u, \"{name}\");").unwrap();
+        writeln!(out, "_Static_assert({name} == {value}u, \"{name}\");")
+            .expect("a string takes it");
     }
     writeln!(out, "_Static_assert(sizeof(SIDELANE_MAGIC) == {}, \"SIDELANE_MAGIC\");", MAGIC.len())
-        .unwrap();
+        .expect("a string takes it");
     write_structs(&mut out);
     out
 }
@@ -271,7 +272,7 @@ fn compile(compiler: &str, standard: &str, source: &Path) -> Option<Output> {
 
 fn assert_compiles(compiler: &str, standard: &str, source: &Path) {
     let Some(output) = compile(compiler, standard, source) else {
-        println!("SKIPPED: no {compiler} on this machine");
+        eprintln!("SKIPPED: no {compiler} on this machine");
         assert!(std::env::var_os("CI").is_none(), "CI skips nothing: install {compiler}");
         return;
     };

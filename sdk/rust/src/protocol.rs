@@ -52,8 +52,8 @@ pub enum Sniff<'a> {
 /// A handler that returns an error with the responder or an exchange's halves still unfinished has
 /// them aborted or reset with the error's code: `?` says the right thing to the client and the peer.
 pub trait Protocol: Send + Sync + Sized + 'static {
-    /// The plugin's block in the configuration. An absent block is tried as `null`, then as `{}`, so
-    /// that `()` and a struct of defaults both work.
+    /// The plugin's block in the configuration: names and values. An absent block and an empty one are
+    /// tried as `null`, then as `{}`, so that `()` and a struct of defaults both work.
     type Config: DeserializeOwned;
 
     /// The `protocol_type`s served, 1 to 8: upper-case letters, digits and `_`, at most 32 bytes.
@@ -104,8 +104,10 @@ pub trait Protocol: Send + Sync + Sized + 'static {
         responder: Responder,
         opener: Opener<'_>,
     ) -> impl Future<Output = Result<(), Error>> + Send {
-        let _ = (request, responder, opener);
-        std::future::ready(Err(Error::unsupported()))
+        async move {
+            drop((request, responder, opener));
+            Err(Error::unsupported())
+        }
     }
 
     /// Relay's end of a byte-born exchange.
@@ -114,8 +116,10 @@ pub trait Protocol: Send + Sync + Sized + 'static {
         client: ByteStream,
         opener: Opener<'_>,
     ) -> impl Future<Output = Result<(), Error>> + Send {
-        let _ = (client, opener);
-        std::future::ready(Err(Error::unsupported()))
+        async move {
+            drop((client, opener));
+            Err(Error::unsupported())
+        }
     }
 
     /// Sidecar's end.
@@ -133,7 +137,7 @@ pub trait Protocol: Send + Sync + Sized + 'static {
         responder: Responder,
         failure: &Failure,
     ) -> impl Future<Output = Result<(), Error>> + Send {
-        std::future::ready(refuse_plainly(head, responder, failure))
+        async move { refuse_plainly(head, responder, failure) }
     }
 
     /// Says `failure` on a byte stream in the protocol's words. By default the stream is closed.
@@ -142,8 +146,11 @@ pub trait Protocol: Send + Sync + Sized + 'static {
         client: ByteStream,
         failure: &Failure,
     ) -> impl Future<Output = Result<(), Error>> + Send {
-        let _ = (client, failure);
-        std::future::ready(Ok(()))
+        let _ = failure;
+        async move {
+            drop(client);
+            Ok(())
+        }
     }
 
     /// No new exchanges will come: end idle connections, finish what runs.

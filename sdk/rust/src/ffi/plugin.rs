@@ -165,15 +165,21 @@ unsafe extern "C" fn create<T: Protocol>(
     ptr::null_mut()
 }
 
+/// An absent block and an empty one mean the same, to `()` and to a struct of defaults.
 fn parse_config<C: serde::de::DeserializeOwned>(json: &[u8]) -> Result<C, ConfigError> {
-    let json = if json.trim_ascii().is_empty() { b"null" } else { json };
-    match parse_json(json) {
-        Err(as_null) if json.trim_ascii() == b"null" => parse_json(b"{}").map_err(|as_empty| {
-            // A missing field is what the user can act on; "invalid type: null" is not.
-            if as_empty.message.contains("missing field") { as_empty } else { as_null }
-        }),
-        parsed => parsed,
+    let empty = match json.trim_ascii() {
+        b"" | b"null" => true,
+        json => json.starts_with(b"{") && json[1..].trim_ascii() == b"}",
+    };
+    if !empty {
+        // serde would take a list for a struct, field by field.
+        if matches!(json.trim_ascii_start().first(), Some(b'[' | b'"')) {
+            return Err(ConfigError::new("not a block of settings (expected: name and value)"));
+        }
+        return parse_json(json);
     }
+    // Of the two errors that of the block is the useful one: it names a missing field.
+    parse_json(b"null").or_else(|_| parse_json(b"{}"))
 }
 
 fn parse_json<C: serde::de::DeserializeOwned>(json: &[u8]) -> Result<C, ConfigError> {
