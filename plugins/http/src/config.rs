@@ -18,7 +18,8 @@ pub struct Config {
     /// Connections to all services, used and unused, per data-path thread. One more is refused with
     /// `overloaded`: it bounds the descriptors that a burst of slow requests takes.
     pub connections_max: usize,
-    /// How long the service may take from the request's dispatch to its response head; 0: any time.
+    /// How long the service may take from the request's dispatch to its response head, counted anew
+    /// while the request's body is on its way; 0: any time.
     #[serde(deserialize_with = "duration")]
     pub response_timeout: Duration,
     /// How long to wait for the service's own `100 Continue` before saying it in its place, since
