@@ -746,3 +746,68 @@ fn a_cancelled_delivery_leaves_nothing() {
         assert_eq!(kit.metric("http_connections"), Some(0.0));
     });
 }
+
+#[test]
+fn after_an_interim_response_messages_are_smaller() {
+    for (fill, fits) in [(20 * 1024, true), (40 * 1024, false)] {
+        let (kit, service) = (kit(), TestService::default());
+        kit.block_on(async {
+            let request = HttpRequest::new("GET", "/");
+            let (delivery, mut stream, _) = begin(&kit, &service, &request, true).await;
+            stream.write(b"HTTP/1.1 103 Early Hints\r\n\r\n").await;
+            assert_eq!(read_response(&delivery.peer.message().await).status, 103);
+            let (fill, body) = ("a".repeat(fill), "b".repeat(20 * 1024));
+            let head =
+                format!("HTTP/1.1 200 OK\r\nx-fill: {fill}\r\ncontent-length: {}", body.len());
+            stream.write(format!("{head}\r\n\r\n{body}").as_bytes()).await;
+            if !fits {
+                let reset = delivery.peer.reset_reason().await;
+                assert_eq!(reset.code, failure::SERVICE_INVALID);
+                return;
+            }
+            let mut received = 0;
+            loop {
+                let message = delivery.peer.message().await;
+                assert!(message.payload.len() <= sidelane_plugin::MESSAGE_BYTES_MAX);
+                received += match message.field {
+                    wire::RESPONSE => read_response(&message).body.len(),
+                    _ => read_data(&message).len(),
+                };
+                if message.end {
+                    break;
+                }
+            }
+            assert_eq!(received, body.len());
+        });
+    }
+}
+
+#[test]
+fn trailers_larger_than_a_message_end_the_exchange() {
+    let (kit, service) = (kit(), TestService::default());
+    kit.block_on(async {
+        let request = HttpRequest::new("GET", "/");
+        let (delivery, mut stream, _) = begin(&kit, &service, &request, true).await;
+        let fill = "a".repeat(40 * 1024);
+        let text = format!(
+            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx-fill: {fill}\r\n\r\n"
+        );
+        stream.write(text.as_bytes()).await;
+        assert_eq!(delivery.peer.reset_reason().await.code, failure::SERVICE_INVALID);
+    });
+}
+
+#[test]
+fn the_readme_names_the_metrics() {
+    let kit = kit();
+    let readme = include_str!("../../README.md");
+    let names: Vec<&str> = readme
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `http_")?.split_once('`'))
+        .map(|(name, _)| name)
+        .collect();
+    assert_eq!(names.len(), 5);
+    for name in names {
+        assert!(kit.metric(&format!("http_{name}")).is_some(), "http_{name}");
+    }
+}
