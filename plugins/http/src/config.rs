@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer, de};
 
 /// The block under `plugins` of whoever loads this library.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, deny_unknown_fields, remote = "Self")]
 pub struct Config {
     /// How long an unused connection to the service is kept. 55 s: below the 60 s and 75 s after
     /// which usual servers close theirs, so that few requests meet a closing connection.
@@ -18,13 +18,36 @@ pub struct Config {
     /// Connections to all services, used and unused, per data-path thread. One more is refused with
     /// `overloaded`: it bounds the descriptors that a burst of slow requests takes.
     pub connections_max: usize,
-    /// How long the service may take from the request's dispatch to its response head; 0: any time.
+    /// How long the service may take from the request's dispatch to its response head, counted anew
+    /// while the request's body is on its way; 0: any time.
     #[serde(deserialize_with = "duration")]
     pub response_timeout: Duration,
     /// How long to wait for the service's own `100 Continue` before saying it in its place, since
     /// some services never do (RFC 9110 §10.1.1 lets a proxy); 0: never.
     #[serde(deserialize_with = "duration")]
     pub continue_timeout: Duration,
+}
+
+impl<'de> Deserialize<'de> for Config {
+    /// From a map alone: derived, a list would do as well, its elements taken for the keys in order.
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Block;
+
+        impl<'de> de::Visitor<'de> for Block {
+            type Value = Config;
+
+            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                formatter.write_str("a block of keys and values")
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Config, A::Error> {
+                // The derived function, which `remote` makes an inherent one.
+                Config::deserialize(de::value::MapAccessDeserializer::new(map))
+            }
+        }
+
+        deserializer.deserialize_map(Block)
+    }
 }
 
 impl Default for Config {
@@ -140,6 +163,12 @@ mod tests {
     fn unknown_keys_are_errors() {
         let error = parse("{\"idle_timeot\": \"1s\"}").unwrap_err();
         assert!(error.contains("idle_timeot") && error.contains("idle_timeout"), "{error}");
+    }
+
+    #[test]
+    fn a_list_is_no_block() {
+        let error = parse("[0]").unwrap_err();
+        assert!(error.contains("a block of keys and values"), "{error}");
     }
 
     #[test]
