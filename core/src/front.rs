@@ -16,6 +16,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 
+use crate::plugin::CallEnd;
 use crate::plugin::lend;
 
 mod answer;
@@ -45,15 +46,6 @@ pub trait Dispatch: Send + Sync + 'static {
     fn note(&self, event: Event) {
         let _ = event;
     }
-}
-
-/// How a [`Dispatch::Call`] ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct CallEnd {
-    /// One of [`sidelane_abi::failure`]; `NONE`: ended well.
-    pub code: u32,
-    /// The plugin panicked.
-    pub panicked: bool,
 }
 
 /// What the front does without asking anyone; for metrics.

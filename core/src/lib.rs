@@ -1,6 +1,14 @@
-//! The library behind the program `sidelane`.
+//! The library behind the program `sidelane`, in reading order.
 
+pub mod announcement;
 pub mod config;
+pub mod error;
 pub mod front;
+pub mod metrics;
 pub mod plugin;
+pub mod random;
+pub mod relay;
 pub mod router;
+pub mod shard;
+pub mod sidecar;
+pub mod tunnel;

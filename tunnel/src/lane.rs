@@ -651,6 +651,12 @@ impl Lane {
         register(&mut self.driver, waker);
     }
 
+    /// Returns whether there is something to transmit.
+    #[must_use]
+    pub fn wants_transmit(&self) -> bool {
+        self.control.len() > 0 || !self.outbox.is_empty()
+    }
+
     /// Takes the wakers of all who can go on. The caller wakes them after releasing the lane's lock.
     pub fn take_wakes(&mut self) -> Wakes {
         std::mem::take(&mut self.wakes)
@@ -775,7 +781,8 @@ impl Lane {
         Ok(())
     }
 
-    fn wake_driver(&mut self) {
+    /// Wakes the driver though nothing new is to be sent.
+    pub fn wake_driver(&mut self) {
         self.wakes.push_from(&mut self.driver);
     }
 }

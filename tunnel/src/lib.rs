@@ -28,6 +28,9 @@ mod wakes;
 #[path = "gen/sidelane.tunnel.v1.rs"]
 pub mod proto;
 
+// `tests/decode.rs` is compiled here and by the fuzz target.
+#[cfg(test)]
+extern crate self as sidelane_tunnel;
 #[cfg(test)]
 mod tests;
 

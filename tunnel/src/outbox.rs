@@ -135,7 +135,6 @@ impl Outbox {
         self.queued
     }
 
-    #[cfg(test)]
     pub(crate) const fn is_empty(&self) -> bool {
         self.sparse.first == NIL && self.bulk.first == NIL
     }

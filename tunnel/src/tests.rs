@@ -1,5 +1,9 @@
 //! Tests of the crate as a whole; a module per area.
 
+mod codec;
+mod decode;
 mod generated;
+mod handshake;
 mod lane;
+mod model;
 mod pair;

@@ -91,6 +91,18 @@ pub enum GenerationState {
     Retired,
 }
 
+impl GenerationState {
+    /// Returns its name in metrics and on the admin page.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Current => "current",
+            Self::Draining => "draining",
+            Self::Retired => "retired",
+        }
+    }
+}
+
 struct Retired(Arc<Record>);
 
 impl Drop for Retired {
@@ -344,7 +356,8 @@ impl ExchangePin {
             let parked = lot.get_mut(place / PARKING_LOTS).expect("parked until `unpark`");
             parked.clone_from(waker);
         } else {
-            let index = super::host::shard_index().map_or(0, |shard| shard as usize) % PARKING_LOTS;
+            let index =
+                super::host::current_shard().map_or(0, |shard| shard as usize) % PARKING_LOTS;
             let key = lock(&self.generation.parked[index]).insert(waker.clone());
             *place = Some(key * PARKING_LOTS + index);
         }

@@ -108,8 +108,9 @@ pub fn enter_shard(index: u32, count: u32) {
     }
 }
 
-/// Returns which data-path thread this is.
-pub(super) fn shard_index() -> Option<u32> {
+/// Returns which data-path thread this is; `None` on any other thread.
+#[must_use]
+pub fn current_shard() -> Option<u32> {
     SHARD.get().map(|(index, _)| index)
 }
 

@@ -13,22 +13,7 @@ use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 
-/// Why an exchange or a stream ended early. `code` is one of [`sidelane_abi::failure`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Reset {
-    /// One of [`sidelane_abi::failure`].
-    pub code: u32,
-    /// The protocol's own code (HTTP/2's error code), passed as sent.
-    pub protocol_code: Option<u32>,
-}
-
-impl Reset {
-    /// Returns a reset without a code of the protocol's own.
-    #[must_use]
-    pub const fn new(code: u32) -> Self {
-        Self { code, protocol_code: None }
-    }
-}
+pub use sidelane_tunnel::{Payload as Message, Received, Reset};
 
 /// A failure with what a client may be told of it.
 #[derive(Clone, Debug)]
@@ -169,20 +154,6 @@ pub trait Responder: Send + 'static {
     fn upgrade(&mut self) -> StreamFuture;
 }
 
-/// A message of an exchange: the encoded payload of `TunnelMessage`'s field `field`, in one or two
-/// parts. On receive `head` is empty.
-#[derive(Debug, Default)]
-pub struct Message {
-    /// Payload field number, 9 to 31.
-    pub field: u32,
-    /// Last message of its direction.
-    pub end: bool,
-    /// First part.
-    pub head: Bytes,
-    /// Second part.
-    pub body: Bytes,
-}
-
 /// The direction from here to the peer. Dropped unfinished: reset with `CANCELLED`.
 pub trait SendHalf: Send + 'static {
     /// Queues the message and leaves `None`; `Pending` leaves it in place.
@@ -201,17 +172,6 @@ pub trait SendHalf: Send + 'static {
     fn dispatched(&mut self);
     /// Nothing was and will be written to a service. Ends the exchange.
     fn refused(&mut self, reset: Reset);
-}
-
-/// What a receive yields.
-#[derive(Debug)]
-pub enum Received {
-    /// A message.
-    Message(Message),
-    /// The direction has ended.
-    Finished,
-    /// The exchange was reset or lost.
-    Reset(Reset),
 }
 
 /// The direction from the peer to here. Dropped unfinished: reset with `CANCELLED`.

@@ -11,29 +11,42 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use sidelane_plugin::{
-    Body, Buf, Error, Failure, Frame, HeaderList, Message, Opener, RecvHalf, Request, RequestHead, Reset,
-    Responder, ResponseHead, RouteKey, SendHalf, failure,
+    Body, Buf, Error, Failure, Frame, HeaderList, MESSAGE_BYTES_MAX, Message, Opener, RecvHalf,
+    Request, RequestHead, Reset, Responder, ResponseHead, RouteKey, SendHalf, failure,
 };
 
 use crate::failure::{Told, answer, wants_json};
 use crate::fields::{self, Kind, Nominated};
 use crate::payload::{
-    self, BODY_BYTES_MAX, FIELD_BODY, FIELD_REQUEST, FIELD_RESPONSE, FIELD_TRAILERS, Field, FieldsSize,
+    self, BODY_BYTES_MAX, FIELD_BODY, FIELD_REQUEST, FIELD_RESPONSE, FIELD_TRAILERS, FieldsSize,
     HEAD_BYTES_MAX,
 };
 
 /// What `Allow` says where a method is not allowed (RFC 9110 §15.5.6).
 const METHODS: &[u8] = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE";
 
-/// How a direction ended.
+/// How the response's direction ended.
 #[derive(Clone, Copy, Debug)]
 enum End {
-    /// As it should, or of no more interest.
+    /// As it should.
     Complete,
     /// The client is gone.
     ClientGone(Reset),
-    /// The exchange was reset, was lost, or went wrong.
+    /// It went wrong, or the peer reset it.
     Failed(Reset),
+}
+
+/// How the request's direction ended.
+#[derive(Clone, Copy, Debug)]
+enum Sent {
+    /// As it should.
+    All,
+    /// The exchange is over, and the response's direction says why.
+    Over,
+    /// The client is gone.
+    ClientGone(Reset),
+    /// A message would be larger than allowed.
+    TooLarge,
 }
 
 /// Carries one request to the service, and the response back.
@@ -76,8 +89,8 @@ pub(crate) async fn accept(
     let continued = AtomicBool::new(!head.expects_continue());
     let mut download =
         Download { recv, responder, head: &head, continued: &continued, begun: false };
-    let mut request_end = (sent_all || over).then_some(End::Complete);
-    let response_end = {
+    let mut sent = if over { Some(Sent::Over) } else { sent_all.then_some(Sent::All) };
+    let end = {
         let mut down = pin!(download.run());
         let mut up = pin!(upload(&mut body, &mut send, waiting, &continued));
         let end = poll_fn(|cx| {
@@ -85,47 +98,54 @@ pub(crate) async fn accept(
                 if let Poll::Ready(end) = down.as_mut().poll(cx) {
                     return Poll::Ready(end);
                 }
-                if request_end.is_some() {
+                if sent.is_some() {
                     return Poll::Pending;
                 }
-                let end = ready!(up.as_mut().poll(cx));
-                request_end = Some(end);
-                if matches!(end, End::ClientGone(_)) {
-                    return Poll::Ready(end);
+                let result = ready!(up.as_mut().poll(cx));
+                sent = Some(result);
+                match result {
+                    Sent::All | Sent::Over => {}
+                    Sent::ClientGone(reset) => return Poll::Ready(End::ClientGone(reset)),
+                    Sent::TooLarge => {
+                        return Poll::Ready(End::Failed(Reset::new(failure::TOO_LARGE)));
+                    }
                 }
             }
         })
         .await;
-        if request_end.is_none()
-            && matches!(end, End::Complete)
-            && continued.load(Ordering::Relaxed)
-        {
-            request_end = Some(up.await);
+        let answered = matches!(end, End::Complete);
+        if answered && sent.is_none() && continued.load(Ordering::Relaxed) {
+            sent = Some(up.await);
         }
         end
     };
 
     let (begun, mut responder) = (download.begun, download.responder);
-    match (response_end, request_end) {
-        // The service has answered; that it did not want all of the body is its own affair.
-        (End::Complete, Some(End::Complete | End::Failed(_))) => Ok(()),
-        // The answer came without the body having been asked for.
-        (End::Complete, None) => {
-            send.reset(Reset::new(failure::CANCELLED));
-            Ok(())
-        }
-        (End::ClientGone(reset), _) | (End::Complete, Some(End::ClientGone(reset))) => {
+    match end {
+        End::Complete => match sent {
+            // That the service did not want all of it is its own affair.
+            Some(Sent::All | Sent::Over) => Ok(()),
+            Some(Sent::ClientGone(reset)) => {
+                send.reset(reset);
+                Err(reset.into())
+            }
+            // The answer came without the body having been asked for, or what is left is in the way.
+            None | Some(Sent::TooLarge) => {
+                send.reset(Reset::new(failure::CANCELLED));
+                Ok(())
+            }
+        },
+        End::ClientGone(reset) => {
             send.reset(reset);
             Err(reset.into())
         }
-        (End::Failed(reset), _) if begun => {
+        End::Failed(reset) => {
             send.reset(Reset::new(failure::CANCELLED));
-            responder.abort(reset);
-            Err(reset.into())
-        }
-        (End::Failed(reset), _) => {
-            send.reset(Reset::new(failure::CANCELLED));
-            respond(&head, &mut responder, &Told::code(reset.code))?;
+            if begun {
+                responder.abort(reset);
+            } else {
+                respond(&head, &mut responder, &Told::code(reset.code))?;
+            }
             Err(reset.into())
         }
     }
@@ -146,7 +166,11 @@ pub(crate) fn refuse(
     respond(head, responder, &told)
 }
 
-fn respond(head: &RequestHead<'_>, responder: &mut Responder, told: &Told<'_>) -> Result<(), Error> {
+fn respond(
+    head: &RequestHead<'_>,
+    responder: &mut Responder,
+    told: &Told<'_>,
+) -> Result<(), Error> {
     let answer = answer(told, wants_json(head.headers()));
     let retry_after = answer.retry_after_s.map(|seconds| seconds.to_string());
     let mut headers = HeaderList::with_capacity(5);
@@ -261,52 +285,50 @@ async fn upload(
     send: &mut SendHalf,
     mut waiting: Waiting,
     continued: &AtomicBool,
-) -> End {
+) -> Sent {
     loop {
         let frame = poll_fn(|cx| {
-            if let Poll::Ready(reset) = send.poll_closed(cx) {
-                return Poll::Ready(Err(reset));
+            if send.poll_closed(cx).is_ready() {
+                return Poll::Ready(Err(Sent::Over));
             }
             if let Some(frame) = waiting.pop_front() {
                 return Poll::Ready(Ok(frame));
             }
-            if continued.load(Ordering::Relaxed) { body.poll_frame(cx).map(Ok) } else { Poll::Pending }
+            if continued.load(Ordering::Relaxed) {
+                body.poll_frame(cx).map(Ok)
+            } else {
+                Poll::Pending
+            }
         })
         .await;
-        let sent = match frame {
+        let (sent, end) = match frame {
             Ok(Some(Ok(Frame::Data { bytes, end }))) => {
-                let sent = send_data(send, bytes, end).await;
-                if end && sent.is_ok() {
-                    return End::Complete;
-                }
-                sent
+                (send_data(send, bytes, end).await.is_ok(), end)
             }
             Ok(Some(Ok(Frame::Trailers(trailers)))) => {
-                let fields = trailers.iter().filter(|(name, _)| fields::kind(name) == Kind::EndToEnd);
+                let fields =
+                    trailers.iter().filter(|(name, _)| fields::kind(name) == Kind::EndToEnd);
                 let head = payload::encode_trailers(fields);
+                if head.len() > MESSAGE_BYTES_MAX {
+                    return Sent::TooLarge;
+                }
                 let message = Message { field: FIELD_TRAILERS, end: true, head, body: Buf::new() };
-                return sent_end(send.send(message).await);
+                (send.send(message).await.is_ok(), true)
             }
-            Ok(None) => return sent_end(send.finish().map_err(|_| Reset::new(failure::CANCELLED))),
-            Ok(Some(Err(reset))) => return End::ClientGone(reset),
-            Err(reset) => Err(reset),
+            Ok(Some(Err(reset))) => return Sent::ClientGone(reset),
+            Ok(None) => (send.finish().is_ok(), true),
+            Err(sent) => return sent,
         };
-        if let Err(reset) = sent {
-            return sent_end(Err(reset));
+        match (sent, end) {
+            (false, _) => return Sent::Over,
+            (true, true) => return Sent::All,
+            (true, false) => {}
         }
     }
 }
 
-/// What the end of sending means: the receiving half says it too, and better, where it failed.
-fn sent_end(sent: Result<(), Reset>) -> End {
-    match sent {
-        Ok(()) => End::Complete,
-        Err(reset) => End::Failed(reset),
-    }
-}
-
 /// Sends `bytes` in messages of at most [`BODY_BYTES_MAX`].
-pub(crate) async fn send_data(send: &mut SendHalf, mut bytes: Buf, end: bool) -> Result<(), Reset> {
+async fn send_data(send: &mut SendHalf, mut bytes: Buf, end: bool) -> Result<(), Reset> {
     while bytes.len() > BODY_BYTES_MAX {
         let part = bytes.split_to(BODY_BYTES_MAX);
         send.send(data_message(part, false)).await?;
@@ -377,7 +399,9 @@ impl Download<'_> {
                     return Ok(());
                 }
                 let mut headers = HeaderList::with_capacity(response.headers.count);
-                headers.extend(response.headers.iter().filter(|(name, _)| fields::passes(name, &nominated)));
+                headers.extend(
+                    response.headers.iter().filter(|(name, _)| fields::passes(name, &nominated)),
+                );
                 let told = self.responder.informational(status, &headers);
                 if status == 100 {
                     self.continued.store(true, Ordering::Relaxed);
@@ -418,7 +442,11 @@ impl Download<'_> {
         let range = payload::decode_body(&message.body).map_err(|_| invalid())?;
         let chunk = message.body.slice(range);
         if chunk.is_empty() {
-            return if message.end { self.responder.finish(None).map_err(|_| gone()) } else { Ok(()) };
+            return if message.end {
+                self.responder.finish(None).map_err(|_| gone())
+            } else {
+                Ok(())
+            };
         }
         self.responder.body(chunk, message.end).await.map_err(|_| gone())
     }

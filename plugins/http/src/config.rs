@@ -8,23 +8,23 @@ use serde::{Deserialize, Deserializer, de};
 /// The block under `plugins` of whoever loads this library.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub(crate) struct Config {
+pub struct Config {
     /// How long an unused connection to the service is kept. 55 s: below the 60 s and 75 s after
     /// which usual servers close theirs, so that few requests meet a closing connection.
     #[serde(deserialize_with = "duration")]
-    pub(crate) idle_timeout: Duration,
+    pub idle_timeout: Duration,
     /// Unused connections kept for one service, per data-path thread.
-    pub(crate) idle_per_service: usize,
+    pub idle_per_service: usize,
     /// Connections to all services, used and unused, per data-path thread. One more is refused with
     /// `overloaded`: it bounds the descriptors that a burst of slow requests takes.
-    pub(crate) connections_max: usize,
+    pub connections_max: usize,
     /// How long the service may take from the request's dispatch to its response head; 0: any time.
     #[serde(deserialize_with = "duration")]
-    pub(crate) response_timeout: Duration,
+    pub response_timeout: Duration,
     /// How long to wait for the service's own `100 Continue` before saying it in its place, since
     /// some services never do (RFC 9110 §10.1.1 lets a proxy); 0: never.
     #[serde(deserialize_with = "duration")]
-    pub(crate) continue_timeout: Duration,
+    pub continue_timeout: Duration,
 }
 
 impl Default for Config {

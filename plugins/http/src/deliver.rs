@@ -6,18 +6,22 @@
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER, TRANSFER_ENCODING};
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, TE, TRAILER,
+    TRANSFER_ENCODING,
+};
 use http::uri::PathAndQuery;
 use http::{Method, Request, Response, StatusCode, Uri, Version};
 use http_body::Body;
 use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
 use sidelane_plugin::{
-    Buf, Error, Exchange, Host, Message, Meta, RecvHalf, Reset, SendHalf, Service, Timer, failure,
+    Buf, Error, Exchange, Host, MESSAGE_BYTES_MAX, Message, Meta, OPEN_BYTES_MAX, RecvHalf, Reset,
+    SendHalf, Service, Timer, failure,
 };
 
 use crate::accept::data_message;
@@ -78,23 +82,30 @@ pub(crate) async fn deliver(
         Some(Ok(message)) if message.field == FIELD_REQUEST => message,
         Some(Ok(_)) | None => {
             send.refused(Reset::new(failure::BAD_REQUEST));
-            return Err(Error::new(failure::BAD_REQUEST, "the exchange does not begin with a request"));
+            return Err(Error::new(
+                failure::BAD_REQUEST,
+                "the exchange does not begin with a request",
+            ));
         }
         Some(Err(reset)) => return Err(reset.into()),
     };
-    let mut delivery = match Delivery::new(config, &meta, first, recv) {
-        Ok(delivery) => delivery,
+    let (mut delivery, request) = match Delivery::new(config, &meta, first, recv) {
+        Ok(prepared) => prepared,
         Err(failed) => {
             send.refused(Reset::new(failed.code));
             return Err(Error::new(failed.code, failed.message));
         }
     };
-    match delivery.run(pool, &mut send, service).await {
+    match delivery.run(pool, &mut send, service, request).await {
         Ok(()) => Ok(()),
         Err(Stop::Gone(reset)) => Err(reset.into()),
         Err(Stop::Failed(failed)) => {
             let reset = Reset::new(failed.code);
-            if delivery.dispatched { send.reset(reset) } else { send.refused(reset) }
+            if delivery.dispatched {
+                send.reset(reset);
+            } else {
+                send.refused(reset);
+            }
             Err(Error::new(failed.code, failed.message))
         }
     }
@@ -106,15 +117,654 @@ struct Delivery<'a> {
     meta: &'a Meta<'a>,
     /// The exchange's first payload, from which the request can be made again.
     payload: Bytes,
+    /// What the first message has of the body.
     body: Buf,
-    end: bool,
     /// The rest of the body; `None`: there is none.
     source: Option<SharedSource>,
-    /// Kept where nothing is left to receive: its end must not look like ours.
-    _recv: Option<RecvHalf>,
     method: Method,
     expects_continue: bool,
     dispatched: bool,
 }
 
-type Pending = dyn Future<Output = Result<Response<Incoming>, TrySendError<Request<Upload>>>> + Send;
+/// Why there is no response head.
+enum NoHead {
+    /// Nothing of the request can have been processed: it may be sent again, on a fresh connection.
+    /// The request, where hyper gave it back.
+    Repeat(Option<Box<Request<Upload>>>),
+    Stop(Stop),
+}
+
+impl<'a> Delivery<'a> {
+    fn new(
+        config: &'a Config,
+        meta: &'a Meta<'a>,
+        first: Message,
+        recv: RecvHalf,
+    ) -> Result<(Self, Request<Upload>), Failed> {
+        let end = first.end;
+        let payload = first.body.clone().into_bytes();
+        let head = decode(&payload)?;
+        let body = first.body.slice(head.body.clone());
+        let announced = head.headers.iter().any(|(name, _)| name == TRAILER.as_str().as_bytes());
+        let come = body.len() as u64;
+        let left = match head.content_length {
+            Some(length) if come > length || (end && come < length) => {
+                return Err(Failed::new(
+                    failure::BAD_REQUEST,
+                    "the body is not as long as announced",
+                ));
+            }
+            length => length.map(|length| length - come),
+        };
+        let source = (!end).then(|| SharedSource::new(recv, left));
+        let upload = match &source {
+            None if body.is_empty() => Upload::Empty,
+            None => Upload::Whole(body.clone()),
+            Some(source) => Upload::Stream {
+                first: body.clone(),
+                source: source.clone(),
+                // Trailers need chunks (RFC 9112 §7.1.2), and chunks are without a length.
+                left: if announced { None } else { head.content_length },
+            },
+        };
+        let method = Method::from_bytes(head.method.as_bytes())
+            .ok()
+            .filter(|method| *method != Method::CONNECT)
+            .ok_or_else(|| Failed::new(failure::BAD_REQUEST, "the method cannot be sent on"))?;
+        let expects_continue = head.expect_continue;
+        let delivery = Self {
+            config,
+            meta,
+            payload,
+            body,
+            source,
+            method,
+            expects_continue,
+            dispatched: false,
+        };
+        let request = delivery.request(upload)?;
+        Ok((delivery, request))
+    }
+
+    async fn run(
+        &mut self,
+        pool: &Arc<Pool>,
+        send: &mut SendHalf,
+        service: &Service,
+        mut request: Request<Upload>,
+    ) -> Result<(), Stop> {
+        let mut kept = pool.take(service);
+        loop {
+            let mut connection = match kept.take() {
+                Some(connection) => connection,
+                None => pool.connect(service, send).await.map_err(connecting)?,
+            };
+            if !self.dispatched {
+                send.dispatched();
+                self.dispatched = true;
+            }
+            match self.head(&mut connection, send, request).await {
+                Ok((response, place)) => {
+                    let (head, body) = response.into_parts();
+                    // hyper would speak HTTP/1.0 on this connection from here on.
+                    let keep = head.version == Version::HTTP_11;
+                    let mut download = self.download(connection, &head, body, place)?;
+                    download.pass(send, &head).await?;
+                    self.finish(pool, download.connection, send, service, keep).await;
+                    return Ok(());
+                }
+                // Only a connection that was kept is repeated for, and the next is a fresh one.
+                Err(NoHead::Repeat(back)) => {
+                    pool.count_repeated();
+                    request = match back {
+                        Some(request) => *request,
+                        None => self.request(self.whole())?,
+                    };
+                }
+                Err(NoHead::Stop(stop)) => return Err(stop),
+            }
+        }
+    }
+
+    /// The body where all of it is at hand.
+    fn whole(&self) -> Upload {
+        if self.body.is_empty() { Upload::Empty } else { Upload::Whole(self.body.clone()) }
+    }
+
+    /// Makes the request for the service.
+    fn request(&self, upload: Upload) -> Result<Request<Upload>, Failed> {
+        let head = decode(&self.payload)?;
+        let headers = self.fields(&head, &upload)?;
+        let mut request = Request::new(upload);
+        *request.method_mut() = self.method.clone();
+        *request.uri_mut() = self.target(&head)?;
+        *request.headers_mut() = headers;
+        Ok(request)
+    }
+
+    fn target(&self, head: &RequestPayload<'_>) -> Result<Uri, Failed> {
+        if head.target.is_empty() {
+            return Ok(Uri::from_static("/"));
+        }
+        let bytes = self.payload.slice(head.target.clone());
+        PathAndQuery::from_maybe_shared(bytes.clone())
+            .ok()
+            // What does not come out as it went in (a fragment is cut off) is not passed on as
+            // something else.
+            .filter(|target| target.as_str().as_bytes() == bytes && matches!(bytes[0], b'/' | b'*'))
+            .map(Uri::from)
+            .ok_or_else(|| Failed::new(failure::BAD_REQUEST, "the target cannot be sent on"))
+    }
+
+    fn fields(&self, head: &RequestPayload<'_>, upload: &Upload) -> Result<HeaderMap, Failed> {
+        let mut headers = HeaderMap::with_capacity(head.headers.count + FIELDS_ADDED);
+        let authority = self.value(head.authority)?;
+        headers.insert(HOST, authority.clone());
+        let nominated = Nominated::scan(head.headers.iter());
+        let mut te = false;
+        for (name, value) in head.headers.iter() {
+            match fields::kind(name) {
+                Kind::EndToEnd if !nominated.contains(name) => {
+                    let name = HeaderName::from_bytes(name).map_err(|_| {
+                        Failed::new(failure::BAD_REQUEST, "a field's name is invalid")
+                    })?;
+                    headers.append(name, self.value(value)?);
+                }
+                Kind::Te => te |= fields::te_trailers(value),
+                Kind::ContentLength if matches!(upload, Upload::Empty) && value == b"0" => {
+                    headers.insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
+                }
+                Kind::Expect if !self.expects_continue => {
+                    headers.append(EXPECT, self.value(value)?);
+                }
+                _ => {}
+            }
+        }
+        if self.expects_continue {
+            headers.insert(EXPECT, HeaderValue::from_static("100-continue"));
+        }
+        if te {
+            // TE belongs to one connection, and says so (RFC 9110 §10.1.4).
+            headers.insert(TE, HeaderValue::from_static("trailers"));
+            headers.insert(CONNECTION, HeaderValue::from_static("te"));
+        }
+        if matches!(upload, Upload::Stream { left: None, .. }) {
+            // hyper takes a body of unknown length for none where the method usually has none.
+            headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
+        }
+        forwarded::write(&mut headers, self.meta.client_address(), self.meta.scheme(), &authority);
+        forwarded::add_via(&mut headers, head.version);
+        Ok(headers)
+    }
+
+    fn value(&self, bytes: &[u8]) -> Result<HeaderValue, Failed> {
+        HeaderValue::from_maybe_shared(self.payload.slice_ref(bytes))
+            .map_err(|_| Failed::new(failure::BAD_REQUEST, "a field's value is invalid"))
+    }
+
+    /// Sends the request, passes interim responses back, and waits for the head.
+    async fn head(
+        &self,
+        connection: &mut Connection,
+        send: &mut SendHalf,
+        mut request: Request<Upload>,
+    ) -> Result<(Response<Incoming>, Place), NoHead> {
+        let watch = Arc::clone(&connection.watch);
+        watch.begin();
+        watch.watch_interim(&mut request);
+        let mut limits = Limits::new(self.config, connection.timer.take(), self.expects_continue);
+        let mut response = pin!(connection.sender.try_send_request(request));
+        let mut interim = Vec::new().into_iter();
+        let mut out = None;
+        let mut place = Place::First;
+        let head = poll_fn(|cx| {
+            loop {
+                if out.is_some() {
+                    match send.poll_send(cx, &mut out) {
+                        Poll::Ready(Ok(())) => {}
+                        Poll::Ready(Err(_)) => {
+                            return send.poll_closed(cx).map(|reset| Err(gone(reset)));
+                        }
+                        Poll::Pending => {
+                            let _ = connection.poll_drive(cx);
+                            return Poll::Pending;
+                        }
+                    }
+                }
+                if let Some(message) = interim.next() {
+                    limits.answered();
+                    // One that does not fit is dropped: it is interim.
+                    out = place.fits(&message).then_some(message);
+                    place = Place::Later;
+                    continue;
+                }
+                let _ = connection.poll_drive(cx);
+                interim = watch.take_interim().into_iter();
+                if interim.len() > 0 {
+                    continue;
+                }
+                if let Poll::Ready(head) = response.as_mut().poll(cx) {
+                    return Poll::Ready(head.map_err(|error| self.no_head(connection, error)));
+                }
+                if let Poll::Ready(reset) = send.poll_closed(cx) {
+                    return Poll::Ready(Err(gone(reset)));
+                }
+                match limits.poll(cx, self.source.as_ref()) {
+                    Poll::Ready(Limit::Continue) => {
+                        out = Some(continue_message());
+                        place = Place::Later;
+                    }
+                    Poll::Ready(Limit::Response) => {
+                        let failed = Failed::new(failure::SERVICE_TIMEOUT, "no response in time");
+                        return Poll::Ready(Err(NoHead::Stop(failed.into())));
+                    }
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+        })
+        .await;
+        connection.timer = limits.response;
+        head.map(|head| (head, place))
+    }
+
+    /// Decides what a request without a response means.
+    fn no_head(&self, connection: &Connection, mut error: TrySendError<Request<Upload>>) -> NoHead {
+        if let Some(request) = error.take_message()
+            && connection.reused
+        {
+            return NoHead::Repeat(Some(Box::new(request)));
+        }
+        if let Some(reset) = self.source.as_ref().and_then(|source| source.lock().failed) {
+            return NoHead::Stop(Failed::new(reset.code, "the request's body broke off").into());
+        }
+        let error = error.into_error();
+        if error.is_parse() {
+            let text = format!("the service's response is invalid: {error}");
+            return NoHead::Stop(Failed::new(failure::SERVICE_INVALID, text).into());
+        }
+        if connection.reused
+            && connection.watch.nothing_came()
+            && self.method.is_idempotent()
+            && self.source.is_none()
+        {
+            return NoHead::Repeat(None);
+        }
+        let text = format!("the service closed before its response: {error}");
+        NoHead::Stop(Failed::new(failure::SERVICE_RESET, text).into())
+    }
+
+    /// Checks the response's head.
+    fn download(
+        &self,
+        connection: Connection,
+        head: &http::response::Parts,
+        body: Incoming,
+        place: Place,
+    ) -> Result<Download, Failed> {
+        if head.status == StatusCode::SWITCHING_PROTOCOLS {
+            return Err(Failed::new(failure::SERVICE_INVALID, "the service switched protocols"));
+        }
+        let coded = head
+            .headers
+            .get_all(TRANSFER_ENCODING)
+            .iter()
+            .any(|coding| !coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked"));
+        if coded {
+            // It was not offered one (TE), and it would pass unnamed.
+            return Err(Failed::new(
+                failure::SERVICE_INVALID,
+                "the service used a transfer coding",
+            ));
+        }
+        let bodiless = self.method == Method::HEAD
+            || matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
+        let length = if bodiless { None } else { body.size_hint().exact() };
+        Ok(Download { connection, body, bodiless, length, place, peeked: None })
+    }
+
+    /// Lets the request end after the response has.
+    async fn finish(
+        &self,
+        pool: &Arc<Pool>,
+        mut connection: Connection,
+        send: &mut SendHalf,
+        service: &Service,
+        keep: bool,
+    ) {
+        let settled = poll_fn(|cx| {
+            if connection.poll_drive(cx).is_ready() || connection.is_idle() {
+                return Poll::Ready(true);
+            }
+            match send.poll_closed(cx) {
+                Poll::Ready(reset) if reset.code != failure::NONE => Poll::Ready(false),
+                _ => Poll::Pending,
+            }
+        })
+        .await;
+        if !settled {
+            return;
+        }
+        if keep && connection.is_idle() {
+            pool.park(service, connection);
+        } else {
+            drop(connection);
+        }
+        if let Some(source) = &self.source {
+            let _ =
+                Host::current().timeout(LINGER, poll_fn(|cx| source.lock().poll_discard(cx))).await;
+        }
+    }
+}
+
+fn decode(payload: &[u8]) -> Result<RequestPayload<'_>, Failed> {
+    payload::decode_request(payload)
+        .map_err(|error| Failed::new(failure::BAD_REQUEST, error.to_string()))
+}
+
+fn connecting(error: Connecting) -> Stop {
+    match error {
+        Connecting::Abandoned(reset) => Stop::Gone(reset),
+        Connecting::Failed(PoolError::Connect(error)) => {
+            Failed::new(error.code, error.to_string()).into()
+        }
+        Connecting::Failed(PoolError::Full) => {
+            Failed::new(failure::OVERLOADED, "all connections to services are in use").into()
+        }
+        Connecting::Failed(PoolError::Handshake(error)) => {
+            Failed::new(failure::INTERNAL, error.to_string()).into()
+        }
+    }
+}
+
+const fn gone(reset: Reset) -> NoHead {
+    NoHead::Stop(Stop::Gone(reset))
+}
+
+fn continue_message() -> Message {
+    let head = payload::encode_response(100, std::iter::empty(), FieldsSize::default(), None, 0);
+    Message { field: FIELD_RESPONSE, end: false, head, body: Buf::new() }
+}
+
+/// What time may end while the response's head is awaited.
+struct Limits {
+    response: Option<Timer>,
+    response_timeout: Duration,
+    /// Until the service has said anything.
+    continues: Option<Timer>,
+    /// The client may be sending its body.
+    continued: bool,
+}
+
+enum Limit {
+    /// The client is to be told to continue in the service's place.
+    Continue,
+    /// The service is too slow.
+    Response,
+}
+
+impl Limits {
+    fn new(config: &Config, timer: Option<Timer>, expects_continue: bool) -> Self {
+        let host = Host::current();
+        let now = host.now();
+        let start = |timeout: Duration, timer: Option<Timer>| {
+            let deadline = now + timeout;
+            match timer {
+                Some(mut timer) => {
+                    timer.reset(deadline);
+                    timer
+                }
+                None => host.timer(deadline),
+            }
+        };
+        let response_timeout = config.response_timeout;
+        Self {
+            response: (!response_timeout.is_zero()).then(|| start(response_timeout, timer)),
+            response_timeout,
+            continues: (expects_continue && !config.continue_timeout.is_zero())
+                .then(|| start(config.continue_timeout, None)),
+            continued: !expects_continue,
+        }
+    }
+
+    /// The service has said something: it knows what `Expect` is.
+    fn answered(&mut self) {
+        self.continues = None;
+        self.continued = true;
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>, source: Option<&SharedSource>) -> Poll<Limit> {
+        if let Some(timer) = &mut self.continues
+            && timer.poll_fired(cx).is_ready()
+        {
+            self.answered();
+            return Poll::Ready(Limit::Continue);
+        }
+        let Some(timer) = &mut self.response else {
+            return Poll::Pending;
+        };
+        while timer.poll_fired(cx).is_ready() {
+            // While the request is still on its way, the service has nothing to answer: time counts
+            // from the last of it, and not where the client is what is slow.
+            let waits = source.is_none_or(|source| {
+                let mut source = source.lock();
+                let moved = std::mem::take(&mut source.moved);
+                !moved && (source.finished || !source.starved || !self.continued)
+            });
+            if waits {
+                return Poll::Ready(Limit::Response);
+            }
+            timer.reset(Host::current().now() + self.response_timeout);
+        }
+        Poll::Pending
+    }
+}
+
+/// Where a message stands in its direction: the first may be larger.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    First,
+    /// After an interim response.
+    Later,
+}
+
+impl Place {
+    fn bytes_max(self) -> usize {
+        match self {
+            Self::First => OPEN_BYTES_MAX,
+            Self::Later => MESSAGE_BYTES_MAX,
+        }
+    }
+
+    fn fits(self, message: &Message) -> bool {
+        message.head.len() + message.body.len() <= self.bytes_max()
+    }
+
+    /// Returns how many bytes of body go with `head`.
+    fn room(self, head: &http::response::Parts) -> usize {
+        let mut size = FieldsSize::default();
+        for (name, value) in &head.headers {
+            size.add(name.as_str().len(), value.len());
+        }
+        self.bytes_max().saturating_sub(size.response_bytes_max()).min(BODY_BYTES_MAX)
+    }
+}
+
+/// A response on its way back.
+struct Download {
+    connection: Connection,
+    body: Incoming,
+    /// An answer without a body, whatever its fields say.
+    bodiless: bool,
+    /// Exact length of the body, where known.
+    length: Option<u64>,
+    place: Place,
+    /// What was read ahead, to know whether a chunk is the last.
+    peeked: Option<Item>,
+}
+
+/// What comes next of a response's body.
+enum Item {
+    Data(Buf),
+    Trailers(HeaderMap),
+    End,
+    Failed(Failed),
+}
+
+impl Download {
+    /// Sends head, body and trailers, each as soon as it is there.
+    async fn pass(
+        &mut self,
+        send: &mut SendHalf,
+        head: &http::response::Parts,
+    ) -> Result<(), Stop> {
+        let mut chunk = Buf::new();
+        let mut out = None;
+        let mut begun = false;
+        poll_fn(|cx| {
+            // Set where a look ahead found nothing: nothing more comes before the next wake-up.
+            let mut quiet = false;
+            loop {
+                let ended = out.as_ref().is_some_and(|message: &Message| message.end);
+                match send.poll_send(cx, &mut out) {
+                    Poll::Ready(Ok(())) if ended => return Poll::Ready(Ok(())),
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(_)) => {
+                        return send.poll_closed(cx).map(|reset| Err(Stop::Gone(reset)));
+                    }
+                    Poll::Pending => {
+                        // The request's body goes on meanwhile.
+                        let _ = self.connection.poll_drive(cx);
+                        return Poll::Pending;
+                    }
+                }
+                if chunk.is_empty() {
+                    let item = match self.peeked.take() {
+                        Some(item) => Poll::Ready(item),
+                        None if quiet => Poll::Pending,
+                        None => self.poll_next(cx),
+                    };
+                    match item {
+                        Poll::Ready(Item::Data(data)) => chunk = data,
+                        Poll::Ready(Item::Trailers(trailers)) if begun => {
+                            let message = trailers_message(&trailers);
+                            if !Place::Later.fits(&message) {
+                                let text = "the service's trailers are larger than allowed";
+                                return Poll::Ready(Err(Failed::new(
+                                    failure::SERVICE_INVALID,
+                                    text,
+                                )
+                                .into()));
+                            }
+                            out = Some(message);
+                            continue;
+                        }
+                        Poll::Ready(Item::End) if begun => {
+                            out = Some(data_message(Buf::new(), true));
+                            continue;
+                        }
+                        Poll::Ready(Item::Failed(failed)) => {
+                            return Poll::Ready(Err(failed.into()));
+                        }
+                        Poll::Ready(item) => self.peeked = Some(item),
+                        Poll::Pending if begun => {
+                            return send.poll_closed(cx).map(|reset| Err(Stop::Gone(reset)));
+                        }
+                        Poll::Pending => quiet = true,
+                    }
+                }
+                let room = if begun { BODY_BYTES_MAX } else { self.place.room(head) };
+                let part = if chunk.len() > room {
+                    chunk.split_to(room)
+                } else {
+                    std::mem::take(&mut chunk)
+                };
+                if chunk.is_empty() && self.peeked.is_none() && !quiet {
+                    match self.poll_next(cx) {
+                        Poll::Ready(item) => self.peeked = Some(item),
+                        Poll::Pending => quiet = true,
+                    }
+                }
+                let end = chunk.is_empty()
+                    && self.peeked.take_if(|item| matches!(item, Item::End)).is_some();
+                let message = if begun {
+                    data_message(part, end)
+                } else {
+                    self.head_message(head, part, end)
+                };
+                begun = true;
+                if !self.place.fits(&message) {
+                    let text = "the head after an interim response is larger than allowed";
+                    return Poll::Ready(Err(Failed::new(failure::SERVICE_INVALID, text).into()));
+                }
+                out = Some(message);
+            }
+        })
+        .await
+    }
+
+    /// Returns what is there of the body, having driven the connection.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Item> {
+        let mut driven = false;
+        loop {
+            if self.body.is_end_stream() {
+                return Poll::Ready(Item::End);
+            }
+            match Pin::new(&mut self.body).poll_frame(cx) {
+                Poll::Ready(None) => return Poll::Ready(Item::End),
+                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                    Ok(data) if data.is_empty() => {}
+                    Ok(data) => return Poll::Ready(Item::Data(data.into())),
+                    Err(frame) => {
+                        if let Ok(trailers) = frame.into_trailers() {
+                            return Poll::Ready(Item::Trailers(trailers));
+                        }
+                    }
+                },
+                Poll::Ready(Some(Err(error))) => {
+                    let text = format!("the service broke off its response: {error}");
+                    return Poll::Ready(Item::Failed(Failed::new(failure::SERVICE_RESET, text)));
+                }
+                Poll::Pending if driven => return Poll::Pending,
+                Poll::Pending => {
+                    driven = true;
+                    let _ = self.connection.poll_drive(cx);
+                }
+            }
+        }
+    }
+
+    fn head_message(&self, head: &http::response::Parts, first: Buf, end: bool) -> Message {
+        let fields = || {
+            head.headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))
+        };
+        let via: (&[u8], &[u8]) = (
+            b"via",
+            forwarded::via(if head.version == Version::HTTP_10 { 10 } else { 11 }).as_bytes(),
+        );
+        let nominated = Nominated::scan(fields());
+        let mut size = FieldsSize::default();
+        for (name, value) in fields().chain([via]) {
+            size.add(name.len(), value.len());
+        }
+        let passing = fields()
+            .filter(|(name, value)| {
+                fields::passes(name, &nominated)
+                    || (self.bodiless
+                        && fields::kind(name) == Kind::ContentLength
+                        && fields::content_length(value).is_some())
+            })
+            .chain([via]);
+        let status = head.status.as_u16();
+        let payload = payload::encode_response(status, passing, size, self.length, first.len());
+        Message { field: FIELD_RESPONSE, end, head: payload, body: first }
+    }
+}
+
+fn trailers_message(trailers: &HeaderMap) -> Message {
+    let fields = trailers
+        .iter()
+        .map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))
+        .filter(|(name, _)| fields::kind(name) == Kind::EndToEnd);
+    let head = payload::encode_trailers(fields);
+    Message { field: FIELD_TRAILERS, end: true, head, body: Buf::new() }
+}

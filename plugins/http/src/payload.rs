@@ -26,6 +26,10 @@ pub(crate) const BODY_BYTES_MAX: usize = 32 * 1024;
 /// that the fronts accept, and the framing of 128 fields.
 pub(crate) const HEAD_BYTES_MAX: usize = 72 * 1024;
 
+/// Most fields that a payload may have: twice what the fronts accept, so that nothing legitimate meets
+/// it, and far below where a `HeaderMap` panics.
+const FIELDS_MAX: usize = 256;
+
 const WIRE_VARINT: u32 = 0;
 const WIRE_FIXED64: u32 = 1;
 const WIRE_BYTES: u32 = 2;
@@ -64,6 +68,9 @@ pub(crate) enum PayloadError {
     /// A field has a wire type that its number or protobuf does not allow.
     #[error("payload field {0} has an unexpected wire type")]
     WireType(u32),
+    /// More than [`FIELDS_MAX`] fields.
+    #[error("payload has more than {FIELDS_MAX} fields")]
+    Fields,
     /// Text that is not UTF-8.
     #[error("payload field {0} is not UTF-8")]
     Utf8(u32),
@@ -171,7 +178,12 @@ impl FieldsSize {
         self.bytes += name_len + value_len;
     }
 
-    fn encoded_max(self) -> usize {
+    /// Returns more bytes than the first part of an `HttpResponse` with these fields has, and a `Via`.
+    pub(crate) const fn response_bytes_max(self) -> usize {
+        SCALARS_MAX + self.encoded_max() + 64
+    }
+
+    const fn encoded_max(self) -> usize {
         self.bytes + self.count * HEADER_FRAMING_MAX
     }
 }
@@ -219,20 +231,16 @@ pub(crate) struct Headers<'a> {
 }
 
 impl<'a> Headers<'a> {
+    /// Counts a field that can be read.
+    fn check(&mut self, bytes: &[u8]) -> Result<(), PayloadError> {
+        read_header(bytes)?;
+        self.count += 1;
+        if self.count > FIELDS_MAX { Err(PayloadError::Fields) } else { Ok(()) }
+    }
+
     /// Returns the fields in order.
     pub(crate) fn iter(self) -> HeadersIter<'a> {
         HeadersIter { reader: Reader::new(self.payload), left: self.count }
-    }
-
-    /// Returns the fields in order, as ranges of the payload.
-    pub(crate) fn ranges(self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + 'a {
-        let base = self.payload.as_ptr() as usize;
-        let range = move |slice: &'a [u8]| {
-            let start = (slice.as_ptr() as usize).wrapping_sub(base);
-            // An absent name or value is a slice of nothing, not of the payload.
-            if slice.is_empty() { 0..0 } else { start..start + slice.len() }
-        };
-        self.iter().map(move |(name, value)| (range(name), range(value)))
     }
 }
 
@@ -286,8 +294,7 @@ pub(crate) fn decode_request(payload: &[u8]) -> Result<RequestPayload<'_>, Paylo
             REQUEST_AUTHORITY => request.authority = value.bytes(number)?,
             REQUEST_VERSION => request.version = non_zero(value.uint32(number)?, 11),
             HEADERS => {
-                read_header(value.bytes(number)?)?;
-                request.headers.count += 1;
+                request.headers.check(value.bytes(number)?)?;
             }
             CONTENT_LENGTH => request.content_length = value.uint(number)?.checked_sub(1),
             REQUEST_EXPECT_CONTINUE => request.expect_continue = value.uint(number)? != 0,
@@ -311,8 +318,7 @@ pub(crate) fn decode_response(payload: &[u8]) -> Result<ResponsePayload<'_>, Pay
         match number {
             RESPONSE_STATUS => response.status = non_zero(value.uint32(number)?, 200),
             HEADERS => {
-                read_header(value.bytes(number)?)?;
-                response.headers.count += 1;
+                response.headers.check(value.bytes(number)?)?;
             }
             CONTENT_LENGTH => response.content_length = value.uint(number)?.checked_sub(1),
             BODY => response.body = value.range(number)?,
@@ -340,8 +346,7 @@ pub(crate) fn decode_trailers(payload: &[u8]) -> Result<Headers<'_>, PayloadErro
     let mut reader = Reader::new(payload);
     while let Some((number, value)) = reader.next()? {
         if number == HEADERS {
-            read_header(value.bytes(number)?)?;
-            headers.count += 1;
+            headers.check(value.bytes(number)?)?;
         }
     }
     Ok(headers)

@@ -15,12 +15,13 @@ use http::Request;
 use hyper::client::conn::http1;
 use hyper::rt::{Read, ReadBufCursor, Write};
 use sidelane_plugin::{
-    Buf, ByteStream, Counter, Gauge, Host, Instant, PerShard, SendHalf, Service, ServiceError, Timer,
+    Buf, ByteStream, Counter, Gauge, Host, Instant, Message, PerShard, Reset, SendHalf, Service,
+    ServiceError, Timer,
 };
 
 use crate::config::Config;
 use crate::fields::{self, Kind, Nominated};
-use crate::payload::{self, FieldsSize};
+use crate::payload::{self, FIELD_RESPONSE, FieldsSize};
 use crate::upload::Upload;
 
 /// Most fields in a response's head or trailers; one more is `service-invalid`. The same bound as the
@@ -137,11 +138,6 @@ impl Connection {
         }
     }
 
-    /// Whether the connection has ended.
-    pub(crate) const fn is_over(&self) -> bool {
-        self.driver.is_none()
-    }
-
     /// Whether request and response are through and another request may follow.
     pub(crate) fn is_idle(&self) -> bool {
         self.driver.is_some() && self.sender.is_ready()
@@ -153,15 +149,7 @@ impl Connection {
 pub(crate) struct Watch {
     /// Reads that gave bytes or the end, since the request was begun.
     reads: AtomicU32,
-    interim: Mutex<Vec<Interim>>,
-}
-
-/// An interim response.
-#[derive(Debug)]
-pub(crate) struct Interim {
-    pub(crate) status: u16,
-    /// Encoded `HttpResponse`.
-    pub(crate) payload: Buf,
+    interim: Mutex<Vec<Message>>,
 }
 
 impl Watch {
@@ -178,7 +166,7 @@ impl Watch {
     }
 
     /// Takes the interim responses that came.
-    pub(crate) fn take_interim(&self) -> Vec<Interim> {
+    pub(crate) fn take_interim(&self) -> Vec<Message> {
         std::mem::take(&mut *self.interim.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
@@ -188,8 +176,8 @@ impl Watch {
         hyper::ext::on_informational(request, move |response| {
             let mut interim = watch.interim.lock().unwrap_or_else(PoisonError::into_inner);
             if interim.len() < INTERIM_MAX {
-                let status = response.status().as_u16();
-                interim.push(Interim { status, payload: encode_interim(status, response.headers()) });
+                let head = encode_interim(response.status().as_u16(), response.headers());
+                interim.push(Message { field: FIELD_RESPONSE, end: false, head, body: Buf::new() });
             }
         });
     }
@@ -203,9 +191,8 @@ fn encode_interim(status: u16, headers: &http::HeaderMap) -> Buf {
     for (name, value) in fields() {
         size.add(name.len(), value.len());
     }
-    let passing = fields().filter(|(name, _)| {
-        fields::kind(name) == Kind::EndToEnd && !nominated.contains(name)
-    });
+    let passing = fields()
+        .filter(|(name, _)| fields::kind(name) == Kind::EndToEnd && !nominated.contains(name));
     payload::encode_response(status, passing, size, None, 0)
 }
 
@@ -263,8 +250,10 @@ impl Write for Counted {
 impl Pool {
     pub(crate) fn new(config: Arc<Config>, host: &Host) -> Self {
         let metrics = Metrics {
-            opened: host.counter("http_connections_opened_total", "Connections to services dialled"),
-            reused: host.counter("http_connections_reused_total", "Requests sent on a kept connection"),
+            opened: host
+                .counter("http_connections_opened_total", "Connections to services dialled"),
+            reused: host
+                .counter("http_connections_reused_total", "Requests sent on a kept connection"),
             repeated: host
                 .counter("http_requests_repeated_total", "Requests repeated on a fresh connection"),
             connections: host.gauge("http_connections", "Connections to services"),
@@ -282,9 +271,10 @@ impl Pool {
     pub(crate) fn take(&self, service: &Service) -> Option<Connection> {
         let (connection, stale) = self.shards.with(|shard| {
             let stale = match shard.services.get(&service.id()) {
-                Some(parked) if parked.version != service.version() => {
-                    shard.services.remove(&service.id()).map_or_else(Vec::new, |parked| parked.connections)
-                }
+                Some(parked) if parked.version != service.version() => shard
+                    .services
+                    .remove(&service.id())
+                    .map_or_else(Vec::new, |parked| parked.connections),
                 _ => Vec::new(),
             };
             let connection =
@@ -310,9 +300,11 @@ impl Pool {
         let mut connect = service.connect();
         let stream = poll_fn(|cx| {
             if let Poll::Ready(stream) = Pin::new(&mut connect).poll(cx) {
-                return Poll::Ready(stream.map_err(|error| Connecting::Failed(PoolError::Connect(error))));
+                return Poll::Ready(
+                    stream.map_err(|error| Connecting::Failed(PoolError::Connect(error))),
+                );
             }
-            send.poll_closed(cx).map(|_| Err(Connecting::Abandoned))
+            send.poll_closed(cx).map(|reset| Err(Connecting::Abandoned(reset)))
         })
         .await?;
         let watch = Arc::new(Watch::default());
@@ -443,7 +435,7 @@ pub(crate) enum Connecting {
     /// It failed.
     Failed(PoolError),
     /// The exchange is over.
-    Abandoned,
+    Abandoned(Reset),
 }
 
 impl Shard {
@@ -465,7 +457,8 @@ impl Shard {
         let mut ended = Vec::new();
         self.services.retain(|_, parked| {
             ended.extend(parked.connections.extract_if(.., |connection| {
-                now - connection.idle_since >= idle_timeout || connection.poll_drive(&mut cx).is_ready()
+                now - connection.idle_since >= idle_timeout
+                    || connection.poll_drive(&mut cx).is_ready()
             }));
             !parked.connections.is_empty()
         });

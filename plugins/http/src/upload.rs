@@ -141,7 +141,8 @@ fn decode_trailers(payload: &[u8]) -> Option<HeaderMap> {
     let mut trailers = HeaderMap::with_capacity(fields.count);
     for (name, value) in fields.iter() {
         if fields::kind(name) == Kind::EndToEnd {
-            let (name, value) = (HeaderName::from_bytes(name).ok()?, HeaderValue::from_bytes(value).ok()?);
+            let (name, value) =
+                (HeaderName::from_bytes(name).ok()?, HeaderValue::from_bytes(value).ok()?);
             trailers.append(name, value);
         }
     }
@@ -189,7 +190,8 @@ impl Body for Upload {
                     Some(Ok(Frame::data(std::mem::take(first))))
                 };
                 if let (Some(left), Some(Ok(frame))) = (left, &frame) {
-                    *left = left.saturating_sub(frame.data_ref().map_or(0, |data| data.len() as u64));
+                    *left =
+                        left.saturating_sub(frame.data_ref().map_or(0, |data| data.len() as u64));
                 }
                 Poll::Ready(frame)
             }

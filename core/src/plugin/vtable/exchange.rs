@@ -10,7 +10,8 @@ use sidelane_abi as abi;
 
 use super::waker::with_context;
 use super::{
-    Counted, Invalid, buf, future, guard, io, report, reset_from_abi, reset_to_abi, str_of, text_of,
+    Counted, Invalid, buf, bytes_of, future, guard, io, report, reset_from_abi, reset_to_abi,
+    str_of, text_of,
 };
 use crate::plugin::lend;
 
@@ -422,8 +423,17 @@ unsafe fn route_key<'a>(key: &abi::RouteKey) -> Result<lend::RouteKey<'a>, Inval
     // SAFETY: by this function's contract.
     let host = unsafe { text_of(key.host) }?;
     // SAFETY: by this function's contract.
-    let path = unsafe { text_of(key.path) }?;
-    Ok(lend::RouteKey::Host { host, path: if path.is_empty() { "/" } else { path } })
+    let path = unsafe { bytes_of(key.path) }?;
+    Ok(lend::RouteKey::Host { host, path: routable(path) })
+}
+
+/// Returns the part of a path that routes can tell apart: they are text, and match by prefix.
+fn routable(path: &[u8]) -> &str {
+    let text = match std::str::from_utf8(path) {
+        Ok(text) => text,
+        Err(error) => std::str::from_utf8(&path[..error.valid_up_to()]).unwrap_or_default(),
+    };
+    if text.is_empty() { "/" } else { text }
 }
 
 /// Returns the service to give a plugin.

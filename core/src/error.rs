@@ -1,0 +1,16 @@
+//! How errors are told.
+
+use std::error::Error;
+
+/// Returns an error and its causes in one line, outermost first.
+#[must_use]
+pub fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

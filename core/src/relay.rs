@@ -1,0 +1,379 @@
+//! The relay's role: takes clients, routes them, and opens their exchanges on sidecars' sessions.
+//!
+//! Knows routes, sessions and documents; what a protocol says is the plugins' business.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+
+use arc_swap::ArcSwap;
+use sidelane_abi::failure;
+use sidelane_tunnel::proto;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+
+use crate::config::{self, Route};
+use crate::front::{self, ConnectionInfo, Dispatch, FrontConfig};
+use crate::metrics::{Flows, Metrics, Record};
+use crate::plugin::lend::{self, Failure, Meta};
+use crate::plugin::{Call, CallEnd, Plugins, PreparedHead, Protocol};
+use crate::shard::Shard;
+use crate::tunnel::session::{Session, Sessions, Settings};
+
+mod document;
+mod listen;
+mod open;
+mod routing;
+mod tunnels;
+
+pub use listen::bind;
+
+use document::Document;
+use open::RelayOpener;
+use routing::Routing;
+
+/// The relay's role of this process.
+pub struct Relay {
+    plugins: Arc<Plugins>,
+    metrics: Arc<Metrics>,
+    sessions: Sessions,
+    routing: ArcSwap<Routing>,
+    sources: Mutex<Sources>,
+    stopping: watch::Sender<bool>,
+    connections: AtomicUsize,
+    flows: Flows,
+    texts: Texts,
+}
+
+/// What the routing is made of. Whoever changes it makes the routing anew before letting go.
+struct Sources {
+    base_domains: Vec<Arc<str>>,
+    own: Vec<Arc<Route>>,
+    /// By epoch: the older document wins where two take the same.
+    documents: BTreeMap<u64, Document>,
+}
+
+/// Texts that every exchange carries, made once.
+struct Texts {
+    empty: Arc<str>,
+}
+
+/// A client listener that is bound: one socket per thread.
+pub struct Bound {
+    /// Its name.
+    pub name: Arc<str>,
+    /// `None`: the HTTP front.
+    pub protocol_type: Option<Arc<str>>,
+    /// Not empty.
+    pub sockets: Vec<std::net::TcpListener>,
+}
+
+impl Relay {
+    /// Returns the role; nobody is let in before [`Relay::start`].
+    pub fn new(
+        base_domains: Vec<Arc<str>>,
+        settings: Settings,
+        plugins: Arc<Plugins>,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            plugins,
+            metrics,
+            sessions: Sessions::new(settings),
+            routing: ArcSwap::default(),
+            sources: Mutex::new(Sources {
+                base_domains,
+                own: Vec::new(),
+                documents: BTreeMap::new(),
+            }),
+            stopping: watch::Sender::new(false),
+            connections: AtomicUsize::new(0),
+            flows: Flows::new("relay"),
+            texts: Texts { empty: "".into() },
+        })
+    }
+
+    /// Takes a configuration's routes, for new exchanges.
+    pub fn configure(&self, config: &config::Config) {
+        let mut sources = self.lock_sources();
+        sources.own.clone_from(&config.routes);
+        self.reroute(&sources);
+    }
+
+    /// Serves clients on `listeners` and sidecars on `tunnel`.
+    pub fn start(
+        self: &Arc<Self>,
+        shards: &Arc<[Shard]>,
+        listeners: Vec<Bound>,
+        tunnel: std::net::TcpListener,
+        front: FrontConfig,
+        connections_max: usize,
+    ) {
+        let front = Arc::new(front);
+        let entry = Arc::new(HttpEntry { relay: Arc::clone(self) });
+        let connections = Arc::new(Semaphore::new(connections_max));
+        for bound in listeners {
+            let listener = Arc::new(listen::Listener {
+                name: bound.name,
+                protocol_type: bound.protocol_type,
+                front: Arc::clone(&front),
+                connections: Arc::clone(&connections),
+                entry: Arc::clone(&entry),
+                stopping: self.stopping.subscribe(),
+            });
+            for (shard, socket) in shards.iter().zip(bound.sockets) {
+                let (relay, listener) = (Arc::clone(self), Arc::clone(&listener));
+                shard.spawn(async move {
+                    match TcpListener::from_std(socket) {
+                        Ok(socket) => listen::accept(relay, listener, socket).await,
+                        Err(error) => tracing::error!(%error, "a listener is lost"),
+                    }
+                });
+            }
+        }
+        let (relay, threads) = (Arc::clone(self), Arc::clone(shards));
+        shards[0].spawn(async move {
+            match TcpListener::from_std(tunnel) {
+                Ok(socket) => {
+                    let stopping = relay.stopping.subscribe();
+                    tunnels::accept(relay, socket, threads, stopping).await;
+                }
+                Err(error) => tracing::error!(%error, "the tunnel's listener is lost"),
+            }
+        });
+    }
+
+    /// Accepts nobody from here on, and asks clients' connections to end with their exchanges.
+    pub fn drain(&self) {
+        self.stopping.send_replace(true);
+    }
+
+    /// Ends all sessions once what is queued has been written.
+    pub fn close(&self) {
+        for session in self.sessions.all() {
+            session.go_away("the relay is shutting down");
+            session.close();
+        }
+    }
+
+    /// Exchanges that run.
+    pub fn exchanges(&self) -> usize {
+        let sessions = self.sessions.all();
+        sessions.iter().flat_map(|session| session.lanes().to_vec()).map(|link| link.load()).sum()
+    }
+
+    /// Clients' connections that are open.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// Sessions that are up.
+    pub fn sessions(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// Whether a sidecar serves at least one tunnel.
+    pub fn is_served(&self) -> bool {
+        !self.routing.load().is_empty()
+    }
+
+    /// What the admin page says of the routes in force: those of the file, then those announced.
+    pub fn describe_routes(&self) -> serde_json::Value {
+        let sources = self.lock_sources();
+        let own = sources.own.iter().map(|route| (route, "file".to_owned()));
+        let announced = sources.documents.values().flat_map(|document| {
+            let from = document.session.name.to_string();
+            document.routes.iter().map(move |route| (route, from.clone()))
+        });
+        own.chain(announced)
+            .map(|(route, from)| {
+                let mut described = route.to_json();
+                if let Some(map) = described.as_object_mut() {
+                    map.insert("from".to_owned(), from.into());
+                }
+                described
+            })
+            .collect()
+    }
+
+    /// What the admin page says of the sessions.
+    pub fn describe_sessions(&self) -> serde_json::Value {
+        let sources = self.lock_sources();
+        let describe = |session: &Arc<Session>| {
+            let document = sources.documents.get(&session.epoch);
+            let lanes = session.lanes();
+            serde_json::json!({
+                "sidecar": &*session.name,
+                "peer": session.peer.to_string(),
+                "epoch": session.epoch,
+                "connected_for_seconds": session.since.elapsed().as_secs(),
+                "tunnels": document.map(|document| document.tunnel_names()),
+                "announcement": document.map(|document| document.version),
+                "lanes": lanes.iter().map(|link| link.describe()).collect::<Vec<_>>(),
+            })
+        };
+        self.sessions.all().iter().map(describe).collect()
+    }
+
+    fn lock_sources(&self) -> std::sync::MutexGuard<'_, Sources> {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reroute(&self, sources: &Sources) {
+        self.routing.store(Arc::new(Routing::build(sources)));
+    }
+
+    fn session_begun(&self, session: &Arc<Session>) {
+        self.metrics.set_sessions(self.sessions.len());
+        tracing::info!(sidecar = &*session.name, peer = %session.peer, epoch = session.epoch, "session begun");
+    }
+
+    fn session_ended(&self, session: &Arc<Session>) {
+        self.metrics.set_sessions(self.sessions.len());
+        tracing::info!(sidecar = &*session.name, epoch = session.epoch, "session ended");
+        let mut sources = self.lock_sources();
+        if sources.documents.remove(&session.epoch).is_some() {
+            self.reroute(&sources);
+        }
+    }
+
+    /// Takes a sidecar's document whole, or refuses it whole and keeps the one before.
+    fn announce(&self, session: &Arc<Session>, announce: &proto::Announce) -> proto::Announced {
+        let mut sources = self.lock_sources();
+        let reasons = match Document::parse(session, announce) {
+            Ok(document) => {
+                let others = sources.documents.range(..session.epoch);
+                let conflicts = document.conflicts(others.map(|(_, other)| other));
+                if conflicts.is_empty() {
+                    sources.documents.insert(session.epoch, document);
+                    self.reroute(&sources);
+                }
+                conflicts
+            }
+            Err(reasons) => reasons,
+        };
+        let accepted = reasons.is_empty();
+        self.metrics.announced(accepted);
+        if accepted {
+            tracing::info!(
+                sidecar = &*session.name,
+                version = announce.version,
+                tunnels = announce.tunnels.len(),
+                routes = announce.routes.len(),
+                "announcement accepted"
+            );
+        } else {
+            tracing::warn!(
+                sidecar = &*session.name,
+                version = announce.version,
+                reasons = reasons.join("; "),
+                "announcement refused"
+            );
+        }
+        proto::Announced { version: announce.version, accepted, reasons }
+    }
+
+    /// What is known of an exchange before it is opened.
+    fn meta(
+        &self,
+        plugin: &Protocol,
+        client_address: &Arc<str>,
+        listener: &Arc<str>,
+        scheme: &Arc<str>,
+    ) -> Meta {
+        let empty = || Arc::clone(&self.texts.empty);
+        Meta {
+            request_id: empty(),
+            protocol_type: Arc::clone(plugin.name()),
+            route: empty(),
+            tunnel: empty(),
+            client_address: Arc::clone(client_address),
+            listener: Arc::clone(listener),
+            scheme: Arc::clone(scheme),
+            tls_sni: empty(),
+            tls_alpn: empty(),
+            tls_client: empty(),
+            trace_parent: empty(),
+            options: empty(),
+            deadline: None,
+        }
+    }
+}
+
+/// What the HTTP front hands over; one for all connections.
+pub struct HttpEntry {
+    relay: Arc<Relay>,
+}
+
+impl Dispatch for HttpEntry {
+    type Call = HttpExchange;
+
+    fn accept<B: lend::Body, R: lend::Responder>(
+        &self,
+        connection: &Arc<ConnectionInfo>,
+        head: Box<lend::RequestHead>,
+        body: B,
+        mut responder: R,
+    ) -> HttpExchange {
+        let relay = &self.relay;
+        let head = PreparedHead::new(head);
+        let Some(plugin) = relay.plugins.claim(&head) else {
+            responder.abort(lend::Reset::new(failure::NO_PROTOCOL));
+            return HttpExchange::Refused(failure::NO_PROTOCOL);
+        };
+        let record = Arc::new(relay.metrics.exchange("relay", plugin.name()));
+        if plugin.quarantined() {
+            let failure = Failure {
+                code: failure::PLUGIN_FAILED,
+                retry_after_s: None,
+                detail: "the plugin failed too often".to_owned(),
+            };
+            return HttpExchange::Runs(plugin.refuse_http(head, responder, failure), record);
+        }
+        let mut meta = relay.meta(
+            &plugin,
+            &connection.client_address_text,
+            &connection.listener,
+            &connection.scheme,
+        );
+        if let Some(tls) = &connection.tls {
+            meta.tls_sni = Arc::clone(&tls.sni);
+            meta.tls_alpn = Arc::clone(&tls.alpn);
+            meta.tls_client = Arc::clone(&tls.client);
+        }
+        let opener = RelayOpener::new(Arc::clone(relay), meta.clone(), Arc::clone(&record));
+        HttpExchange::Runs(plugin.accept_http(head, meta, body, responder, opener), record)
+    }
+
+    fn note(&self, event: front::Event) {
+        match event {
+            front::Event::InformationalDropped => self.relay.metrics.informational_dropped(),
+            front::Event::Answered(code) => self.relay.metrics.front_answered(code),
+        }
+    }
+}
+
+/// An HTTP-born exchange that runs.
+pub enum HttpExchange {
+    /// In the plugin.
+    Runs(Call, Arc<Record>),
+    /// Nobody takes it.
+    Refused(u32),
+}
+
+impl Future for HttpExchange {
+    type Output = CallEnd;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<CallEnd> {
+        match self.get_mut() {
+            Self::Runs(call, record) => Pin::new(call).poll(cx).map(|end| {
+                record.end(end.code);
+                end
+            }),
+            Self::Refused(code) => Poll::Ready(CallEnd { code: *code, panicked: false }),
+        }
+    }
+}

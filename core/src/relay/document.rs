@@ -1,0 +1,98 @@
+//! What a sidecar announces: its tunnels and routes, taken whole or refused whole.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use sidelane_tunnel::proto;
+
+use crate::announcement::{self, Protocols};
+use crate::config::{Match, Route};
+use crate::tunnel::session::Session;
+
+/// Routes of one document. Bounds what a sidecar can make the relay hold.
+const ROUTES_MAX: usize = 10_000;
+
+/// Tunnels of one document.
+const TUNNELS_MAX: usize = 1_000;
+
+/// Reasons of a refusal that are told; the first ones suffice to mend the file.
+const REASONS_MAX: usize = 32;
+
+/// A document in force.
+pub(super) struct Document {
+    pub(super) session: Arc<Session>,
+    pub(super) version: u64,
+    pub(super) tunnels: Vec<(Arc<str>, Protocols)>,
+    pub(super) routes: Vec<Arc<Route>>,
+}
+
+impl Document {
+    /// Reads an announcement.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it, one line each.
+    pub(super) fn parse(
+        session: &Arc<Session>,
+        announce: &proto::Announce,
+    ) -> Result<Self, Vec<String>> {
+        let counts = [
+            ("tunnels", announce.tunnels.len(), TUNNELS_MAX),
+            ("routes", announce.routes.len(), ROUTES_MAX),
+        ];
+        for (what, count, max) in counts {
+            if count > max {
+                return Err(vec![format!("{count} {what}, at most {max} are accepted")]);
+            }
+        }
+        let tunnels: Vec<(Arc<str>, Protocols)> =
+            announce.tunnels.iter().map(announcement::tunnel).collect();
+        let mut reasons = Vec::new();
+        let mut routes = Vec::with_capacity(announce.routes.len());
+        for announced in &announce.routes {
+            match announcement::route(announced) {
+                Ok(route) if tunnels.iter().any(|(name, _)| *name == route.tunnel) => {
+                    routes.push(Arc::new(route));
+                }
+                Ok(route) => reasons.push(format!(
+                    "route {}: tunnel {:?} is not announced",
+                    route.name, route.tunnel
+                )),
+                Err(reason) => reasons.push(reason),
+            }
+        }
+        let mut by_match: HashMap<&Match, &Arc<str>> = HashMap::new();
+        for route in &routes {
+            if let Some(other) = by_match.insert(&route.matches, &route.name) {
+                reasons.push(format!("routes {other} and {} take the same", route.name));
+            }
+        }
+        if reasons.is_empty() {
+            Ok(Self { session: Arc::clone(session), version: announce.version, tunnels, routes })
+        } else {
+            reasons.truncate(REASONS_MAX);
+            Err(reasons)
+        }
+    }
+
+    /// Returns what `others` hold already and for another tunnel, one line each. Replicas that
+    /// announce the same for the same tunnel share it.
+    pub(super) fn conflicts<'a>(&self, others: impl Iterator<Item = &'a Self>) -> Vec<String> {
+        let ours: HashMap<&Match, &Arc<Route>> =
+            self.routes.iter().map(|route| (&route.matches, route)).collect();
+        let theirs = others.flat_map(|other| other.routes.iter().map(move |route| (other, route)));
+        theirs
+            .filter_map(|(other, theirs)| {
+                let ours = ours.get(&theirs.matches).filter(|ours| ours.tunnel != theirs.tunnel)?;
+                Some(format!(
+                    "route {}: taken by sidecar {} for tunnel {}",
+                    ours.name, other.session.name, theirs.tunnel
+                ))
+            })
+            .take(REASONS_MAX)
+            .collect()
+    }
+
+    pub(super) fn tunnel_names(&self) -> Vec<&str> {
+        self.tunnels.iter().map(|(name, _)| &**name).collect()
+    }
+}

@@ -1,0 +1,113 @@
+//! Opens the exchange of one client request or connection: route, session, lane.
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use sidelane_abi::failure;
+use sidelane_tunnel::{OpenError, proto};
+
+use super::Relay;
+use crate::metrics::Record;
+use crate::plugin;
+use crate::plugin::lend::{Failure, Meta, Opened, Opener, RouteKey};
+use crate::router::{self, Query};
+use crate::tunnel::{RecvHalf, SendHalf};
+
+/// `Retry-After` where no sidecar serves the route: about a reconnection's first delays.
+const RETRY_AFTER_S: u32 = 1;
+
+/// The host's side of one `open`.
+pub(super) struct RelayOpener {
+    relay: Arc<Relay>,
+    meta: Meta,
+    record: Arc<Record>,
+}
+
+impl RelayOpener {
+    pub(super) fn new(relay: Arc<Relay>, meta: Meta, record: Arc<Record>) -> Self {
+        Self { relay, meta, record }
+    }
+
+    fn open(&self, key: RouteKey<'_>) -> Result<Opened<SendHalf, RecvHalf>, Failure> {
+        let protocol_type = &*self.meta.protocol_type;
+        let routing = self.relay.routing.load();
+        let query = match key {
+            RouteKey::Listener => {
+                Query { host: None, path: "/", listener: &self.meta.listener, protocol_type }
+            }
+            RouteKey::Host { host, path } => {
+                Query { host: Some(host), path, listener: &self.meta.listener, protocol_type }
+            }
+        };
+        let route = router::find(&routing.table, &query)
+            .ok_or_else(|| failed(failure::NO_ROUTE, "no route takes this host and path".into()))?;
+        self.record.routed(&route.name, &route.tunnel);
+        let unserved = |code, what: &str| failed(code, format!("tunnel {}: {what}", route.tunnel));
+        let tunnel = routing
+            .tunnel(&route.tunnel)
+            .ok_or_else(|| unserved(failure::NO_SIDECAR, "no sidecar is connected"))?;
+        let mut worst = (failure::NO_PROTOCOL, "no connected sidecar carries the protocol");
+        for serving in tunnel.in_turn() {
+            let Some(number) = serving.carries(protocol_type) else { continue };
+            let options = route.options_for(protocol_type);
+            let open = proto::Open {
+                tunnel: route.tunnel.to_string(),
+                route: route.name.to_string(),
+                client_address: self.meta.client_address.to_string(),
+                scheme: self.meta.scheme.to_string(),
+                tls: None,
+                trace_parent: self.meta.trace_parent.to_string(),
+                options: options.to_string(),
+                listener: self.meta.listener.to_string(),
+                ..proto::Open::default()
+            };
+            let shard = plugin::current_shard().map(|shard| shard as usize);
+            let flow = self.relay.flows.of(&self.relay.metrics, &self.meta.protocol_type);
+            match serving.session.open(shard, number, open, flow) {
+                Ok((id, send, recv, is_crossing)) => {
+                    if is_crossing {
+                        self.relay.metrics.exchange_crosses_threads();
+                    }
+                    let meta = Meta {
+                        request_id: id.to_string().into(),
+                        route: Arc::clone(&route.name),
+                        tunnel: Arc::clone(&route.tunnel),
+                        options,
+                        ..self.meta.clone()
+                    };
+                    return Ok(Opened { send, recv, meta });
+                }
+                Err(error) => worst = worst_of(&error),
+            }
+        }
+        Err(unserved(worst.0, worst.1))
+    }
+}
+
+/// What a client is told where no lane took the exchange.
+fn worst_of(error: &OpenError) -> (u32, &'static str) {
+    match error {
+        OpenError::Closed | OpenError::GoingAway => {
+            (failure::NO_SIDECAR, "its sidecar is going away")
+        }
+        _ => (failure::OVERLOADED, "its sidecars have as many exchanges as they may"),
+    }
+}
+
+fn failed(code: u32, detail: String) -> Failure {
+    let waits = matches!(code, failure::NO_SIDECAR | failure::NO_PROTOCOL | failure::OVERLOADED);
+    Failure { code, retry_after_s: waits.then_some(RETRY_AFTER_S), detail }
+}
+
+impl Opener for RelayOpener {
+    type Send = SendHalf;
+    type Recv = RecvHalf;
+
+    fn poll_open(
+        &mut self,
+        _cx: &mut Context<'_>,
+        key: RouteKey<'_>,
+    ) -> Poll<Result<Opened<SendHalf, RecvHalf>, Failure>> {
+        Poll::Ready(self.open(key))
+    }
+}

@@ -1,0 +1,180 @@
+//! The tunnel's public end: lets sidecars in and drives their lanes.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use sidelane_abi::failure;
+use sidelane_tunnel::{Event, proto};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::timeout;
+
+use super::Relay;
+use crate::error::chain;
+use crate::plugin::lend::Reset;
+use crate::shard::Shard;
+use crate::tunnel::accept::{self, Gate, HANDSHAKES_MAX, HELLO_TIMEOUT, HelloError};
+use crate::tunnel::session::{Admitted, Session, SessionId};
+use crate::tunnel::{Link, dial, drive};
+
+/// Pause after the system refused a connection (out of descriptors, say): retrying at once would
+/// spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Lets sidecars in on `listener` until `stopping` turns true.
+pub(super) async fn accept(
+    relay: Arc<Relay>,
+    listener: TcpListener,
+    shards: Arc<[Shard]>,
+    mut stopping: watch::Receiver<bool>,
+) {
+    let gate = Gate::default();
+    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = stopping.wait_for(|stopping| *stopping) => return,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::error!(%error, "cannot accept a sidecar's connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let permit = Arc::clone(&handshakes).try_acquire_owned();
+        let (true, Ok(permit)) = (gate.enter(peer.ip(), Instant::now()), permit) else {
+            relay.metrics.handshake_refused("rate");
+            tracing::debug!(%peer, "too many handshakes; connection closed");
+            continue;
+        };
+        tokio::spawn(shake_hands(Arc::clone(&relay), stream, peer, Arc::clone(&shards), permit));
+    }
+}
+
+async fn shake_hands(
+    relay: Arc<Relay>,
+    mut stream: TcpStream,
+    peer: SocketAddr,
+    shards: Arc<[Shard]>,
+    permit: OwnedSemaphorePermit,
+) {
+    let mut input = BytesMut::with_capacity(4096);
+    let hello = timeout(HELLO_TIMEOUT, accept::read_hello(&mut stream, &mut input)).await;
+    let hello = match hello.unwrap_or(Err(HelloError::Timeout)) {
+        Ok(hello) => hello,
+        Err(error) => {
+            relay.metrics.handshake_refused("hello");
+            tracing::warn!(%peer, error = chain(&error), "no handshake on the tunnel's port");
+            if let HelloError::Malformed(cause) = &error {
+                send_refuse(&mut stream, &cause.refusal()).await;
+            }
+            return;
+        }
+    };
+    let local = stream.local_addr().map_or(IpAddr::from([0, 0, 0, 0]), |address| address.ip());
+    let shard_of = |id: &SessionId, lane: u32| (usize::from(id[0]) + lane as usize) % shards.len();
+    let admitted =
+        relay.sessions.admit(&hello, peer, local, |id, lane| shards[shard_of(id, lane)].index);
+    let admitted = match admitted {
+        Ok(admitted) => admitted,
+        Err(refuse) => {
+            relay.metrics.handshake_refused(refuse.reason().as_str_name());
+            tracing::warn!(%peer, name = hello.name, reason = refuse.detail, "sidecar refused");
+            send_refuse(&mut stream, &refuse).await;
+            return;
+        }
+    };
+    let shard = shard_of(&admitted.session.id, admitted.link.number);
+    let link = Arc::clone(&admitted.link);
+    let session = Arc::clone(&admitted.session);
+    let prepared = match welcome(&mut stream, &admitted.welcome).await {
+        Ok(()) => stream.into_std(),
+        Err(error) => Err(error),
+    };
+    drop(permit);
+    let handed_over = match prepared {
+        Ok(stream) => {
+            let relay = Arc::clone(&relay);
+            shards[shard].spawn(async move { run_lane(relay, admitted, stream, input).await })
+        }
+        Err(error) => {
+            tracing::warn!(%peer, %error, "the sidecar's connection failed in the handshake");
+            false
+        }
+    };
+    if !handed_over {
+        relay.sessions.lane_ended(&session, &link);
+    }
+}
+
+async fn welcome(stream: &mut TcpStream, welcome: &proto::Welcome) -> io::Result<()> {
+    dial::tune(stream)?;
+    timeout(HELLO_TIMEOUT, accept::send_welcome(stream, welcome))
+        .await
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+}
+
+async fn send_refuse(stream: &mut TcpStream, refuse: &proto::Refuse) {
+    // Whoever does not read its refusal learns of it by the closed connection.
+    let _ = timeout(HELLO_TIMEOUT, accept::send_refuse(stream, refuse)).await;
+}
+
+/// Drives a lane that was let in, on the thread that owns it.
+async fn run_lane(
+    relay: Arc<Relay>,
+    admitted: Admitted,
+    stream: std::net::TcpStream,
+    input: BytesMut,
+) {
+    let Admitted { session, link, replaced, is_first, .. } = admitted;
+    let _up = relay.metrics.lane_up("relay");
+    if is_first {
+        relay.session_begun(&session);
+    }
+    if let Some(old) = replaced {
+        tracing::info!(
+            sidecar = &*session.name,
+            "a newer session of the instance replaces the older"
+        );
+        old.close();
+    }
+    tracing::info!(sidecar = &*session.name, peer = %session.peer, lane = link.number, "lane up");
+    let lost = Reset::new(failure::TUNNEL_LOST);
+    let end = match TcpStream::from_std(stream) {
+        Ok(stream) => {
+            let on_event = |link: &Arc<Link>, event| handle_event(&relay, &session, link, event);
+            chain(&drive(Arc::clone(&link), stream, input, lost, on_event).await)
+        }
+        Err(error) => error.to_string(),
+    };
+    tracing::info!(sidecar = &*session.name, lane = link.number, reason = end, "lane ended");
+    if relay.sessions.lane_ended(&session, &link) {
+        relay.session_ended(&session);
+    }
+}
+
+fn handle_event(relay: &Arc<Relay>, session: &Arc<Session>, link: &Arc<Link>, event: Event) {
+    match event {
+        Event::Announce(document) => {
+            let announced = relay.announce(session, &document);
+            session.answer(announced);
+        }
+        Event::GoAway(go_away) => {
+            tracing::info!(
+                sidecar = &*session.name,
+                lane = link.number,
+                reason = go_away.detail,
+                "the sidecar takes nothing new on this lane"
+            );
+            link.leave();
+        }
+        // Exchanges opened by a sidecar are reserved.
+        Event::Opened { key, .. } => link.refuse(key, Reset::new(failure::UNSUPPORTED)),
+        Event::Announced(_) | Event::Rtt(_) => {}
+    }
+}

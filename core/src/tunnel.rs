@@ -1,0 +1,16 @@
+//! Drives the `sidelane-tunnel` state machines over real transports: lanes, sessions, dialling and
+//! accepting.
+//!
+//! Knows sockets, clocks and retries; knows nothing of HTTP, routes' meaning or plugins.
+
+pub mod accept;
+pub mod backoff;
+pub mod dial;
+mod drive;
+mod exchange;
+mod link;
+pub mod session;
+
+pub use drive::{LaneEnd, drive};
+pub use exchange::{RecvHalf, SendHalf};
+pub use link::Link;

@@ -1,0 +1,288 @@
+//! Moves bytes between a lane and its transport, in one task.
+//!
+//! A poll reads what is there, lets the tasks it woke run once, then writes what they queued in one
+//! vectored write: batching is what makes a lane cheaper than a connection per exchange.
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::io::{self, IoSlice};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
+
+use bytes::BytesMut;
+use sidelane_tunnel::{Event, LaneError, Reset, Transmit};
+use thiserror::Error;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
+use tokio::time::Sleep;
+
+use super::Link;
+
+/// Read buffer of a busy lane: large, so that a bulk transfer costs few system calls. An idle lane
+/// holds none.
+const READ_BYTES: usize = 256 * 1024;
+
+/// Least room for a read: below it the buffer is exchanged for a fresh one.
+const READ_ROOM_MIN: usize = 32 * 1024;
+
+/// Reads per poll before others get their turn.
+const READS_PER_POLL: usize = 4;
+
+/// Most bytes taken from the lane for one write.
+const WRITE_BYTES: usize = 128 * 1024;
+
+/// Most elements of one vectored write.
+const WRITE_SLICES: usize = 64;
+
+/// Writes per poll before others get their turn.
+const WRITES_PER_POLL: usize = 4;
+
+thread_local! {
+    /// The read buffer of this thread's idle lanes.
+    static SPARE: RefCell<Option<BytesMut>> = const { RefCell::new(None) };
+}
+
+/// Why a lane ended.
+#[derive(Debug, Error)]
+pub enum LaneEnd {
+    /// The peer closed its connection.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// The transport failed.
+    #[error("the connection failed")]
+    Io(#[source] io::Error),
+    /// The peer broke the protocol or fell silent.
+    #[error("the lane failed")]
+    Lane(#[source] LaneError),
+    /// We closed it.
+    #[error("closed by this end")]
+    Local,
+}
+
+/// Drives `link` over `stream` until either ends; `on_event` gets the lane's events in order. All
+/// exchanges of the lane have ended when it returns, with `lost` where they were not done.
+pub fn drive<S, F>(
+    link: Arc<Link>,
+    stream: S,
+    input: BytesMut,
+    lost: Reset,
+    on_event: F,
+) -> Drive<S, F>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    F: FnMut(&Arc<Link>, Event) + Unpin,
+{
+    Drive {
+        link,
+        stream,
+        unparsed: !input.is_empty(),
+        input,
+        events: Vec::new(),
+        transmit: Transmit::default(),
+        timer: Box::pin(tokio::time::sleep_until(far_future())),
+        deadline: None,
+        yielded: false,
+        lost,
+        on_event,
+    }
+}
+
+/// Future of [`drive`].
+pub struct Drive<S, F> {
+    link: Arc<Link>,
+    stream: S,
+    input: BytesMut,
+    /// `input` holds bytes that came with the handshake.
+    unparsed: bool,
+    events: Vec<Event>,
+    transmit: Transmit,
+    timer: Pin<Box<Sleep>>,
+    deadline: Option<Instant>,
+    /// The tasks that wait for this thread had their turn since something was queued.
+    yielded: bool,
+    lost: Reset,
+    on_event: F,
+}
+
+impl<S, F> Future for Drive<S, F>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    F: FnMut(&Arc<Link>, Event) + Unpin,
+{
+    type Output = LaneEnd;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<LaneEnd> {
+        let this = self.get_mut();
+        let end = match this.poll_lane(cx) {
+            Poll::Pending => return Poll::Pending,
+            Poll::Ready(end) => end,
+        };
+        this.link.leave();
+        Poll::Ready(end)
+    }
+}
+
+impl<S, F> Drop for Drive<S, F> {
+    fn drop(&mut self) {
+        self.link.leave();
+        self.link.with(|lane| lane.close(self.lost));
+    }
+}
+
+impl<S, F> Drive<S, F>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    F: FnMut(&Arc<Link>, Event) + Unpin,
+{
+    fn poll_lane(&mut self, cx: &mut Context<'_>) -> Poll<LaneEnd> {
+        let more_to_read = match self.read(cx) {
+            Ok(more) => more,
+            Err(end) => return Poll::Ready(end),
+        };
+        if let Err(end) = self.check_time(cx) {
+            return Poll::Ready(end);
+        }
+        let written = self.poll_write(cx);
+        self.return_spare();
+        match written {
+            Poll::Ready(end) => Poll::Ready(end),
+            Poll::Pending => {
+                if more_to_read {
+                    cx.waker().wake_by_ref();
+                }
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Reads what is there, within this poll's share. True: there may be more.
+    fn read(&mut self, cx: &mut Context<'_>) -> Result<bool, LaneEnd> {
+        if std::mem::take(&mut self.unparsed) {
+            self.handle_input()?;
+        }
+        for _ in 0..READS_PER_POLL {
+            self.make_room();
+            let read = pin!(self.stream.read_buf(&mut self.input)).poll(cx);
+            match read {
+                Poll::Pending => return Ok(false),
+                Poll::Ready(Ok(0)) => return Err(LaneEnd::Closed),
+                Poll::Ready(Err(error)) => return Err(LaneEnd::Io(error)),
+                Poll::Ready(Ok(_)) => self.handle_input()?,
+            }
+        }
+        Ok(true)
+    }
+
+    fn handle_input(&mut self) -> Result<(), LaneEnd> {
+        let now = Instant::now();
+        let events = &mut self.events;
+        let input = &mut self.input;
+        let result = self.link.with(|lane| {
+            let result = lane.handle_input(now, input);
+            while let Some(event) = lane.poll_event() {
+                events.push(event);
+            }
+            result
+        });
+        for event in self.events.drain(..) {
+            (self.on_event)(&self.link, event);
+        }
+        result.map_err(LaneEnd::Lane)
+    }
+
+    fn make_room(&mut self) {
+        if self.input.capacity() - self.input.len() >= READ_ROOM_MIN {
+            return;
+        }
+        if self.input.is_empty()
+            && let Some(spare) = SPARE.with_borrow_mut(Option::take)
+        {
+            self.input = spare;
+            if self.input.capacity() >= READ_ROOM_MIN {
+                return;
+            }
+        }
+        self.input.reserve(READ_BYTES);
+    }
+
+    /// An idle lane lends its buffer to the next one of the thread.
+    fn return_spare(&mut self) {
+        if self.input.is_empty() && self.input.capacity() > 0 {
+            let buffer = std::mem::take(&mut self.input);
+            SPARE.with_borrow_mut(|spare| *spare = Some(buffer));
+        }
+    }
+
+    fn check_time(&mut self, cx: &mut Context<'_>) -> Result<(), LaneEnd> {
+        loop {
+            let deadline = self.link.with(|lane| lane.poll_timeout());
+            if deadline != self.deadline {
+                self.deadline = deadline;
+                let at = deadline.map_or_else(far_future, tokio::time::Instant::from_std);
+                self.timer.as_mut().reset(at);
+            }
+            if self.timer.as_mut().poll(cx).is_pending() {
+                return Ok(());
+            }
+            let now = Instant::now();
+            self.deadline = None;
+            self.link.with(|lane| lane.handle_timeout(now)).map_err(LaneEnd::Lane)?;
+        }
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<LaneEnd> {
+        for _ in 0..WRITES_PER_POLL {
+            if self.transmit.is_empty() {
+                let waits = self.link.with(|lane| {
+                    lane.register_driver(cx.waker());
+                    lane.wants_transmit()
+                });
+                if !waits {
+                    self.yielded = false;
+                    return self.poll_idle(cx);
+                }
+                if !self.yielded {
+                    // Those that were woken with us queue their messages first, and all leave
+                    // in one write.
+                    self.yielded = true;
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                self.yielded = false;
+                let transmit = &mut self.transmit;
+                self.link.with(|lane| lane.poll_transmit(transmit, WRITE_BYTES));
+            }
+            while !self.transmit.is_empty() {
+                let mut slices = [IoSlice::new(&[]); WRITE_SLICES];
+                let count = self.transmit.chunks(&mut slices);
+                let stream = Pin::new(&mut self.stream);
+                match ready!(stream.poll_write_vectored(cx, &slices[..count])) {
+                    Ok(0) => return Poll::Ready(LaneEnd::Closed),
+                    Ok(n) => self.transmit.advance(n),
+                    Err(error) => return Poll::Ready(LaneEnd::Io(error)),
+                }
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Nothing is queued: flush what the transport buffered, and end where that was asked for.
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<LaneEnd> {
+        if let Err(error) = ready!(Pin::new(&mut self.stream).poll_flush(cx)) {
+            return Poll::Ready(LaneEnd::Io(error));
+        }
+        if !self.link.is_closing() {
+            return Poll::Pending;
+        }
+        // The peer learns of the end either way; an error here changes nothing.
+        let _ = ready!(Pin::new(&mut self.stream).poll_shutdown(cx));
+        Poll::Ready(LaneEnd::Local)
+    }
+}
+
+/// Far enough to mean never, near enough for the timer.
+fn far_future() -> tokio::time::Instant {
+    tokio::time::Instant::now() + std::time::Duration::from_secs(86_400 * 365)
+}

@@ -1,0 +1,140 @@
+//! One lane as the rest of core sees it: the state machine behind its lock, and what may be known
+//! without taking it.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use sidelane_tunnel::{Key, Lane, OpenError, RequestId, Reset, proto};
+
+use super::exchange::{RecvHalf, SendHalf};
+use crate::metrics::Flow;
+
+/// A lane of a session.
+pub struct Link {
+    /// Which of its session's lanes, from 0.
+    pub number: u32,
+    /// The data-path thread that drives it.
+    pub shard: usize,
+    lane: Mutex<Lane>,
+    /// No new exchanges: the peer is going away, or we are.
+    leaving: AtomicBool,
+    /// The driver ends once everything queued is written.
+    closing: AtomicBool,
+    exchanges: AtomicUsize,
+}
+
+impl Link {
+    /// Returns a link over `lane`.
+    #[must_use]
+    pub fn new(number: u32, shard: usize, lane: Lane) -> Arc<Self> {
+        Arc::new(Self {
+            number,
+            shard,
+            lane: Mutex::new(lane),
+            leaving: AtomicBool::new(false),
+            closing: AtomicBool::new(false),
+            exchanges: AtomicUsize::new(0),
+        })
+    }
+
+    /// Runs `f` under the lock and calls the wakers that it made ready after it: a waker may run a
+    /// plugin's code, and that may come back here.
+    pub fn with<T>(&self, f: impl FnOnce(&mut Lane) -> T) -> T {
+        let (result, wakes) = {
+            let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
+            let result = f(&mut lane);
+            (result, lane.take_wakes())
+        };
+        wakes.wake();
+        result
+    }
+
+    /// Opens an exchange and returns its halves. `make_id` is called under the lock.
+    ///
+    /// # Errors
+    /// Where the lane is closed or full.
+    pub fn open(
+        self: &Arc<Self>,
+        make_id: impl FnOnce() -> RequestId,
+        protocol_type: u32,
+        open: proto::Open,
+        flow: Arc<Flow>,
+    ) -> Result<(RequestId, SendHalf, RecvHalf), OpenError> {
+        let (id, key) = self.with(|lane| {
+            let id = make_id();
+            lane.open(id, protocol_type, open).map(|key| (id, key))
+        })?;
+        let (send, recv) = self.halves(key, flow);
+        Ok((id, send, recv))
+    }
+
+    /// Returns the halves of an exchange that the peer opened. Called once per key.
+    pub fn halves(self: &Arc<Self>, key: Key, flow: Arc<Flow>) -> (SendHalf, RecvHalf) {
+        self.exchanges.fetch_add(1, Ordering::Relaxed);
+        let send = SendHalf::new(Arc::clone(self), key, Arc::clone(&flow));
+        (send, RecvHalf::new(Arc::clone(self), key, flow))
+    }
+
+    /// Refuses an exchange that the peer opened: nothing of it was or will be written to a service.
+    pub fn refuse(&self, key: Key, reset: Reset) {
+        self.with(|lane| {
+            lane.refused(key, reset);
+            lane.drop_send(key);
+            lane.drop_recv(key);
+        });
+    }
+
+    /// Exchanges whose send half is held here. Cheap: a hint for choosing a lane.
+    pub fn load(&self) -> usize {
+        self.exchanges.load(Ordering::Relaxed)
+    }
+
+    /// Whether new exchanges may be opened.
+    pub fn is_open(&self) -> bool {
+        !self.leaving.load(Ordering::Acquire)
+    }
+
+    /// Takes no new exchanges from here on.
+    pub fn leave(&self) {
+        self.leaving.store(true, Ordering::Release);
+    }
+
+    /// Tells the peer to open no more exchanges, and takes none.
+    pub fn go_away(&self, code: u32, detail: &str) {
+        self.leave();
+        self.with(|lane| lane.go_away(proto::GoAway { code, detail: detail.to_owned() }));
+    }
+
+    /// Asks the driver to end once everything queued is written.
+    pub fn close(&self) {
+        self.leave();
+        self.closing.store(true, Ordering::Release);
+        self.with(Lane::wake_driver);
+    }
+
+    /// What the admin page says of it.
+    pub fn describe(&self) -> serde_json::Value {
+        let stats = self.with(|lane| lane.stats());
+        serde_json::json!({
+            "lane": self.number,
+            "thread": self.shard,
+            "open": self.is_open(),
+            "exchanges": stats.exchanges,
+            "messages_sent": stats.sent,
+            "messages_received": stats.received,
+            "bytes_sent": stats.bytes_out,
+            "bytes_received": stats.bytes_in,
+            "queued_bytes": stats.send_queued_bytes,
+            "unread_bytes": stats.receive_queued_bytes,
+            "round_trip_us": stats.rtt.map(|rtt| u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
+        })
+    }
+
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing.load(Ordering::Acquire)
+    }
+
+    pub(super) fn exchange_ended(&self) {
+        self.exchanges.fetch_sub(1, Ordering::Relaxed);
+    }
+}

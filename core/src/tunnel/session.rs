@@ -1,0 +1,510 @@
+//! The relay's registry of sessions: who is connected, with which lanes, serving what.
+//!
+//! Knows credentials and bounds; what an announcement means is the relay's business.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use dashmap::DashMap;
+use dashmap::mapref::entry::Entry;
+use sha2::{Digest as _, Sha256};
+use sidelane_abi::failure;
+use sidelane_tunnel::{Lane, LaneConfig, OpenError, ProtocolTable, RequestId, proto};
+
+use super::{Link, RecvHalf, SendHalf};
+use crate::metrics::Flow;
+use crate::random;
+
+/// A session's id on the wire.
+pub type SessionId = [u8; 16];
+
+/// Bit of `features`: documents are announced (`tunnel.proto`, Hello).
+pub const FEATURE_ANNOUNCE: u64 = 2;
+
+/// Bytes of an instance's id.
+const INSTANCE_BYTES: usize = 16;
+
+/// How long a dialler is asked to wait where the relay is full.
+const RETRY_AFTER_FULL_MS: u32 = 5_000;
+
+/// What the registry is bounded by, and how lanes are set up.
+#[derive(Clone)]
+pub struct Settings {
+    /// Accepted credential; `None`: only peers on loopback, and only on a loopback listener.
+    pub token: Option<Arc<[u8]>>,
+    /// Sessions at once.
+    pub sessions_max: usize,
+    /// Lanes of one session.
+    pub lanes_max: u32,
+    /// How each lane is set up, but for what the peer's hello says.
+    pub lane: LaneConfig,
+    /// Protocol types this relay carries.
+    pub protocols: Vec<Arc<str>>,
+}
+
+/// One sidecar instance connected to this relay.
+pub struct Session {
+    /// Its id.
+    pub id: SessionId,
+    /// The sidecar's instance.
+    pub instance: [u8; INSTANCE_BYTES],
+    /// For people.
+    pub name: Arc<str>,
+    /// Grows with each session of this relay; the newest of an instance wins.
+    pub epoch: u64,
+    /// When it began.
+    pub since: Instant,
+    /// Where its first lane came from.
+    pub peer: SocketAddr,
+    /// Numbers of the protocol types that both ends carry.
+    pub protocols: ProtocolTable,
+    secret: [u8; 32],
+    lane: LaneConfig,
+    lanes: ArcSwap<Vec<Arc<Link>>>,
+    /// Serialises changes of `lanes`; readers never take it.
+    lanes_change: Mutex<()>,
+    lanes_made: AtomicU32,
+    requests: AtomicU64,
+    turn: AtomicUsize,
+}
+
+impl Session {
+    /// Lanes that are up.
+    #[must_use]
+    pub fn lanes(&self) -> Arc<Vec<Arc<Link>>> {
+        self.lanes.load_full()
+    }
+
+    /// Whether a new exchange could be opened.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        self.lanes.load().iter().any(|link| link.is_open())
+    }
+
+    /// Opens an exchange on the lane of thread `shard`, or on the least busy one. The boolean says
+    /// that it crosses threads.
+    ///
+    /// # Errors
+    /// Where no lane can take it.
+    pub fn open(
+        &self,
+        shard: Option<usize>,
+        protocol_type: u32,
+        open: proto::Open,
+        flow: Arc<Flow>,
+    ) -> Result<(RequestId, SendHalf, RecvHalf, bool), OpenError> {
+        let lanes = self.lanes.load();
+        let open_lanes = || lanes.iter().filter(|link| link.is_open());
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        let own = open_lanes().filter(|link| Some(link.shard) == shard);
+        let own_count = own.clone().count();
+        let link = if own_count > 0 {
+            // Several lanes on this thread take turns.
+            own.clone().nth(turn % own_count)
+        } else {
+            open_lanes().min_by_key(|link| link.load())
+        };
+        let Some(link) = link else { return Err(OpenError::Closed) };
+        let (id, send, recv) = link.open(|| self.request_id(), protocol_type, open, flow)?;
+        Ok((id, send, recv, own_count == 0))
+    }
+
+    /// The relay makes odd numbers, from 1.
+    fn request_id(&self) -> RequestId {
+        RequestId(self.requests.fetch_add(1, Ordering::Relaxed) * 2 + 1)
+    }
+
+    /// Sends the answer to an announcement on any lane.
+    pub fn answer(&self, announced: proto::Announced) {
+        if let Some(link) = self.lanes.load().first() {
+            link.with(|lane| lane.announced(announced));
+        }
+    }
+
+    /// Ends every lane once what is queued has been written.
+    pub fn close(&self) {
+        for link in self.lanes.load().iter() {
+            link.close();
+        }
+    }
+
+    /// Tells the sidecar that nothing new will come on its lanes.
+    pub fn go_away(&self, detail: &str) {
+        for link in self.lanes.load().iter() {
+            link.go_away(failure::DRAINING, detail);
+        }
+    }
+
+    fn change_lanes(&self, change: impl FnOnce(&mut Vec<Arc<Link>>)) -> usize {
+        let _held = self.lanes_change.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut lanes = Vec::clone(&self.lanes.load());
+        change(&mut lanes);
+        let count = lanes.len();
+        self.lanes.store(Arc::new(lanes));
+        count
+    }
+}
+
+/// All sessions of this relay.
+pub struct Sessions {
+    /// This relay's instance.
+    pub instance: [u8; INSTANCE_BYTES],
+    settings: ArcSwap<Settings>,
+    by_id: DashMap<SessionId, Arc<Session>>,
+    by_instance: DashMap<[u8; INSTANCE_BYTES], SessionId>,
+    epochs: AtomicU64,
+}
+
+/// A lane that was let in.
+pub struct Admitted {
+    /// Its session.
+    pub session: Arc<Session>,
+    /// The lane, not driven yet.
+    pub link: Arc<Link>,
+    /// What the dialler is told.
+    pub welcome: proto::Welcome,
+    /// An older session of the same instance, which this one replaces.
+    pub replaced: Option<Arc<Session>>,
+    /// The session is new.
+    pub is_first: bool,
+}
+
+impl Sessions {
+    /// Returns an empty registry.
+    #[must_use]
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            instance: random::bytes(),
+            settings: ArcSwap::from_pointee(settings),
+            by_id: DashMap::new(),
+            by_instance: DashMap::new(),
+            epochs: AtomicU64::new(0),
+        }
+    }
+
+    /// Replaces what new handshakes are held to; running sessions keep theirs.
+    pub fn configure(&self, settings: Settings) {
+        self.settings.store(Arc::new(settings));
+    }
+
+    /// Sessions with at least one lane.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.by_id.len()
+    }
+
+    /// Whether nobody is connected.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.by_id.is_empty()
+    }
+
+    /// All of them, in no order.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Session>> {
+        self.by_id.iter().map(|entry| Arc::clone(&entry)).collect()
+    }
+
+    /// Decides on a hello. `shard_of` says which thread drives the given lane number.
+    ///
+    /// # Errors
+    /// The refusal to send.
+    pub fn admit(
+        &self,
+        hello: &proto::Hello,
+        peer: SocketAddr,
+        local: IpAddr,
+        shard_of: impl FnOnce(&SessionId, u32) -> usize,
+    ) -> Result<Admitted, proto::Refuse> {
+        let settings = self.settings.load();
+        check_credential(&settings, &hello.credential, peer.ip(), local)?;
+        if hello.session.is_empty() {
+            self.begin(&settings, hello, peer, shard_of)
+        } else {
+            self.join(&settings, hello, shard_of)
+        }
+    }
+
+    fn begin(
+        &self,
+        settings: &Settings,
+        hello: &proto::Hello,
+        peer: SocketAddr,
+        shard_of: impl FnOnce(&SessionId, u32) -> usize,
+    ) -> Result<Admitted, proto::Refuse> {
+        if self.by_id.len() >= settings.sessions_max {
+            return Err(refuse(
+                proto::RefuseReason::Overloaded,
+                format!("this relay has {} sessions, its limit", settings.sessions_max),
+                RETRY_AFTER_FULL_MS,
+            ));
+        }
+        let instance: [u8; INSTANCE_BYTES] = hello.instance.as_ref().try_into().map_err(|_| {
+            refuse(
+                proto::RefuseReason::Malformed,
+                format!(
+                    "hello.instance has {} bytes, {INSTANCE_BYTES} are accepted",
+                    hello.instance.len()
+                ),
+                0,
+            )
+        })?;
+        let id: SessionId = random::bytes();
+        let session = Arc::new(Session {
+            id,
+            instance,
+            name: hello.name.as_str().into(),
+            epoch: self.epochs.fetch_add(1, Ordering::Relaxed) + 1,
+            since: Instant::now(),
+            peer,
+            protocols: ProtocolTable::parse(&hello.protocols)
+                .map_err(|error| refuse(proto::RefuseReason::Malformed, error.to_string(), 0))?,
+            secret: random::bytes(),
+            lane: settings.lane.clone().with_peer(hello.window, hello.message_bytes_max),
+            lanes: ArcSwap::default(),
+            lanes_change: Mutex::new(()),
+            lanes_made: AtomicU32::new(0),
+            requests: AtomicU64::new(0),
+            turn: AtomicUsize::new(0),
+        });
+        let link = self.add_lane(settings, &session, shard_of)?;
+        self.by_id.insert(id, Arc::clone(&session));
+        let replaced = match self.by_instance.entry(instance) {
+            Entry::Occupied(mut entry) => {
+                let old = entry.insert(id);
+                self.by_id.get(&old).map(|old| Arc::clone(&old))
+            }
+            Entry::Vacant(entry) => {
+                entry.insert(id);
+                None
+            }
+        };
+        let welcome = self.welcome(settings, &session, &link)?;
+        Ok(Admitted { session, link, welcome, replaced, is_first: true })
+    }
+
+    fn join(
+        &self,
+        settings: &Settings,
+        hello: &proto::Hello,
+        shard_of: impl FnOnce(&SessionId, u32) -> usize,
+    ) -> Result<Admitted, proto::Refuse> {
+        let unknown = || {
+            refuse(
+                proto::RefuseReason::UnknownSession,
+                "this relay does not know the session; begin a new one".to_owned(),
+                0,
+            )
+        };
+        let id: SessionId = hello.session.as_ref().try_into().map_err(|_| unknown())?;
+        let session =
+            self.by_id.get(&id).map(|session| Arc::clone(&session)).ok_or_else(unknown)?;
+        if !same_secret(&session.secret, &hello.secret) {
+            return Err(unknown());
+        }
+        let link = self.add_lane(settings, &session, shard_of)?;
+        let welcome = self.welcome(settings, &session, &link)?;
+        Ok(Admitted { session, link, welcome, replaced: None, is_first: false })
+    }
+
+    fn add_lane(
+        &self,
+        settings: &Settings,
+        session: &Arc<Session>,
+        shard_of: impl FnOnce(&SessionId, u32) -> usize,
+    ) -> Result<Arc<Link>, proto::Refuse> {
+        let lanes_max = settings.lanes_max as usize;
+        let number = session.lanes_made.fetch_add(1, Ordering::Relaxed);
+        let shard = shard_of(&session.id, number);
+        let link = Link::new(number, shard, Lane::new(session.lane.clone(), Instant::now()));
+        let mut is_full = false;
+        session.change_lanes(|lanes| {
+            is_full = lanes.len() >= lanes_max;
+            if !is_full {
+                lanes.push(Arc::clone(&link));
+            }
+        });
+        if is_full {
+            return Err(refuse(
+                proto::RefuseReason::Overloaded,
+                format!("the session has {lanes_max} lanes, the relay's limit"),
+                RETRY_AFTER_FULL_MS,
+            ));
+        }
+        Ok(link)
+    }
+
+    fn welcome(
+        &self,
+        settings: &Settings,
+        session: &Session,
+        link: &Link,
+    ) -> Result<proto::Welcome, proto::Refuse> {
+        let protocols = session
+            .protocols
+            .answer(settings.protocols.iter().map(AsRef::as_ref))
+            .map_err(|error| refuse(proto::RefuseReason::Malformed, error.to_string(), 0))?;
+        Ok(proto::Welcome {
+            version: sidelane_tunnel::VERSION,
+            features: FEATURE_ANNOUNCE,
+            session: session.id.to_vec().into(),
+            secret: session.secret.to_vec().into(),
+            epoch: session.epoch,
+            lane: link.number,
+            grace_ms: 0,
+            relay_instance: self.instance.to_vec().into(),
+            advertise_address: String::new(),
+            peers: Vec::new(),
+            protocols: protocols.to_wire(),
+            window: settings.lane.receive_window,
+            message_bytes_max: settings.lane.message_bytes_max,
+            replay_bytes_max: 0,
+            lanes_max: settings.lanes_max,
+        })
+    }
+
+    /// Takes a lane out; true where it was the session's last, which is over then.
+    pub fn lane_ended(&self, session: &Arc<Session>, link: &Arc<Link>) -> bool {
+        let left = session.change_lanes(|lanes| lanes.retain(|other| !Arc::ptr_eq(other, link)));
+        if left > 0 {
+            return false;
+        }
+        let was_known = self.by_id.remove(&session.id).is_some();
+        self.by_instance.remove_if(&session.instance, |_, current| *current == session.id);
+        was_known
+    }
+}
+
+fn refuse(reason: proto::RefuseReason, detail: String, retry_after_ms: u32) -> proto::Refuse {
+    proto::Refuse { reason: reason.into(), detail, retry_after_ms }
+}
+
+fn check_credential(
+    settings: &Settings,
+    credential: &[u8],
+    peer: IpAddr,
+    local: IpAddr,
+) -> Result<(), proto::Refuse> {
+    let accepted = match &settings.token {
+        Some(token) => same_secret(token, credential),
+        None => peer.to_canonical().is_loopback() && local.to_canonical().is_loopback(),
+    };
+    if accepted {
+        return Ok(());
+    }
+    let detail = match (&settings.token, credential.is_empty()) {
+        (Some(_), true) => "this relay wants a token and the hello has none; set sidecar.token",
+        (Some(_), false) => "the token is not the one this relay accepts",
+        (None, _) => {
+            "this relay has no relay.tunnel.token, so it accepts sidecars over loopback only"
+        }
+    };
+    Err(refuse(proto::RefuseReason::Credential, detail.to_owned(), 0))
+}
+
+/// Compares by digest: the time it takes says nothing of where the two differ.
+fn same_secret(ours: &[u8], theirs: &[u8]) -> bool {
+    Sha256::digest(ours) == Sha256::digest(theirs)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    const OUTSIDE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7));
+
+    fn settings(token: Option<&str>) -> Settings {
+        Settings {
+            token: token.map(|token| token.as_bytes().into()),
+            sessions_max: 2,
+            lanes_max: 2,
+            lane: LaneConfig::default(),
+            protocols: vec!["HTTP".into()],
+        }
+    }
+
+    fn hello(instance: u8) -> proto::Hello {
+        proto::Hello {
+            version: sidelane_tunnel::VERSION,
+            instance: vec![instance; INSTANCE_BYTES].into(),
+            window: 65536,
+            message_bytes_max: 128 * 1024,
+            ..proto::Hello::default()
+        }
+    }
+
+    fn admit(
+        sessions: &Sessions,
+        hello: &proto::Hello,
+        peer: IpAddr,
+    ) -> Result<Admitted, proto::Refuse> {
+        sessions.admit(hello, SocketAddr::new(peer, 4711), LOOPBACK, |_, lane| lane as usize)
+    }
+
+    fn reason(result: Result<Admitted, proto::Refuse>) -> proto::RefuseReason {
+        result.err().expect("refused").reason()
+    }
+
+    #[test]
+    fn without_a_token_only_loopback_is_let_in() {
+        let sessions = Sessions::new(settings(None));
+        assert!(admit(&sessions, &hello(1), LOOPBACK).is_ok());
+        assert_eq!(reason(admit(&sessions, &hello(2), OUTSIDE)), proto::RefuseReason::Credential);
+    }
+
+    #[test]
+    fn only_the_token_opens() {
+        let sessions = Sessions::new(settings(Some("open sesame")));
+        let mut hello = hello(1);
+        assert_eq!(reason(admit(&sessions, &hello, LOOPBACK)), proto::RefuseReason::Credential);
+        hello.credential = b"open sesam"[..].into();
+        assert_eq!(reason(admit(&sessions, &hello, LOOPBACK)), proto::RefuseReason::Credential);
+        hello.credential = b"open sesame"[..].into();
+        assert!(admit(&sessions, &hello, OUTSIDE).is_ok());
+    }
+
+    #[test]
+    fn a_further_lane_needs_the_sessions_secret() {
+        let sessions = Sessions::new(settings(None));
+        let first = admit(&sessions, &hello(1), LOOPBACK).ok().expect("admitted");
+        let mut further = hello(1);
+        further.session = first.welcome.session.clone();
+        further.secret = vec![0; 32].into();
+        assert_eq!(
+            reason(admit(&sessions, &further, LOOPBACK)),
+            proto::RefuseReason::UnknownSession
+        );
+        further.secret = first.welcome.secret.clone();
+        let second = admit(&sessions, &further, LOOPBACK).ok().expect("admitted");
+        assert!(Arc::ptr_eq(&first.session, &second.session));
+        assert_eq!(second.link.number, 1);
+        assert_eq!(reason(admit(&sessions, &further, LOOPBACK)), proto::RefuseReason::Overloaded);
+    }
+
+    #[test]
+    fn a_newer_session_replaces_the_instances_older_one() {
+        let sessions = Sessions::new(settings(None));
+        let old = admit(&sessions, &hello(1), LOOPBACK).ok().expect("admitted");
+        let new = admit(&sessions, &hello(1), LOOPBACK).ok().expect("admitted");
+        assert!(Arc::ptr_eq(&new.replaced.expect("replaced"), &old.session));
+        assert!(new.session.epoch > old.session.epoch);
+        assert!(sessions.lane_ended(&old.session, &old.link));
+        assert_eq!(sessions.len(), 1);
+        assert!(sessions.lane_ended(&new.session, &new.link));
+        assert!(sessions.is_empty());
+        assert!(sessions.by_instance.is_empty());
+    }
+
+    #[test]
+    fn sessions_are_bounded() {
+        let sessions = Sessions::new(settings(None));
+        let _held = (admit(&sessions, &hello(1), LOOPBACK), admit(&sessions, &hello(2), LOOPBACK));
+        assert_eq!(reason(admit(&sessions, &hello(3), LOOPBACK)), proto::RefuseReason::Overloaded);
+    }
+}
