@@ -248,6 +248,7 @@ CASES = {
     "h2-upper-case": refused(head(extra=[("X-Upper", "1")])),
     "h2-value-newline": refused(head(extra=[("x-split", "a\r\nsmuggled: 1")])),
     "h2-length-differs": refused(head("POST", extra=[("content-length", "5")])),
+    "h2-connect": refused([(":method", "CONNECT"), (":authority", HOST + ":80")]),
     "http1-keep-alive": case_http1_keep_alive,
 }
 

@@ -204,7 +204,14 @@ pub fn build_directory() -> &'static Path {
         let test = std::env::current_exe().expect("a test has a path");
         let directory = test.ancestors().nth(2).expect("tests are built in deps/").to_path_buf();
         let mut cargo = Command::new(env!("CARGO"));
-        cargo.args(["build", "--quiet", "--package", "sidelane", "--package", "sidelane-http-plugin"]);
+        cargo.args([
+            "build",
+            "--quiet",
+            "--package",
+            "sidelane",
+            "--package",
+            "sidelane-http-plugin",
+        ]);
         if directory.ends_with("release") {
             cargo.arg("--release");
         }

@@ -20,7 +20,7 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     let python = prepare_python();
 
     // Tests load the plugins that stand beside the program, so both exist before the first starts.
-    workspace::run(workspace::cargo().args(["build", "--workspace", "--all-targets"]))?;
+    workspace::run(workspace::cargo().args(["build", "--workspace"]))?;
 
     let mut command = workspace::cargo();
     command.args(["test", "--workspace"]).args(arguments);

@@ -41,6 +41,11 @@ fn request_fields_of_one_hop_end_at_the_relay() {
             "Upgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n",
             &["upgrade", "http2-settings"],
         ),
+        (
+            "websocket without its plugin",
+            "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n",
+            &["upgrade"],
+        ),
         ("te of a coding", "TE: gzip\r\nConnection: TE\r\n", &["te"]),
     ];
     assert!(!table.is_empty());

@@ -4,6 +4,7 @@ mod failures;
 mod framing;
 mod head;
 mod hop_by_hop;
+mod operations;
 mod pool;
 mod refused;
 mod reload;

@@ -3,6 +3,9 @@
 use std::collections::HashMap;
 use std::sync::Mutex;
 
+use sidelane_e2e::client::{Client, request};
+use sidelane_e2e::process::{Setup, Sidelane};
+use sidelane_e2e::service::Service;
 use sidelane_e2e::stage::{Stage, get};
 
 /// Threads of a sidecar that may each keep a pool; more than any default.
@@ -111,7 +114,7 @@ fn many_clients_share_few_connections() {
     std::thread::scope(|scope| {
         for _ in 0..16 {
             scope.spawn(move || {
-                let mut client = sidelane_e2e::client::Client::connect(relay);
+                let mut client = Client::connect(relay);
                 for _ in 0..50 {
                     client.send(get("/"));
                     assert_eq!(client.answer("GET").head.status, 200);
@@ -122,4 +125,43 @@ fn many_clients_share_few_connections() {
     assert_eq!(stage.service.requests().len(), 800);
     let connections = stage.service.records().len();
     assert!(connections <= 64, "{connections} connections for 16 clients");
+}
+
+#[test]
+fn unused_connection_is_closed_after_its_time() {
+    let service = Service::ok();
+    let mut setup = Setup::of(service.address());
+    setup.http_config = "{ idle_timeout: 300ms }".to_owned();
+    let sidelane = Sidelane::both(&setup);
+    assert_eq!(request(sidelane.web(), "GET", get("/")).head.status, 200);
+    service.until("the unused connection to close", |records| records[0].closed);
+    assert_eq!(request(sidelane.web(), "GET", get("/")).head.status, 200);
+}
+
+#[test]
+fn connections_to_the_service_are_bounded() {
+    // More requests at once than all threads together may have connections for.
+    const CLIENTS: usize = SHARDS_MAX + 4;
+    let service = Service::start(|connection| {
+        connection.request()?;
+        connection.closed()
+    });
+    let mut setup = Setup::of(service.address());
+    setup.http_config = "{ connections_max: 1, idle_per_service: 1 }".to_owned();
+    let sidelane = Sidelane::both(&setup);
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|_| {
+            let mut client = Client::connect(sidelane.web());
+            client.send(get("/"));
+            client
+        })
+        .collect();
+    sidelane.until_metric("sidelane_exchanges_total", &["code=\"overloaded\""], |count| {
+        count >= (CLIENTS - SHARDS_MAX) as f64
+    });
+    assert!(service.records().len() <= SHARDS_MAX);
+    drop(clients);
+    service.until("the held requests to be cancelled", |records| {
+        records.iter().all(|record| record.closed)
+    });
 }

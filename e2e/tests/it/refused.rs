@@ -323,6 +323,7 @@ fn http2_requests_are_held_to_the_same_rules() {
         "h2-upper-case",
         "h2-value-newline",
         "h2-length-differs",
+        "h2-connect",
     ] {
         let seen = python.run(case, stage.sidelane.web());
         // h2 resets a malformed stream with PROTOCOL_ERROR (1) before we could answer.
