@@ -1,5 +1,8 @@
 //! The library behind the program `sidelane`, in reading order.
 
+pub mod cli;
+pub mod process;
+
 pub mod admin;
 pub mod announcement;
 pub mod config;

@@ -1,1 +1,7 @@
-fn main() {}
+//! The program `sidelane`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    sidelane::cli::main()
+}

@@ -463,7 +463,13 @@ impl Sidecar {
     fn announce(&self, peer: &Peer) {
         let document = Arc::clone(&self.document.borrow());
         if let Some(link) = peer.with(|state| state.lanes.first().cloned()) {
-            link.with(|lane| lane.announce(proto::Announce::clone(&document)));
+            let is_sent = link.with(|lane| lane.announce(proto::Announce::clone(&document)));
+            if !is_sent {
+                tracing::error!(
+                    relay = peer.relay,
+                    "the announcement is longer than the relay accepts"
+                );
+            }
         }
     }
 }

@@ -1,0 +1,555 @@
+//! One process: puts the roles together as the file says, reloads it, and ends them in order.
+//!
+//! Knows who is started in which order; what they do is theirs.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use sidelane_tunnel::{LaneConfig, Side};
+use thiserror::Error;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::admin::{self, AdminState, Readiness, ReloadRequest};
+use crate::config::watch::{Reload, Watcher};
+use crate::config::{self, Changes, Config, ConfigErrors, Fault, PluginCheck, Relays};
+use crate::error::chain;
+use crate::front::FrontConfig;
+use crate::metrics::Metrics;
+use crate::plugin::{HostContext, Limits, LoadError, LoadFault, PluginSpec, Plugins};
+use crate::relay::Relay;
+use crate::shard::Shards;
+use crate::sidecar::{self, Sidecar};
+use crate::tunnel::session;
+
+mod log;
+mod sockets;
+
+use sockets::Sockets;
+
+/// How often the end of running exchanges is looked for during shutdown.
+const DRAIN_TICK: Duration = Duration::from_millis(20);
+
+/// What is left of the deadline for lanes to write what is queued, after the exchanges.
+const CLOSE_GRACE: Duration = Duration::from_millis(500);
+
+/// How often replaced plugins are looked at: past the drain timeout their exchanges end.
+const PLUGINS_TICK: Duration = Duration::from_secs(1);
+
+/// Reload requests that wait; more are refused, since one that waits covers them.
+const RELOADS_MAX: usize = 8;
+
+/// Why the process did not start, or ended.
+#[derive(Debug, Error)]
+pub enum RunError {
+    /// The file does not hold.
+    #[error(transparent)]
+    Config(#[from] ConfigErrors),
+    /// A required plugin cannot be loaded; one line for each.
+    #[error("{0}")]
+    Plugins(String),
+    /// An address cannot be bound.
+    #[error("{what}: cannot listen on {address}")]
+    Bind {
+        /// Path in the file.
+        what: String,
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The ports file cannot be written.
+    #[error("cannot write {}", .path.display())]
+    PortsFile {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A thread, runtime or signal handler cannot be made.
+    #[error("cannot start")]
+    Start(#[source] io::Error),
+}
+
+/// Validates a file as a start would, plugins included. Returns a summary.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check(file: &Path) -> Result<String, RunError> {
+    let (_, config) = config::load(file)?;
+    let metrics = Arc::new(Metrics::new());
+    let plugins = Plugins::new(HostContext::new(metrics.sink()), limits(&config.plugins));
+    load_plugins(&plugins, &config)?;
+    Ok(format!(
+        "{}: valid: {} routes, {} tunnels, protocol types {}",
+        file.display(),
+        config.routes.len(),
+        config.tunnels.len(),
+        plugins.types().join(", "),
+    ))
+}
+
+/// Runs the process until a signal ends it.
+///
+/// # Errors
+/// Why it did not start.
+pub fn run(file: &Path, ports_file: Option<&Path>) -> Result<(), RunError> {
+    let (source, config) = config::load(file)?;
+    let log = log::init(&config.log);
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), file = %file.display(), "starting");
+    let metrics = Arc::new(Metrics::new());
+    let relay_threads = config.relay.as_ref().map_or(0, |relay| threads(relay.threads));
+    let sidecar_threads = config.sidecar.as_ref().map_or(0, |sidecar| threads(sidecar.threads));
+    let total = relay_threads + sidecar_threads;
+    let host = HostContext::new(metrics.sink()).with_shards(
+        u32::try_from(total).map_err(|error| RunError::Start(io::Error::other(error)))?,
+    );
+    let plugins = Arc::new(Plugins::new(host, limits(&config.plugins)));
+    load_plugins(&plugins, &config)?;
+    let sockets = Sockets::bind(&config)?;
+    let start =
+        |name, count, first| Shards::start(name, count, first, total).map_err(RunError::Start);
+    let relay_shards = start("relay", relay_threads, 0)?;
+    let sidecar_shards = start("sidecar", sidecar_threads, relay_threads)?;
+
+    if let Some(path) = ports_file {
+        sockets.write(path)?;
+    }
+    let relay = config.relay.as_ref().map(|section| {
+        let relay = Relay::new(
+            section.base_domains.clone(),
+            session_settings(section, &plugins),
+            Arc::clone(&plugins),
+            Arc::clone(&metrics),
+        );
+        relay.configure(&config);
+        relay
+    });
+    let sidecar = config.sidecar.as_ref().map(|section| {
+        let sidecar = Sidecar::new(
+            sidecar_settings(section),
+            relay_addresses(section, &sockets),
+            Arc::clone(&plugins),
+            Arc::clone(&metrics),
+            Arc::clone(&sidecar_shards.all),
+        );
+        sidecar.configure(&config);
+        sidecar
+    });
+
+    let (reloads, reload_requests) = mpsc::channel(RELOADS_MAX);
+    let process = Arc::new(Process {
+        relay,
+        sidecar,
+        plugins,
+        metrics,
+        config: Mutex::new(Arc::new(config)),
+        last_error: Mutex::new(None),
+        draining: AtomicBool::new(false),
+        reloads,
+    });
+    process.metrics.reloaded(true);
+    process.start(sockets, &relay_shards)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(RunError::Start)?;
+    let ended = runtime.block_on(process.control(&source, reload_requests, &log));
+    relay_shards.stop();
+    sidecar_shards.stop();
+    ended.map_err(RunError::Start)
+}
+
+struct Process {
+    relay: Option<Arc<Relay>>,
+    sidecar: Option<Arc<Sidecar>>,
+    plugins: Arc<Plugins>,
+    metrics: Arc<Metrics>,
+    config: Mutex<Arc<Config>>,
+    /// Why the last reload failed; the configuration before it is in force.
+    last_error: Mutex<Option<String>>,
+    draining: AtomicBool,
+    reloads: mpsc::Sender<ReloadRequest>,
+}
+
+impl Process {
+    /// Starts what the file asks for.
+    fn start(self: &Arc<Self>, sockets: Sockets, relay_shards: &Shards) -> Result<(), RunError> {
+        let config = self.config();
+        let Sockets { listeners, tunnel, health, admin, .. } = sockets;
+        let state: Arc<dyn AdminState> = Arc::clone(self) as Arc<dyn AdminState>;
+        admin::start(state, health, admin).map_err(RunError::Start)?;
+        if let (Some(relay), Some(section), Some(tunnel)) = (&self.relay, &config.relay, tunnel) {
+            relay.start(
+                &relay_shards.all,
+                listeners,
+                tunnel,
+                front_config(section),
+                section.limits.connections,
+            );
+        }
+        if let Some(sidecar) = &self.sidecar {
+            sidecar.start();
+        }
+        Ok(())
+    }
+
+    /// Reloads and waits for a signal; then ends what runs, in order.
+    async fn control(
+        &self,
+        source: &config::Source,
+        mut requests: mpsc::Receiver<ReloadRequest>,
+        log: &log::Handle,
+    ) -> io::Result<()> {
+        let (reloads, mut reloads_due) = mpsc::channel(1);
+        let watcher = Watcher::start(source, &self.config().files, reloads)?;
+        if config::watch::is_sub_path_mount(&source.path) {
+            tracing::warn!(file = %source.path.display(),
+                "the file is a subPath mount, which Kubernetes never updates: mount its directory");
+        }
+        // Who asked, in order; each trigger yields one reload.
+        let mut asked: Vec<ReloadRequest> = Vec::new();
+        let mut tick = tokio::time::interval(PLUGINS_TICK);
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hangup = signal(SignalKind::hangup())?;
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => break,
+                _ = interrupt.recv() => break,
+                _ = hangup.recv() => {
+                    tracing::info!("SIGHUP: reading the configuration again");
+                    watcher.trigger();
+                }
+                Some(Reload { source, .. }) = reloads_due.recv() => {
+                    let result = self.reload(source, log);
+                    watcher.set_files(self.config().files.clone());
+                    for request in asked.drain(..) {
+                        // Whoever asked may have gone.
+                        let _ = request.reply.send(result.clone());
+                    }
+                }
+                _ = tick.tick() => self.plugins.end_drained(self.config().drain_timeout),
+                Some(request) = requests.recv() => {
+                    asked.push(request);
+                    watcher.trigger();
+                }
+            }
+        }
+        tracing::info!("shutting down: running exchanges may end");
+        tokio::select! {
+            () = self.drain() => {}
+            _ = terminate.recv() => tracing::warn!("second signal: exiting at once"),
+            _ = interrupt.recv() => tracing::warn!("second signal: exiting at once"),
+        }
+        Ok(())
+    }
+
+    /// Ends in order: nobody new, then running exchanges, then lanes.
+    async fn drain(&self) {
+        let deadline = Instant::now() + self.config().drain_timeout;
+        self.draining.store(true, Ordering::Relaxed);
+        if let Some(relay) = &self.relay {
+            relay.drain();
+        }
+        if let Some(sidecar) = &self.sidecar {
+            sidecar.drain();
+        }
+        let running = || {
+            self.relay.as_ref().map_or(0, |relay| relay.exchanges() + relay.connections())
+                + self.sidecar.as_ref().map_or(0, |sidecar| sidecar.exchanges())
+        };
+        wait_until(deadline, || running() == 0).await;
+        let left = running();
+        if left > 0 {
+            tracing::warn!(exchanges = left, "deadline passed: ending what still runs");
+        }
+        if let Some(relay) = &self.relay {
+            relay.close();
+        }
+        if let Some(sidecar) = &self.sidecar {
+            sidecar.close();
+        }
+        let lanes = || {
+            self.relay.as_ref().map_or(0, |relay| relay.sessions())
+                + self.sidecar.as_ref().map_or(0, |sidecar| sidecar.lanes())
+        };
+        wait_until(Instant::now() + CLOSE_GRACE, || lanes() == 0).await;
+        tracing::info!("ended");
+    }
+
+    /// Takes a new configuration, or keeps the old one and says why.
+    fn reload(
+        &self,
+        source: Result<config::Source, ConfigErrors>,
+        log: &log::Handle,
+    ) -> Result<String, String> {
+        let result = source
+            .and_then(|source| config::parse(&source, &|name| std::env::var(name).ok()))
+            .map_err(RunError::from)
+            .and_then(|config| self.take(config, log));
+        match result {
+            Ok(summary) => {
+                self.metrics.reloaded(true);
+                *self.lock_error() = None;
+                tracing::info!(summary, "configuration reloaded");
+                Ok(summary)
+            }
+            Err(error) => Err(self.reload_failed(&error)),
+        }
+    }
+
+    fn reload_failed(&self, error: &dyn std::error::Error) -> String {
+        let text = chain(error);
+        self.metrics.reloaded(false);
+        tracing::error!(
+            error = text,
+            "configuration not reloaded: the last good one stays in force"
+        );
+        *self.lock_error() = Some(text.clone());
+        text
+    }
+
+    fn take(&self, mut config: Config, log: &log::Handle) -> Result<String, RunError> {
+        let old = self.config();
+        config.reuse(&old);
+        let changes = config::diff(&old, &config);
+        if changes.is_empty() {
+            return Ok("nothing has changed".to_owned());
+        }
+        load_plugins(&self.plugins, &config)?;
+        for what in &changes.needs_restart {
+            tracing::warn!(setting = what, "changed, and takes effect only after a restart");
+        }
+        if let Some(relay) = &self.relay {
+            relay.configure(&config);
+        }
+        if let Some(sidecar) = &self.sidecar {
+            sidecar.configure(&config);
+        }
+        log.update(&config.log);
+        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
+        Ok(summary(&changes))
+    }
+
+    fn config(&self) -> Arc<Config> {
+        Arc::clone(&self.config.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn lock_error(&self) -> std::sync::MutexGuard<'_, Option<String>> {
+        self.last_error.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits until `done`, or the deadline.
+async fn wait_until(deadline: Instant, done: impl Fn() -> bool) {
+    while !done() && Instant::now() < deadline {
+        tokio::time::sleep(DRAIN_TICK).await;
+    }
+}
+
+fn summary(changes: &Changes) -> String {
+    let count = |added: usize, removed: usize, changed: usize, what: &str| {
+        format!("{what}: {added} added, {removed} removed, {changed} changed")
+    };
+    let routes = &changes.routes;
+    let tunnels = &changes.tunnels;
+    format!(
+        "{}; {}",
+        count(routes.added.len(), routes.removed.len(), routes.changed.len(), "routes"),
+        count(tunnels.added.len(), tunnels.removed.len(), tunnels.changed.len(), "tunnels"),
+    )
+}
+
+/// Loads what the file names, and asks it about what only plugins know.
+fn load_plugins(plugins: &Plugins, config: &Config) -> Result<(), RunError> {
+    let specs: Vec<PluginSpec> = config.plugins.libraries.iter().map(spec).collect();
+    let applied = plugins.apply(&specs).map_err(|errors| refused(config, &errors))?;
+    for error in &applied.failed {
+        tracing::error!(error = chain(error), "a plugin that is not required is left out");
+    }
+    config.check_plugins(&Asked(plugins))?;
+    Ok(())
+}
+
+/// Tells what plugins refuse; a plugin's own block with its place in the file.
+fn refused(config: &Config, errors: &[LoadError]) -> RunError {
+    let lines = errors.iter().map(|error| match &error.fault {
+        LoadFault::Refused(fault) => {
+            let fault = Fault { message: fault.message.clone(), path: fault.path.clone() };
+            config.library_fault(&error.plugin, &fault).to_string()
+        }
+        _ => chain(error),
+    });
+    RunError::Plugins(lines.collect::<Vec<_>>().join("\n"))
+}
+
+fn spec(library: &config::Library) -> PluginSpec {
+    PluginSpec {
+        name: library.name.to_string(),
+        library: library.path.clone(),
+        sha256: library.sha256,
+        required: library.required,
+        config: library.config.value.clone(),
+        types: library
+            .protocol_types
+            .as_ref()
+            .map(|types| types.iter().map(ToString::to_string).collect()),
+    }
+}
+
+/// Asks the loaded plugins about a configuration.
+struct Asked<'a>(&'a Plugins);
+
+impl PluginCheck for Asked<'_> {
+    fn types(&self) -> Vec<Arc<str>> {
+        self.0.types()
+    }
+
+    fn validate_route(&self, protocol_type: &str, options_json: &str) -> Result<(), Fault> {
+        self.0
+            .validate_route(protocol_type, options_json)
+            .map_err(|fault| Fault { message: fault.message, path: fault.path })
+    }
+}
+
+fn limits(plugins: &config::Plugins) -> Limits {
+    Limits {
+        generations_max: plugins.generations,
+        panics_max: plugins.panics,
+        panics_window: plugins.panics_within,
+        slow_poll: plugins.slow_poll,
+    }
+}
+
+fn threads(configured: usize) -> usize {
+    if configured > 0 {
+        return configured;
+    }
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+fn session_settings(section: &config::Relay, plugins: &Plugins) -> session::Settings {
+    let limits = &section.limits;
+    session::Settings {
+        token: section.tunnel.token.as_ref().map(|token| token.expose().as_bytes().into()),
+        sessions_max: limits.sessions,
+        lanes_max: u32::try_from(limits.lanes_per_session).unwrap_or(u32::MAX),
+        lane: LaneConfig {
+            exchanges_max: limits.exchanges_per_session,
+            window_max: limits.window,
+            ..LaneConfig::new(Side::Relay)
+        },
+        protocols: plugins.types(),
+    }
+}
+
+fn sidecar_settings(section: &config::Sidecar) -> sidecar::Settings {
+    sidecar::Settings {
+        name: section.name.to_string(),
+        token: section.token.as_ref().map(|token| token.expose().as_bytes().into()),
+        lanes: u32::try_from(section.lanes).unwrap_or(u32::MAX),
+        lane: LaneConfig {
+            exchanges_max: section.limits.exchanges_per_session,
+            window_max: section.limits.window,
+            ..LaneConfig::new(Side::Sidecar)
+        },
+    }
+}
+
+fn relay_addresses(section: &config::Sidecar, sockets: &Sockets) -> Vec<String> {
+    match &section.relays {
+        Relays::Embedded => sockets.tunnel_address.iter().map(ToString::to_string).collect(),
+        Relays::Listed(relays) => relays.iter().map(ToString::to_string).collect(),
+    }
+}
+
+fn front_config(section: &config::Relay) -> FrontConfig {
+    let limits = &section.limits;
+    FrontConfig {
+        request_head_timeout: section.timeouts.request_head,
+        idle_timeout: section.timeouts.idle,
+        head_bytes_max: u32::try_from(limits.request_head).unwrap_or(u32::MAX),
+        headers_max: limits.request_headers,
+        h2_streams_max: limits.streams_per_connection,
+        ..FrontConfig::default()
+    }
+}
+
+impl AdminState for Process {
+    fn is_live(&self) -> bool {
+        true
+    }
+
+    fn readiness(&self) -> Readiness {
+        let mut reasons = Vec::new();
+        if self.draining.load(Ordering::Relaxed) {
+            reasons.push("shutting down".to_owned());
+        }
+        if let Some(sidecar) = &self.sidecar
+            && !sidecar.is_connected()
+        {
+            reasons.push("no session with any relay".to_owned());
+        }
+        if self.relay.as_ref().is_some_and(|relay| !relay.is_served()) {
+            reasons.push("no sidecar has announced a tunnel".to_owned());
+        }
+        Readiness { ready: reasons.is_empty(), reasons }
+    }
+
+    fn metrics(&self, out: &mut String) {
+        self.metrics.set_plugins(&self.plugins.generations());
+        self.metrics.encode(out);
+    }
+
+    fn config(&self) -> serde_json::Value {
+        let mut config = self.config().to_masked_json();
+        if let Some(map) = config.as_object_mut() {
+            map.insert("last_reload_error".to_owned(), json!(*self.lock_error()));
+        }
+        config
+    }
+
+    fn routes(&self) -> serde_json::Value {
+        match &self.relay {
+            Some(relay) => relay.describe_routes(),
+            None => self.config().routes.iter().map(|route| route.to_json()).collect(),
+        }
+    }
+
+    fn tunnels(&self) -> serde_json::Value {
+        json!({
+            "sessions": self.relay.as_ref().map(|relay| relay.describe_sessions()),
+            "relays": self.sidecar.as_ref().map(|sidecar| {
+                sidecar.peers().iter().map(|peer| peer.describe()).collect::<Vec<_>>()
+            }),
+        })
+    }
+
+    fn plugins(&self) -> serde_json::Value {
+        let describe = |info: crate::plugin::GenerationInfo| {
+            json!({
+                "name": &*info.name,
+                "version": info.version,
+                "toolchain": info.toolchain,
+                "sha256": info.sha256,
+                "state": info.state.name(),
+                "exchanges": info.exchanges,
+                "panics": info.panics,
+                "quarantined": info.quarantined,
+            })
+        };
+        self.plugins.generations().into_iter().map(describe).collect()
+    }
+
+    fn reloads(&self) -> mpsc::Sender<ReloadRequest> {
+        self.reloads.clone()
+    }
+}
