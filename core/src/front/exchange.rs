@@ -41,6 +41,9 @@ struct State {
     abandoned: bool,
     gone: Option<Reset>,
     continue_given: bool,
+    /// A final head went out and its body goes on: who sends the request's body all the same (no
+    /// client waits for 100 forever, RFC 9110 §10.1.1) is read.
+    answering: bool,
     upgrade: Upgrade,
     /// The connection is polling the call itself and will look at what it did.
     attended: bool,
@@ -223,11 +226,27 @@ impl Exchange {
         if let Some(reset) = state.gone {
             return Poll::Ready(Err(reset));
         }
-        if state.continue_given {
+        if state.continue_given || state.answering {
             return Poll::Ready(Ok(()));
         }
         keep(&mut state.request_body, cx.waker());
         Poll::Pending
+    }
+
+    /// A final head with a body to come is on its way to the client: reading the request's body no
+    /// longer tells the client to send it.
+    pub(super) fn answering(&self) {
+        if !self.traits.expect_continue {
+            return;
+        }
+        let mut state = self.state();
+        if state.answering {
+            return;
+        }
+        state.answering = true;
+        let waker = state.request_body.take();
+        drop(state);
+        wake(waker);
     }
 
     /// Hands over the client's bytes after a 101.

@@ -368,6 +368,9 @@ impl<D: Dispatch> Stream<D> {
             }
         }
         self.sent = true;
+        if !self.done {
+            self.exchange.answering();
+        }
         if let Some(first) = first {
             self.send(first, end);
         }

@@ -87,8 +87,9 @@ pub(crate) async fn accept(
     let over = send.send(message).await.is_err();
 
     let continued = AtomicBool::new(!head.expects_continue());
+    let told = AtomicBool::new(!head.expects_continue());
     let mut download =
-        Download { recv, responder, head: &head, continued: &continued, begun: false };
+        Download { recv, responder, head: &head, continued: &continued, told: &told, begun: false };
     let mut sent = if over { Some(Sent::Over) } else { sent_all.then_some(Sent::All) };
     let end = {
         let mut down = pin!(download.run());
@@ -114,7 +115,8 @@ pub(crate) async fn accept(
         })
         .await;
         let answered = matches!(end, End::Complete);
-        if answered && sent.is_none() && continued.load(Ordering::Relaxed) {
+        let expected = told.load(Ordering::Relaxed);
+        if answered && sent.is_none() && expected {
             sent = Some(up.await);
         }
         end
@@ -349,8 +351,10 @@ struct Download<'a> {
     recv: RecvHalf,
     responder: Responder,
     head: &'a RequestHead<'a>,
-    /// Set once the client was told to continue.
+    /// Set once the client may send its body: it was told to continue, or the answer began.
     continued: &'a AtomicBool,
+    /// Set once the client was told to continue, or never asked: its body will come.
+    told: &'a AtomicBool,
     /// The response's head was sent.
     begun: bool,
 }
@@ -405,6 +409,7 @@ impl Download<'_> {
                 let told = self.responder.informational(status, &headers);
                 if status == 100 {
                     self.continued.store(true, Ordering::Relaxed);
+                    self.told.store(true, Ordering::Relaxed);
                 }
                 // A transport that cannot send one drops it; a lost client shows on its own.
                 let _ = told;
@@ -432,6 +437,11 @@ impl Download<'_> {
                 let head = ResponseHead { status, headers: &headers, body_length };
                 let first = (!first.is_empty()).then_some(first);
                 self.begun = true;
+                if !message.end {
+                    // The service answers while it may still read: what the client sends without a
+                    // 100 goes on to it.
+                    self.continued.store(true, Ordering::Relaxed);
+                }
                 self.responder.head(head, first, message.end).map_err(|_| gone())
             }
             _ => Err(invalid()),

@@ -169,6 +169,8 @@ impl Streaming {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
+        // hyper has written the head by the time it asks for the body.
+        self.exchange.answering();
         if let Some(first) = self.first.take() {
             return self.data(first);
         }
