@@ -119,7 +119,10 @@ fn body_until_close_ends_cleanly() {
     });
     let answer = stage.get("/");
     assert_eq!(answer.body, b"until the end");
-    assert_eq!(answer.head.list("transfer-encoding"), "chunked");
+    // The whole body may be there with the head: then its length is known.
+    let framed = answer.head.list("transfer-encoding") == "chunked"
+        || answer.head.first("content-length") == Some("13");
+    assert!(framed, "{answer:?}");
 }
 
 #[test]
