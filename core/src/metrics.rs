@@ -5,7 +5,7 @@
 //! touches is looked up once per exchange and is an atomic from there on.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -286,6 +286,7 @@ impl Metrics {
             by_type,
             began: Instant::now(),
             routed: OnceLock::new(),
+            unopened: AtomicU32::new(failure::NONE),
             is_ended: AtomicBool::new(false),
         }
     }
@@ -442,6 +443,8 @@ pub struct Record {
     by_type: Arc<TypeMetrics>,
     began: Instant,
     routed: OnceLock<(Arc<str>, Arc<str>)>,
+    /// Why it was not opened; the plugin that says so to the client ends well by itself.
+    unopened: AtomicU32,
     is_ended: AtomicBool,
 }
 
@@ -451,11 +454,20 @@ impl Record {
         self.routed.get_or_init(|| (Arc::clone(route), Arc::clone(tunnel)));
     }
 
+    /// It was not opened, for this reason of [`failure`].
+    pub fn unopened(&self, code: u32) {
+        self.unopened.store(code, Ordering::Relaxed);
+    }
+
     /// Ends it with one of [`failure`].
     pub fn end(&self, code: u32) {
         if self.is_ended.swap(true, Ordering::Relaxed) {
             return;
         }
+        let code = match code {
+            failure::NONE => self.unopened.load(Ordering::Relaxed),
+            code => code,
+        };
         self.by_type.in_flight.dec();
         self.by_type.duration.observe(self.began.elapsed());
         let (route, tunnel) = self.routed.get().cloned().unwrap_or_else(|| ("".into(), "".into()));

@@ -108,6 +108,10 @@ impl Opener for RelayOpener {
         _cx: &mut Context<'_>,
         key: RouteKey<'_>,
     ) -> Poll<Result<Opened<SendHalf, RecvHalf>, Failure>> {
-        Poll::Ready(self.open(key))
+        let opened = self.open(key);
+        if let Err(failure) = &opened {
+            self.record.unopened(failure.code);
+        }
+        Poll::Ready(opened)
     }
 }
