@@ -327,10 +327,11 @@ impl Process {
         let old = self.config();
         config.reuse(&old);
         let changes = config::diff(&old, &config);
-        if changes.is_empty() {
+        // A library may have changed where the file has not.
+        let loaded = load_plugins(&self.plugins, &config)?;
+        if changes.is_empty() && loaded.is_empty() {
             return Ok("nothing has changed".to_owned());
         }
-        load_plugins(&self.plugins, &config)?;
         for what in &changes.needs_restart {
             tracing::warn!(setting = what, "changed, and takes effect only after a restart");
         }
@@ -342,7 +343,7 @@ impl Process {
         }
         log.update(&config.log);
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
-        Ok(summary(&changes))
+        Ok(summary(&changes, &loaded))
     }
 
     fn config(&self) -> Arc<Config> {
@@ -361,28 +362,29 @@ async fn wait_until(deadline: Instant, done: impl Fn() -> bool) {
     }
 }
 
-fn summary(changes: &Changes) -> String {
+fn summary(changes: &Changes, loaded: &[String]) -> String {
     let count = |added: usize, removed: usize, changed: usize, what: &str| {
         format!("{what}: {added} added, {removed} removed, {changed} changed")
     };
     let routes = &changes.routes;
     let tunnels = &changes.tunnels;
     format!(
-        "{}; {}",
+        "{}; {}; plugins loaded: {}",
         count(routes.added.len(), routes.removed.len(), routes.changed.len(), "routes"),
         count(tunnels.added.len(), tunnels.removed.len(), tunnels.changed.len(), "tunnels"),
+        if loaded.is_empty() { "none".to_owned() } else { loaded.join(", ") },
     )
 }
 
-/// Loads what the file names, and asks it about what only plugins know.
-fn load_plugins(plugins: &Plugins, config: &Config) -> Result<(), RunError> {
+/// Loads what the file names, and asks it about what only plugins know. Returns what is new.
+fn load_plugins(plugins: &Plugins, config: &Config) -> Result<Vec<String>, RunError> {
     let specs: Vec<PluginSpec> = config.plugins.libraries.iter().map(spec).collect();
     let applied = plugins.apply(&specs).map_err(|errors| refused(config, &errors))?;
     for error in &applied.failed {
         tracing::error!(error = chain(error), "a plugin that is not required is left out");
     }
     config.check_plugins(&Asked(plugins))?;
-    Ok(())
+    Ok(applied.loaded)
 }
 
 /// Tells what plugins refuse; a plugin's own block with its place in the file.
