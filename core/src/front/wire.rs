@@ -75,23 +75,21 @@ impl Signals {
         }
     }
 
-    /// Ready once all of the responses before has left hyper's buffer; what hyper writes next then
-    /// belongs to the exchange at hand. Wakes the connection, in whose turn it must be called.
-    pub(super) fn poll_flushed(&self) -> Poll<()> {
-        if self.flushed.load(Relaxed) {
-            return Poll::Ready(());
+    /// Ready once all of the responses before has left hyper's buffer. What hyper writes next then
+    /// belongs to the exchange at hand, and a `100 Continue` ahead of its response is kept from the
+    /// client. Wakes the connection, in whose turn it must be called.
+    pub(super) fn poll_start(&self) -> Poll<()> {
+        if !self.flushed.load(Relaxed) {
+            self.awaits_flush.store(true, Relaxed);
+            return Poll::Pending;
         }
-        self.awaits_flush.store(true, Relaxed);
-        Poll::Pending
-    }
-
-    /// Keeps from the client the `100 Continue` that hyper may write ahead of the next response.
-    pub(super) fn swallow_continue(&self) {
+        // Whether or not we take the request for one that expects it: hyper decides by itself.
         self.swallow.store(true, Relaxed);
+        Poll::Ready(())
     }
 
     /// Sends `bytes`, a whole interim response, ahead of hyper's next byte. To be called between
-    /// [`Signals::poll_flushed`] and the response's head. Returns false where too much waits already,
+    /// [`Signals::poll_start`] and the response's head. Returns false where too much waits already,
     /// unless it must go.
     pub(super) fn put_interim(&self, bytes: &[u8], must_go: bool) -> bool {
         let mut interim = self.interim.lock().unwrap_or_else(PoisonError::into_inner);

@@ -48,6 +48,8 @@ impl<D: Dispatch> Requests<D> {
         let traits = Traits::of(&head, head.version >= http::Version::HTTP_11);
         self.signals.look_ahead.store(traits.expect_continue, Relaxed);
         let exchange = Exchange::new(traits);
+        // Before the plugin can ask for the body.
+        let started = self.signals.poll_start().is_ready();
         let body = RequestBody::new(incoming, Arc::clone(&exchange), Busy::new(&self.signals));
         let responder = exchange.responder(Arc::clone(&self.dropped));
         let context = &self.context;
@@ -58,7 +60,7 @@ impl<D: Dispatch> Requests<D> {
             traits,
             dispatch: Arc::clone(&context.dispatch),
             busy: Some(Busy::new(&self.signals)),
-            started: false,
+            started,
             told_to_continue: false,
         })
     }
@@ -129,9 +131,7 @@ impl<D: Dispatch> Running<D> {
     fn poll(&mut self, cx: &mut TaskContext<'_>) -> Poll<Response<ResponseBody>> {
         if !self.started {
             let signals = self.busy.as_ref().expect("no response has begun").signals();
-            ready!(signals.poll_flushed());
-            // Whether or not we take the request for one that expects it: hyper decides by itself.
-            signals.swallow_continue();
+            ready!(signals.poll_start());
             self.started = true;
         }
         if let Some(call) = &mut self.call
