@@ -170,7 +170,7 @@ mod tests {
         }
         const { assert!(CHARGE_MAX <= WINDOW_MIN) };
         // The bound that is documented.
-        const { assert!(2 * sidelane_abi::OPEN_BYTES_MAX <= 7 * CHARGE_MAX as usize) };
+        const { assert!(2 * sidelane_abi::OPEN_BYTES_MAX as u64 <= 7 * CHARGE_MAX) };
     }
 
     /// With nothing outstanding, a message of the largest size must fit: else both ends wait.
