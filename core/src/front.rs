@@ -51,7 +51,7 @@ pub trait Dispatch: Send + Sync + 'static {
 /// What the front does without asking anyone; for metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// An interim response other than 100 was not sent: hyper's HTTP/1.1 server cannot.
+    /// An interim response was not sent: too many waited for the client, or it speaks HTTP/1.0.
     InformationalDropped,
     /// A request was answered by the front itself, by this code of [`sidelane_abi::failure`].
     Answered(u32),

@@ -224,7 +224,7 @@ impl Metrics {
         );
         r.register(
             "informational_dropped",
-            "Interim responses that HTTP/1.1 clients could not be sent",
+            "Interim responses that were not sent: HTTP/1.0, or a client that does not read",
             self.informational_dropped.clone(),
         );
         r.register(

@@ -379,8 +379,8 @@ struct sidelane_request_head {
 /* Bits of sidelane_request_head_t.flags. */
 /* The request has no body. */
 #define SIDELANE_REQUEST_END 1u
-/* The client waits for `100 Continue`: the host asks it for the body only after
- * `informational(100)`. */
+/* The client waits for `100 Continue` before it sends the body; `informational(100)` says so.
+ * Asking for the body does not: it then yields what a client sends that has waited enough. */
 #define SIDELANE_REQUEST_EXPECT_CONTINUE 2u
 /* `upgrade` of the responder can hand over the byte stream. */
 #define SIDELANE_REQUEST_CAN_UPGRADE 4u
@@ -513,12 +513,14 @@ struct sidelane_owned_msg {
 /* `TunnelMessage.custom`: bytes that only the plugin understands. */
 #define SIDELANE_FIELD_CUSTOM 31u
 
-/* Most bytes of `head` and `body` together in a message after the first: 32 KiB of payload and
- * what frames it. */
+/* Most bytes of `head` and `body` together in a message of data: 32 KiB of payload and what frames
+ * it. A longer message passes, up to SIDELANE_OPEN_BYTES_MAX, and costs as much credit as one of
+ * this size; what can be cut should be, so that exchanges take turns. */
 #define SIDELANE_MESSAGE_BYTES_MAX ((size_t)33 * 1024)
 
-/* Most bytes of `head` and `body` together in an exchange's first message of each direction: a
- * 64 KiB head, what frames it, and a message's worth of body. */
+/* Most bytes of `head` and `body` together in any message: a 64 KiB head, what frames it, and a
+ * message's worth of body. An end of an exchange holds at most three and a half windows of the
+ * largest messages. */
 #define SIDELANE_OPEN_BYTES_MAX ((size_t)112 * 1024)
 
 /* Bits of sidelane_owned_msg_t.flags. */

@@ -12,16 +12,19 @@ pub const MESSAGE_CHARGE: usize = 64;
 /// Smallest window that an end may grant: one message of the largest size always fits.
 pub const WINDOW_MIN: u64 = 64 * 1024;
 
-/// Largest charge of one message.
+/// Largest charge of one message. A larger message is charged no more, so that no window is too
+/// small for it: what an exchange may have waiting is bounded by its window times
+/// [`sidelane_abi::OPEN_BYTES_MAX`] by this, three and a half windows.
 const CHARGE_MAX: u64 = (MESSAGE_BYTES_MAX + MESSAGE_CHARGE) as u64;
 
 /// Returns what a message of `payload_len` bytes is charged, at both ends: its payload as encoded by
-/// the plugin and [`MESSAGE_CHARGE`]. The envelope is not charged, so that the number does not hang
-/// on how it is encoded. The first message of a direction, which has a bound of its own, and an end
-/// without a payload are charged nothing.
+/// the plugin, as [`MESSAGE_BYTES_MAX`] where it is longer, and [`MESSAGE_CHARGE`]. The envelope is not charged, so that the number does not hang
+/// on how it is encoded. The first message of a direction and an end without a payload are charged
+/// nothing.
 #[must_use]
 pub const fn charge(payload_len: usize) -> u64 {
-    (payload_len + MESSAGE_CHARGE) as u64
+    let charged = if payload_len < MESSAGE_BYTES_MAX { payload_len } else { MESSAGE_BYTES_MAX };
+    (charged + MESSAGE_CHARGE) as u64
 }
 
 /// The sender's end.
@@ -156,6 +159,18 @@ mod tests {
         let mut credit = RecvCredit::new(WINDOW_MIN);
         assert_eq!(credit.charge(WINDOW_MIN), Ok(()));
         assert_eq!(credit.charge(1), Err(CreditExceeded));
+    }
+
+    #[test]
+    fn a_large_message_is_charged_as_one_that_every_window_has_room_for() {
+        assert_eq!(charge(0), MESSAGE_CHARGE as u64);
+        assert_eq!(charge(MESSAGE_BYTES_MAX - 1), CHARGE_MAX - 1);
+        for len in [MESSAGE_BYTES_MAX, MESSAGE_BYTES_MAX + 1, sidelane_abi::OPEN_BYTES_MAX] {
+            assert_eq!(charge(len), CHARGE_MAX);
+        }
+        const { assert!(CHARGE_MAX <= WINDOW_MIN) };
+        // The bound that is documented.
+        const { assert!(2 * sidelane_abi::OPEN_BYTES_MAX as u64 <= 7 * CHARGE_MAX) };
     }
 
     /// With nothing outstanding, a message of the largest size must fit: else both ends wait.

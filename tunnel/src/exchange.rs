@@ -55,7 +55,7 @@ pub(crate) struct Opening {
 #[derive(Debug)]
 pub(crate) struct Sending {
     pub(crate) credit: SendCredit,
-    /// The first message, which has a bound of its own, was queued.
+    /// The first message, which costs no credit, was queued.
     pub(crate) begun: bool,
     pub(crate) end: SendEnd,
     pub(crate) waker: Option<Waker>,
@@ -76,7 +76,7 @@ pub(crate) enum SendEnd {
 pub(crate) struct Receiving {
     pub(crate) credit: RecvCredit,
     pub(crate) queue: VecDeque<Payload>,
-    /// The first message, which has a bound of its own, came.
+    /// The first message, which costs no credit, came.
     pub(crate) begun: bool,
     /// The first message was taken, so that further ones return credit.
     pub(crate) taken: bool,

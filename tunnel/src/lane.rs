@@ -27,8 +27,9 @@ use crate::wakes::{Wakes, register};
 mod input;
 mod output;
 
-/// Bytes that one exchange may have queued before its sender waits: two of the largest messages, so
-/// that a slow lane pushes back at once and a fast one finds a few quanta to write.
+/// Bytes that one exchange may have queued before its sender waits: two data messages, so that a slow
+/// lane pushes back at once and a fast one finds a few quanta to write. A larger message waits until
+/// it is alone.
 pub const SEND_QUEUE_BYTES_MAX: usize = 2 * (MESSAGE_BYTES_MAX + MESSAGE_CHARGE);
 
 /// Largest encoded `Open`. With the largest first payload it fits the smallest message that a peer
@@ -370,9 +371,8 @@ impl Lane {
     /// # Errors
     ///
     /// `Err` says how the exchange ended; the payload stays. A payload above
-    /// [`sidelane_abi::MESSAGE_BYTES_MAX`] (the first of a direction:
-    /// [`sidelane_abi::OPEN_BYTES_MAX`]) resets the exchange with `TOO_LARGE`; sending after the end
-    /// or with a field that is not a protocol's resets it with `INTERNAL`.
+    /// [`sidelane_abi::OPEN_BYTES_MAX`] resets the exchange with `TOO_LARGE`; sending after the end or
+    /// with a field that is not a protocol's resets it with `INTERNAL`.
     pub fn poll_send(
         &mut self,
         key: Key,
@@ -387,9 +387,8 @@ impl Lane {
             return Poll::Ready(Err(reset));
         }
         let first = !exchange.send.begun;
-        let payload_max = if first { OPEN_BYTES_MAX } else { MESSAGE_BYTES_MAX };
         let is_protocol = (field::PROTOCOL_FIRST..=field::CUSTOM).contains(&next.field);
-        let fault = if next.len() > payload_max {
+        let fault = if next.len() > OPEN_BYTES_MAX {
             Some(failure::TOO_LARGE)
         } else if exchange.send.end != SendEnd::Open || !is_protocol {
             Some(failure::INTERNAL)

@@ -41,9 +41,8 @@ struct State {
     abandoned: bool,
     gone: Option<Reset>,
     continue_given: bool,
-    /// A final head went out and its body goes on: who sends the request's body all the same (no
-    /// client waits for 100 forever, RFC 9110 §10.1.1) is read.
-    answering: bool,
+    /// The request's body was read to its end.
+    body_ended: bool,
     upgrade: Upgrade,
     /// The connection is polling the call itself and will look at what it did.
     attended: bool,
@@ -52,7 +51,6 @@ struct State {
     rest: Option<Waker>,
     room: Option<Waker>,
     closed: Option<Waker>,
-    request_body: Option<Waker>,
     upgraded: Option<Waker>,
 }
 
@@ -72,9 +70,9 @@ pub(super) struct Traits {
     pub(super) head_only: bool,
     /// The request may be answered by 101.
     pub(super) can_upgrade: bool,
-    /// The connection can send interim responses.
+    /// The client understands interim responses: HTTP/1.0 has none (RFC 9110 §15.2).
     pub(super) interim: bool,
-    /// The request's body may be read only after an interim 100.
+    /// The client waits for an interim 100 before it sends the request's body.
     pub(super) expect_continue: bool,
 }
 
@@ -189,13 +187,8 @@ impl Exchange {
         if matches!(state.upgrade, Upgrade::Waiting) {
             state.upgrade = Upgrade::Failed;
         }
-        let wakers = [
-            state.closed.take(),
-            state.room.take(),
-            state.request_body.take(),
-            state.upgraded.take(),
-            state.rest.take(),
-        ];
+        let wakers =
+            [state.closed.take(), state.room.take(), state.upgraded.take(), state.rest.take()];
         drop(state);
         wakers.into_iter().for_each(wake);
     }
@@ -212,41 +205,20 @@ impl Exchange {
         wake(waker);
     }
 
-    /// Returns true once an interim 100 was asked for.
-    pub(super) fn continue_given(&self) -> bool {
-        self.state().continue_given
+    /// The request's body was read to its end.
+    pub(super) fn body_ended(&self) {
+        if self.traits.expect_continue {
+            self.state().body_ended = true;
+        }
     }
 
-    /// Ready once the request's body may be read, or will never come.
-    pub(super) fn poll_body_wanted(&self, cx: &mut Context<'_>) -> Poll<Result<(), Reset>> {
-        if !self.traits.expect_continue {
-            return Poll::Ready(Ok(()));
+    /// Returns whether the request's body may still come, or not: the client waited to be told to
+    /// send it, was not, and may have stopped waiting (RFC 9110 §10.1.1).
+    pub(super) fn body_is_uncertain(&self) -> bool {
+        self.traits.expect_continue && {
+            let state = self.state();
+            !state.continue_given && !state.body_ended
         }
-        let mut state = self.state();
-        if let Some(reset) = state.gone {
-            return Poll::Ready(Err(reset));
-        }
-        if state.continue_given || state.answering {
-            return Poll::Ready(Ok(()));
-        }
-        keep(&mut state.request_body, cx.waker());
-        Poll::Pending
-    }
-
-    /// A final head with a body to come is on its way to the client: reading the request's body no
-    /// longer tells the client to send it.
-    pub(super) fn answering(&self) {
-        if !self.traits.expect_continue {
-            return;
-        }
-        let mut state = self.state();
-        if state.answering {
-            return;
-        }
-        state.answering = true;
-        let waker = state.request_body.take();
-        drop(state);
-        wake(waker);
     }
 
     /// Hands over the client's bytes after a 101.
@@ -345,7 +317,7 @@ fn wake(waker: Option<Waker>) {
     }
 }
 
-/// Counts an interim response that the transport cannot send.
+/// Counts an interim response that is not sent.
 pub(super) type DropInterim = Arc<dyn Fn() + Send + Sync>;
 
 /// The plugin's end of an exchange.
@@ -361,22 +333,18 @@ impl lend::Responder for Responder {
         if state.is_over() || state.head_given || !is_interim(status) {
             return Err(Closed);
         }
-        let wakers = if status == StatusCode::CONTINUE && !traits.interim {
-            // HTTP/1: hyper says it by itself once the body is read. A client that did not ask is
-            // not told.
-            state.continue_given = true;
-            [state.request_body.take(), None]
-        } else if traits.interim && state.interim.len() < INTERIM_MAX {
-            state.continue_given |= status == StatusCode::CONTINUE;
-            state.interim.push_back((status, headers));
-            [state.request_body.take(), state.wake_connection()]
-        } else {
+        // The one that a client may be waiting for always has room.
+        let awaited = status == StatusCode::CONTINUE && !state.continue_given;
+        if !traits.interim || (state.interim.len() >= INTERIM_MAX && !awaited) {
             drop(state);
             (self.dropped)();
             return Ok(());
-        };
+        }
+        state.continue_given |= awaited;
+        state.interim.push_back((status, headers));
+        let waker = state.wake_connection();
         drop(state);
-        wakers.into_iter().for_each(wake);
+        wake(waker);
         Ok(())
     }
 

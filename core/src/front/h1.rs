@@ -25,6 +25,7 @@ use super::wire::{Signals, Wire};
 use super::{ConnectionError, Context, Dispatch, FrontConfig};
 
 mod body;
+mod interim;
 mod service;
 
 /// How long a connection is read to its end after we have closed our side with input outstanding.
@@ -45,7 +46,7 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     D: Dispatch,
 {
-    let signals = Arc::new(Signals::default());
+    let signals = Arc::new(Signals::new());
     signals.read.store(!ahead.is_empty(), Relaxed);
     let wire = Wire::new(stream, ahead, Arc::clone(&signals));
     let mut clock = Clock::new(&context.config);
@@ -262,7 +263,11 @@ impl Clock {
             signals.read.store(false, Relaxed);
             signals.wrote.store(false, Relaxed);
             self.enter(Phase::Idle, self.idle_timeout);
-        } else if self.phase == Phase::Idle && signals.read.load(Relaxed) {
+        } else if self.phase == Phase::Idle
+            && signals.read.load(Relaxed)
+            // hyper looks at what a client has sent ahead once the last response has left.
+            && signals.flushed.load(Relaxed)
+        {
             self.enter(Phase::Head, self.head_timeout);
         }
     }

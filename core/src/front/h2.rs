@@ -48,7 +48,7 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     D: Dispatch,
 {
-    let wire = Wire::new(stream, ahead, Arc::new(Signals::default()));
+    let wire = Wire::new(stream, ahead, Arc::new(Signals::new()));
     let handshake = builder(&context.config).handshake::<_, Bytes>(wire);
     let mut connection = tokio::time::timeout(context.config.request_head_timeout, handshake)
         .await
@@ -368,9 +368,6 @@ impl<D: Dispatch> Stream<D> {
             }
         }
         self.sent = true;
-        if !self.done {
-            self.exchange.answering();
-        }
         if let Some(first) = first {
             self.send(first, end);
         }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, Bytes};
+use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::exchange::Exchange;
@@ -16,9 +16,15 @@ use super::exchange::Exchange;
 /// copied twice; a client that has sent more cannot be seen leaving until it is read.
 const AHEAD_BYTES_MAX: usize = 1024;
 
+/// Bytes of interim responses that wait for a slow client at most: one head of the largest size.
+/// Past it they are dropped.
+const INTERIM_BYTES_MAX: usize = 64 * 1024;
+
+/// What hyper writes by itself when a request's body is first asked for.
+pub(super) const CONTINUE: &[u8] = b"HTTP/1.1 100 Continue\r\n\r\n";
+
 /// What the stream and the exchanges of one connection tell its driver. All of it is used on the
 /// connection's thread, but for `live`, which an exchange's end may touch from any.
-#[derive(Default)]
 pub(super) struct Signals {
     /// The client will send nothing more.
     pub(super) ended: AtomicBool,
@@ -28,6 +34,15 @@ pub(super) struct Signals {
     pub(super) wrote: AtomicBool,
     /// All that hyper wrote has left its buffer.
     pub(super) flushed: AtomicBool,
+    /// Wake the connection when `flushed` is next set.
+    awaits_flush: AtomicBool,
+    /// hyper's next write may begin with a [`CONTINUE`] of its own, which the client is not to see.
+    swallow: AtomicBool,
+    /// `interim` is not empty.
+    interim_waits: AtomicBool,
+    /// What goes to the client before hyper's next byte. Put there only while hyper has nothing
+    /// buffered, so that it cannot fall into another message.
+    interim: Mutex<BytesMut>,
     /// Nobody reads, so look ahead for the client's end.
     pub(super) look_ahead: AtomicBool,
     /// A request's body was given up before its end.
@@ -38,6 +53,53 @@ pub(super) struct Signals {
     pub(super) requests: AtomicU32,
     /// The exchange that was answered by 101 and waits for the client's bytes.
     pub(super) upgrade: Mutex<Option<Arc<Exchange>>>,
+}
+
+impl Signals {
+    pub(super) fn new() -> Self {
+        Self {
+            ended: AtomicBool::new(false),
+            read: AtomicBool::new(false),
+            wrote: AtomicBool::new(false),
+            // Nothing was written, so nothing is left.
+            flushed: AtomicBool::new(true),
+            awaits_flush: AtomicBool::new(false),
+            swallow: AtomicBool::new(false),
+            interim_waits: AtomicBool::new(false),
+            interim: Mutex::default(),
+            look_ahead: AtomicBool::new(false),
+            unread: AtomicBool::new(false),
+            live: AtomicU32::new(0),
+            requests: AtomicU32::new(0),
+            upgrade: Mutex::default(),
+        }
+    }
+
+    /// Ready once all of the responses before has left hyper's buffer. What hyper writes next then
+    /// belongs to the exchange at hand, and a `100 Continue` ahead of its response is kept from the
+    /// client. Wakes the connection, in whose turn it must be called.
+    pub(super) fn poll_start(&self) -> Poll<()> {
+        if !self.flushed.load(Relaxed) {
+            self.awaits_flush.store(true, Relaxed);
+            return Poll::Pending;
+        }
+        // Whether or not we take the request for one that expects it: hyper decides by itself.
+        self.swallow.store(true, Relaxed);
+        Poll::Ready(())
+    }
+
+    /// Sends `bytes`, a whole interim response, ahead of hyper's next byte. To be called between
+    /// [`Signals::poll_start`] and the response's head. Returns false where too much waits already,
+    /// unless it must go.
+    pub(super) fn put_interim(&self, bytes: &[u8], must_go: bool) -> bool {
+        let mut interim = self.interim.lock().unwrap_or_else(PoisonError::into_inner);
+        if interim.len() + bytes.len() > INTERIM_BYTES_MAX && !must_go {
+            return false;
+        }
+        interim.extend_from_slice(bytes);
+        self.interim_waits.store(true, Relaxed);
+        true
+    }
 }
 
 impl Drop for Signals {
@@ -108,6 +170,38 @@ impl<S: AsyncRead + Unpin> Wire<S> {
     }
 }
 
+impl<S: AsyncWrite + Unpin> Wire<S> {
+    /// Writes the interim responses that wait.
+    fn poll_interim(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.signals.interim_waits.load(Relaxed) {
+            return Poll::Ready(Ok(()));
+        }
+        let mut interim = self.signals.interim.lock().unwrap_or_else(PoisonError::into_inner);
+        while !interim.is_empty() {
+            let written = ready!(Pin::new(&mut self.stream).poll_write(cx, &interim))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.signals.wrote.store(true, Relaxed);
+            interim.advance(written);
+        }
+        *interim = BytesMut::new();
+        self.signals.interim_waits.store(false, Relaxed);
+        Poll::Ready(Ok(()))
+    }
+
+    /// Returns whether `bytes`, which hyper wants to write, begin with a `100 Continue` of its own.
+    /// It stands first, since hyper had nothing buffered when this was asked for, and whole, since
+    /// hyper buffers it whole; no final response begins so.
+    fn swallows(&self, bytes: &[u8]) -> bool {
+        if !self.signals.swallow.load(Relaxed) {
+            return false;
+        }
+        self.signals.swallow.store(false, Relaxed);
+        bytes.starts_with(CONTINUE)
+    }
+}
+
 impl<S: AsyncRead + Unpin> AsyncRead for Wire<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
@@ -141,6 +235,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<S> {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
+        ready!(self.poll_interim(cx))?;
+        if self.swallows(buf) {
+            return Poll::Ready(Ok(CONTINUE.len()));
+        }
         self.signals.flushed.store(false, Relaxed);
         let written = ready!(Pin::new(&mut self.stream).poll_write(cx, buf))?;
         self.signals.wrote.store(true, Relaxed);
@@ -152,6 +250,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<S> {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        ready!(self.poll_interim(cx))?;
+        if self.swallows(bufs.iter().find(|buf| !buf.is_empty()).map_or(&[], |buf| buf)) {
+            return Poll::Ready(Ok(CONTINUE.len()));
+        }
         self.signals.flushed.store(false, Relaxed);
         let written = ready!(Pin::new(&mut self.stream).poll_write_vectored(cx, bufs))?;
         self.signals.wrote.store(true, Relaxed);
@@ -165,8 +267,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Wire<S> {
     /// Flushes. hyper calls this at the end of each of its turns, with nothing left in its buffer,
     /// which also makes it the place to look for the client's end while hyper does not read.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_interim(cx))?;
         ready!(Pin::new(&mut self.stream).poll_flush(cx))?;
         self.signals.flushed.store(true, Relaxed);
+        if self.signals.awaits_flush.load(Relaxed) {
+            self.signals.awaits_flush.store(false, Relaxed);
+            cx.waker().wake_by_ref();
+        }
         if self.signals.look_ahead.load(Relaxed)
             && self.ahead.is_empty()
             && let Poll::Ready(Err(error)) = self.poll_ahead(cx)

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use sidelane_e2e::service::Service;
 use sidelane_e2e::stage::Stage;
-use sidelane_e2e::tools::Python;
+use sidelane_e2e::tools::{Curl, Python};
 
 #[test]
 fn fixed_length_stays_fixed_length() {
@@ -283,12 +283,77 @@ fn http2_client_is_told_to_continue() {
     assert_eq!(seen["body"], "body");
 }
 
+/// Real curl uploads with `Expect: 100-continue`: which interim responses it sees, how it ends, and
+/// what the service got of the body.
 #[test]
-fn early_hints_leave_the_http1_answer_whole() {
-    // docs/adr/0002-http-front.md: an HTTP/1.1 client gets no 103.
-    let stage = Stage::of(Service::answering(
-        "HTTP/1.1 103 Early Hints\r\nlink: </a.css>; rel=preload\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok",
-    ));
-    let answer = stage.get("/");
+fn curl_sees_of_expect_what_the_service_says() {
+    let Some(curl) = Curl::find("curl_sees_of_expect_what_the_service_says") else { return };
+    let stage = Stage::script(|connection| {
+        while let Some(request) = connection.request()? {
+            assert_eq!(request.first("expect"), Some("100-continue"), "{request:?}");
+            match &request.target[..] {
+                b"/refuses" => {
+                    connection.write(
+                        "HTTP/1.1 417 No\r\nconnection: close\r\ncontent-length: 2\r\n\r\nno",
+                    )?;
+                    return connection.closed();
+                }
+                b"/continues" => connection.write("HTTP/1.1 100 Continue\r\n\r\n")?,
+                b"/answers-first" => {
+                    connection.write("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n")?;
+                    let body = connection.body(&request)?;
+                    connection.write(body.bytes)?;
+                    continue;
+                }
+                _ => {}
+            }
+            let body = connection.body(&request)?;
+            connection.write("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n")?;
+            connection.write(body.bytes)?;
+        }
+        Ok(())
+    });
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("body");
+    std::fs::write(&file, "some body").unwrap();
+    for (path, patience, statuses, body) in [
+        // Only the service's own word ends a wait this long.
+        ("/continues", "50", [100, 200].as_slice(), "some body"),
+        ("/refuses", "50", &[417], "no"),
+        ("/ignores", "0.2", &[200], "some body"),
+        ("/answers-first", "0.2", &[200], "some body"),
+    ] {
+        let mut command = curl.command(stage.sidelane.web());
+        command.args(["--http1.1", "--verbose", "--header", "Expect: 100-continue"]);
+        command.args(["--expect100-timeout", patience, "--upload-file"]).arg(&file);
+        let output = command.arg(format!("http://api.localhost{path}")).output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{path}: {told}");
+        let seen: Vec<u16> = told
+            .lines()
+            .filter_map(|line| line.strip_prefix("< HTTP/1.1 ")?.get(..3)?.parse().ok())
+            .collect();
+        assert_eq!(seen, statuses, "{path}: {told}");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), body, "{path}: {told}");
+    }
+    assert!(stage.service.received().windows(9).filter(|bytes| bytes == b"some body").count() == 3);
+}
+
+#[test]
+fn early_hints_reach_an_http1_client() {
+    let hints = "HTTP/1.1 103 Early Hints\r\nlink: </a.css>; rel=preload\r\n\r\n";
+    let answer = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+    let stage = Stage::of(Service::answering(format!("{hints}{hints}{answer}")));
+    let mut client = stage.connect();
+    client.send("GET / HTTP/1.1\r\nHost: api.localhost\r\n\r\n");
+    for _ in 0..2 {
+        let interim = client.head();
+        assert_eq!(interim.status, 103);
+        assert_eq!(interim.first("link"), Some("</a.css>; rel=preload"));
+    }
+    let answer = client.answer("GET");
+    assert_eq!((answer.head.status, answer.body.as_slice()), (200, b"ok".as_slice()));
+    // HTTP/1.0 has none.
+    let answer = stage.ask("GET", "GET / HTTP/1.0\r\nHost: api.localhost\r\n\r\n");
     assert_eq!((answer.head.status, answer.body.as_slice()), (200, b"ok".as_slice()));
 }

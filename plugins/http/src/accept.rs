@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 
 use sidelane_plugin::{
-    Body, Buf, Error, Failure, Frame, HeaderList, MESSAGE_BYTES_MAX, Message, Opener, RecvHalf,
+    Body, Buf, Error, Failure, Frame, HeaderList, Message, OPEN_BYTES_MAX, Opener, RecvHalf,
     Request, RequestHead, Reset, Responder, ResponseHead, RouteKey, SendHalf, failure,
 };
 
@@ -83,17 +83,17 @@ pub(crate) async fn accept(
         return respond(&head, &mut responder, &told);
     }
     let sent_all = message.end;
+    let body_begun = !message.body.is_empty() || !waiting.is_empty();
     // Where the exchange is over already, the receiving half says why.
     let over = send.send(message).await.is_err();
 
-    let continued = AtomicBool::new(!head.expects_continue());
-    let told = AtomicBool::new(!head.expects_continue());
-    let mut download =
-        Download { recv, responder, head: &head, continued: &continued, told: &told, begun: false };
+    // What came with the head says that the rest comes too.
+    let sending = AtomicBool::new(!head.expects_continue() || body_begun);
+    let mut download = Download { recv, responder, head: &head, sending: &sending, begun: false };
     let mut sent = if over { Some(Sent::Over) } else { sent_all.then_some(Sent::All) };
     let end = {
         let mut down = pin!(download.run());
-        let mut up = pin!(upload(&mut body, &mut send, waiting, &continued));
+        let mut up = pin!(upload(&mut body, &mut send, waiting, &sending));
         let end = poll_fn(|cx| {
             loop {
                 if let Poll::Ready(end) = down.as_mut().poll(cx) {
@@ -115,7 +115,7 @@ pub(crate) async fn accept(
         })
         .await;
         let answered = matches!(end, End::Complete);
-        let expected = told.load(Ordering::Relaxed);
+        let expected = sending.load(Ordering::Relaxed);
         if answered && sent.is_none() && expected {
             sent = Some(up.await);
         }
@@ -131,7 +131,7 @@ pub(crate) async fn accept(
                 send.reset(reset);
                 Err(reset.into())
             }
-            // The answer came without the body having been asked for, or what is left is in the way.
+            // The client waits to be told, and is not, or what is left is in the way.
             None | Some(Sent::TooLarge) => {
                 send.reset(Reset::new(failure::CANCELLED));
                 Ok(())
@@ -215,7 +215,7 @@ fn first_message(head: &RequestHead<'_>, body: &mut Body, cx: &mut Context<'_>) 
     let mut waiting = Waiting::new();
     let mut first = Buf::new();
     let mut end = head.ends();
-    if !end && !head.expects_continue() {
+    if !end {
         // What is there already, without waiting for more.
         loop {
             match body.poll_frame(cx) {
@@ -286,7 +286,7 @@ async fn upload(
     body: &mut Body,
     send: &mut SendHalf,
     mut waiting: Waiting,
-    continued: &AtomicBool,
+    sending: &AtomicBool,
 ) -> Sent {
     loop {
         let frame = poll_fn(|cx| {
@@ -296,13 +296,10 @@ async fn upload(
             if let Some(frame) = waiting.pop_front() {
                 return Poll::Ready(Ok(frame));
             }
-            if continued.load(Ordering::Relaxed) {
-                body.poll_frame(cx).map(Ok)
-            } else {
-                Poll::Pending
-            }
+            body.poll_frame(cx).map(Ok)
         })
         .await;
+        sending.store(true, Ordering::Relaxed);
         let (sent, end) = match frame {
             Ok(Some(Ok(Frame::Data { bytes, end }))) => {
                 (send_data(send, bytes, end).await.is_ok(), end)
@@ -311,7 +308,7 @@ async fn upload(
                 let fields =
                     trailers.iter().filter(|(name, _)| fields::kind(name) == Kind::EndToEnd);
                 let head = payload::encode_trailers(fields);
-                if head.len() > MESSAGE_BYTES_MAX {
+                if head.len() > OPEN_BYTES_MAX {
                     return Sent::TooLarge;
                 }
                 let message = Message { field: FIELD_TRAILERS, end: true, head, body: Buf::new() };
@@ -351,10 +348,9 @@ struct Download<'a> {
     recv: RecvHalf,
     responder: Responder,
     head: &'a RequestHead<'a>,
-    /// Set once the client may send its body: it was told to continue, or the answer began.
-    continued: &'a AtomicBool,
-    /// Set once the client was told to continue, or never asked: its body will come.
-    told: &'a AtomicBool,
+    /// Set once the client's body is sure to come: it was told to continue, never asked, or has begun
+    /// to send all the same (RFC 9110 §10.1.1: no client waits for ever).
+    sending: &'a AtomicBool,
     /// The response's head was sent.
     begun: bool,
 }
@@ -408,8 +404,7 @@ impl Download<'_> {
                 );
                 let told = self.responder.informational(status, &headers);
                 if status == 100 {
-                    self.continued.store(true, Ordering::Relaxed);
-                    self.told.store(true, Ordering::Relaxed);
+                    self.sending.store(true, Ordering::Relaxed);
                 }
                 // A transport that cannot send one drops it; a lost client shows on its own.
                 let _ = told;
@@ -437,11 +432,6 @@ impl Download<'_> {
                 let head = ResponseHead { status, headers: &headers, body_length };
                 let first = (!first.is_empty()).then_some(first);
                 self.begun = true;
-                if !message.end {
-                    // The service answers while it may still read: what the client sends without a
-                    // 100 goes on to it.
-                    self.continued.store(true, Ordering::Relaxed);
-                }
                 self.responder.head(head, first, message.end).map_err(|_| gone())
             }
             _ => Err(invalid()),

@@ -22,10 +22,6 @@ pub struct Config {
     /// while the request's body is on its way; 0: any time.
     #[serde(deserialize_with = "duration")]
     pub response_timeout: Duration,
-    /// How long to wait for the service's own `100 Continue` before saying it in its place, since
-    /// some services never do (RFC 9110 §10.1.1 lets a proxy); 0: never.
-    #[serde(deserialize_with = "duration")]
-    pub continue_timeout: Duration,
 }
 
 impl<'de> Deserialize<'de> for Config {
@@ -57,7 +53,6 @@ impl Default for Config {
             idle_per_service: 64,
             connections_max: 1024,
             response_timeout: Duration::from_secs(60),
-            continue_timeout: Duration::from_secs(5),
         }
     }
 }
@@ -187,13 +182,12 @@ mod tests {
             "| `idle_per_service` | `64` |",
             "| `connections_max` | `1024` |",
             "| `response_timeout` | `60s` |",
-            "| `continue_timeout` | `5s` |",
         ] {
             assert!(readme.contains(row), "README.md lacks {row}");
         }
         let parsed = parse(
             "{\"idle_timeout\": \"55s\", \"idle_per_service\": 64, \"connections_max\": 1024, \
-             \"response_timeout\": \"60s\", \"continue_timeout\": \"5s\"}",
+             \"response_timeout\": \"60s\"}",
         );
         assert_eq!(parsed, Ok(Config::default()));
     }

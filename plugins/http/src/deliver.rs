@@ -20,8 +20,8 @@ use http_body::Body;
 use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
 use sidelane_plugin::{
-    Buf, Error, Exchange, Host, MESSAGE_BYTES_MAX, Message, Meta, OPEN_BYTES_MAX, RecvHalf, Reset,
-    SendHalf, Service, Timer, failure,
+    Buf, Error, Exchange, Host, Message, Meta, OPEN_BYTES_MAX, RecvHalf, Reset, SendHalf, Service,
+    Timer, failure,
 };
 
 use crate::accept::data_message;
@@ -204,11 +204,11 @@ impl<'a> Delivery<'a> {
                 self.dispatched = true;
             }
             match self.head(&mut connection, send, request).await {
-                Ok((response, place)) => {
+                Ok(response) => {
                     let (head, body) = response.into_parts();
                     // hyper would speak HTTP/1.0 on this connection from here on.
                     let keep = head.version == Version::HTTP_11;
-                    let mut download = self.download(connection, &head, body, place)?;
+                    let mut download = self.download(connection, &head, body)?;
                     download.pass(send, &head).await?;
                     self.finish(pool, download.connection, send, service, keep).await;
                     return Ok(());
@@ -308,15 +308,15 @@ impl<'a> Delivery<'a> {
         connection: &mut Connection,
         send: &mut SendHalf,
         mut request: Request<Upload>,
-    ) -> Result<(Response<Incoming>, Place), NoHead> {
+    ) -> Result<Response<Incoming>, NoHead> {
         let watch = Arc::clone(&connection.watch);
         watch.begin();
         watch.watch_interim(&mut request);
-        let mut limits = Limits::new(self.config, connection.timer.take(), self.expects_continue);
+        let sending = !self.expects_continue || !self.body.is_empty();
+        let mut limits = Limits::new(self.config, connection.timer.take(), sending);
         let mut response = pin!(connection.sender.try_send_request(request));
         let mut interim = Vec::new().into_iter();
         let mut out = None;
-        let mut place = Place::First;
         let head = poll_fn(|cx| {
             loop {
                 if out.is_some() {
@@ -332,10 +332,8 @@ impl<'a> Delivery<'a> {
                     }
                 }
                 if let Some(message) = interim.next() {
-                    limits.answered();
-                    // One that does not fit is dropped: it is interim.
-                    out = place.fits(&message).then_some(message);
-                    place = Place::Later;
+                    limits.sending = true;
+                    out = Some(message);
                     continue;
                 }
                 let _ = connection.poll_drive(cx);
@@ -349,22 +347,15 @@ impl<'a> Delivery<'a> {
                 if let Poll::Ready(reset) = send.poll_closed(cx) {
                     return Poll::Ready(Err(gone(reset)));
                 }
-                match limits.poll(cx, self.source.as_ref()) {
-                    Poll::Ready(Limit::Continue) => {
-                        out = Some(continue_message());
-                        place = Place::Later;
-                    }
-                    Poll::Ready(Limit::Response) => {
-                        let failed = Failed::new(failure::SERVICE_TIMEOUT, "no response in time");
-                        return Poll::Ready(Err(NoHead::Stop(failed.into())));
-                    }
-                    Poll::Pending => return Poll::Pending,
-                }
+                return limits.poll(cx, self.source.as_ref()).map(|()| {
+                    let failed = Failed::new(failure::SERVICE_TIMEOUT, "no response in time");
+                    Err(NoHead::Stop(failed.into()))
+                });
             }
         })
         .await;
         connection.timer = limits.response;
-        head.map(|head| (head, place))
+        head
     }
 
     /// Decides what a request without a response means.
@@ -399,7 +390,6 @@ impl<'a> Delivery<'a> {
         connection: Connection,
         head: &http::response::Parts,
         body: Incoming,
-        place: Place,
     ) -> Result<Download, Failed> {
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
             return Err(Failed::new(failure::SERVICE_INVALID, "the service switched protocols"));
@@ -419,7 +409,7 @@ impl<'a> Delivery<'a> {
         let bodiless = self.method == Method::HEAD
             || matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
         let length = if bodiless { None } else { body.size_hint().exact() };
-        Ok(Download { connection, body, bodiless, length, place, peeked: None })
+        Ok(Download { connection, body, bodiless, length, peeked: None })
     }
 
     /// Lets the request end after the response has.
@@ -480,34 +470,20 @@ const fn gone(reset: Reset) -> NoHead {
     NoHead::Stop(Stop::Gone(reset))
 }
 
-fn continue_message() -> Message {
-    let head = payload::encode_response(100, std::iter::empty(), FieldsSize::default(), None, 0);
-    Message { field: FIELD_RESPONSE, end: false, head, body: Buf::new() }
-}
-
 /// What time may end while the response's head is awaited.
 struct Limits {
     response: Option<Timer>,
     response_timeout: Duration,
-    /// Until the service has said anything.
-    continues: Option<Timer>,
-    /// The client may be sending its body.
-    continued: bool,
-}
-
-enum Limit {
-    /// The client is to be told to continue in the service's place.
-    Continue,
-    /// The service is too slow.
-    Response,
+    /// The client may be sending its body: it was told to, or did not wait for it.
+    sending: bool,
 }
 
 impl Limits {
-    fn new(config: &Config, timer: Option<Timer>, expects_continue: bool) -> Self {
-        let host = Host::current();
-        let now = host.now();
-        let start = |timeout: Duration, timer: Option<Timer>| {
-            let deadline = now + timeout;
+    fn new(config: &Config, timer: Option<Timer>, sending: bool) -> Self {
+        let response_timeout = config.response_timeout;
+        let start = || {
+            let host = Host::current();
+            let deadline = host.now() + response_timeout;
             match timer {
                 Some(mut timer) => {
                     timer.reset(deadline);
@@ -516,29 +492,12 @@ impl Limits {
                 None => host.timer(deadline),
             }
         };
-        let response_timeout = config.response_timeout;
-        Self {
-            response: (!response_timeout.is_zero()).then(|| start(response_timeout, timer)),
-            response_timeout,
-            continues: (expects_continue && !config.continue_timeout.is_zero())
-                .then(|| start(config.continue_timeout, None)),
-            continued: !expects_continue,
-        }
+        let response = (!response_timeout.is_zero()).then(start);
+        Self { response, response_timeout, sending }
     }
 
-    /// The service has said something: it knows what `Expect` is.
-    fn answered(&mut self) {
-        self.continues = None;
-        self.continued = true;
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>, source: Option<&SharedSource>) -> Poll<Limit> {
-        if let Some(timer) = &mut self.continues
-            && timer.poll_fired(cx).is_ready()
-        {
-            self.answered();
-            return Poll::Ready(Limit::Continue);
-        }
+    /// Ready once the service is too slow.
+    fn poll(&mut self, cx: &mut Context<'_>, source: Option<&SharedSource>) -> Poll<()> {
         let Some(timer) = &mut self.response else {
             return Poll::Pending;
         };
@@ -548,44 +507,15 @@ impl Limits {
             let waits = source.is_none_or(|source| {
                 let mut source = source.lock();
                 let moved = std::mem::take(&mut source.moved);
-                !moved && (source.finished || !source.starved || !self.continued)
+                self.sending |= moved;
+                !moved && (source.finished || !source.starved || !self.sending)
             });
             if waits {
-                return Poll::Ready(Limit::Response);
+                return Poll::Ready(());
             }
             timer.reset(Host::current().now() + self.response_timeout);
         }
         Poll::Pending
-    }
-}
-
-/// Where a message stands in its direction: the first may be larger.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    First,
-    /// After an interim response.
-    Later,
-}
-
-impl Place {
-    fn bytes_max(self) -> usize {
-        match self {
-            Self::First => OPEN_BYTES_MAX,
-            Self::Later => MESSAGE_BYTES_MAX,
-        }
-    }
-
-    fn fits(self, message: &Message) -> bool {
-        message.head.len() + message.body.len() <= self.bytes_max()
-    }
-
-    /// Returns how many bytes of body go with `head`.
-    fn room(self, head: &http::response::Parts) -> usize {
-        let mut size = FieldsSize::default();
-        for (name, value) in &head.headers {
-            size.add(name.as_str().len(), value.len());
-        }
-        self.bytes_max().saturating_sub(size.response_bytes_max()).min(BODY_BYTES_MAX)
     }
 }
 
@@ -597,7 +527,6 @@ struct Download {
     bodiless: bool,
     /// Exact length of the body, where known.
     length: Option<u64>,
-    place: Place,
     /// What was read ahead, to know whether a chunk is the last.
     peeked: Option<Item>,
 }
@@ -647,7 +576,7 @@ impl Download {
                         Poll::Ready(Item::Data(data)) => chunk = data,
                         Poll::Ready(Item::Trailers(trailers)) if begun => {
                             let message = trailers_message(&trailers);
-                            if !Place::Later.fits(&message) {
+                            if message.head.len() > OPEN_BYTES_MAX {
                                 let text = "the service's trailers are larger than allowed";
                                 return Poll::Ready(Err(Failed::new(
                                     failure::SERVICE_INVALID,
@@ -672,9 +601,8 @@ impl Download {
                         Poll::Pending => quiet = true,
                     }
                 }
-                let room = if begun { BODY_BYTES_MAX } else { self.place.room(head) };
-                let part = if chunk.len() > room {
-                    chunk.split_to(room)
+                let part = if chunk.len() > BODY_BYTES_MAX {
+                    chunk.split_to(BODY_BYTES_MAX)
                 } else {
                     std::mem::take(&mut chunk)
                 };
@@ -692,8 +620,8 @@ impl Download {
                     self.head_message(head, part, end)
                 };
                 begun = true;
-                if !self.place.fits(&message) {
-                    let text = "the head after an interim response is larger than allowed";
+                if message.head.len() + message.body.len() > OPEN_BYTES_MAX {
+                    let text = "the response's head is larger than allowed";
                     return Poll::Ready(Err(Failed::new(failure::SERVICE_INVALID, text).into()));
                 }
                 out = Some(message);

@@ -178,11 +178,6 @@ impl FieldsSize {
         self.bytes += name_len + value_len;
     }
 
-    /// Returns more bytes than the first part of an `HttpResponse` with these fields has, and a `Via`.
-    pub(crate) const fn response_bytes_max(self) -> usize {
-        SCALARS_MAX + self.encoded_max() + 64
-    }
-
     const fn encoded_max(self) -> usize {
         self.bytes + self.count * HEADER_FRAMING_MAX
     }

@@ -394,8 +394,8 @@ pub struct RequestHead {
 pub mod request {
     /// The request has no body.
     pub const END: u32 = 1;
-    /// The client waits for `100 Continue`: the host asks it for the body only after
-    /// `informational(100)`.
+    /// The client waits for `100 Continue` before it sends the body; `informational(100)` says so.
+    /// Asking for the body does not: it then yields what a client sends that has waited enough.
     pub const EXPECT_CONTINUE: u32 = 2;
     /// `upgrade` of the responder can hand over the byte stream.
     pub const CAN_UPGRADE: u32 = 4;
@@ -547,12 +547,14 @@ pub struct Msg {
 /// `TunnelMessage.custom`: bytes that only the plugin understands.
 pub const FIELD_CUSTOM: u32 = 31;
 
-/// Most bytes of `head` and `body` together in a message after the first: 32 KiB of payload and
-/// what frames it.
+/// Most bytes of `head` and `body` together in a message of data: 32 KiB of payload and what frames
+/// it. A longer message passes, up to [`OPEN_BYTES_MAX`], and costs as much credit as one of this
+/// size; what can be cut should be, so that exchanges take turns.
 pub const MESSAGE_BYTES_MAX: usize = 33 * 1024;
 
-/// Most bytes of `head` and `body` together in an exchange's first message of each direction: a
-/// 64 KiB head, what frames it, and a message's worth of body.
+/// Most bytes of `head` and `body` together in any message: a 64 KiB head, what frames it, and a
+/// message's worth of body. An end of an exchange holds at most three and a half windows of the
+/// largest messages.
 pub const OPEN_BYTES_MAX: usize = 112 * 1024;
 
 /// Bits of [`Msg::flags`].

@@ -170,9 +170,10 @@ pub struct Refused {
 }
 /// Credit of one exchange and direction: the sender of data may have sent up to `limit` bytes since
 /// the exchange began. Absolute, so that repeating it is harmless. Not counted. A message is charged
-/// its payload's length (the value of the payload's field, without key and length) and 64 bytes.
-/// Charged nothing: a message without a payload, and the first payload of each direction, which may
-/// be 112 KiB; later ones may be 33 KiB. Who sends more has that exchange reset.
+/// its payload's length (the value of the payload's field, without key and length), as 33 KiB where
+/// it is longer, and 64 bytes. Charged nothing: a message without a payload, and the first payload of
+/// each direction. No payload may be longer than 112 KiB, so a receiver holds at most three and a half
+/// windows and the first payload. Who sends more has that exchange reset.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Window {
     #[prost(uint64, tag = "1")]

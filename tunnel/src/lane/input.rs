@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use prost::Message;
-use sidelane_abi::{MESSAGE_BYTES_MAX, OPEN_BYTES_MAX, failure};
+use sidelane_abi::{OPEN_BYTES_MAX, failure};
 
 use super::{EVENTS_SPARE, Event, Lane, LaneError};
 use crate::control::Control;
@@ -260,8 +260,7 @@ fn admit(exchange: &mut Exchange, envelope: &Envelope, end: bool) -> Result<(), 
     }
     if envelope.field != 0 {
         let first = !std::mem::replace(&mut recv.begun, true);
-        let payload_max = if first { OPEN_BYTES_MAX } else { MESSAGE_BYTES_MAX };
-        if envelope.payload.len() > payload_max {
+        if envelope.payload.len() > OPEN_BYTES_MAX {
             return Err(failure::FLOW_CONTROL);
         }
         if !first && recv.credit.charge(charge(envelope.payload.len())).is_err() {

@@ -214,7 +214,7 @@ fn credit_of_one_exchange_is_not_anothers() {
 }
 
 #[test]
-fn the_first_message_of_a_direction_has_a_bound_of_its_own() {
+fn the_first_message_of_a_direction_costs_no_credit() {
     let mut pair = Pair::new();
     let relay = pair.open();
     assert_eq!(pair.relay.send(relay, bytes(OPEN_BYTES_MAX)), DONE);
@@ -232,11 +232,55 @@ fn a_payload_above_the_bound_resets_its_exchange_alone() {
     let mut pair = Pair::new();
     let (relay, sidecar) = pair.opened();
     let (other, _) = pair.opened();
-    assert_eq!(pair.relay.send(relay, bytes(MESSAGE_BYTES_MAX + 1)), failed(failure::TOO_LARGE));
+    assert_eq!(pair.relay.send(relay, bytes(OPEN_BYTES_MAX + 1)), failed(failure::TOO_LARGE));
     assert_eq!(pair.relay.send(relay, data(b"")), failed(failure::TOO_LARGE));
     pair.run();
     assert_eq!(pair.sidecar.recv(sidecar), received_reset(failure::TOO_LARGE));
-    assert_eq!(pair.relay.send(other, bytes(MESSAGE_BYTES_MAX)), DONE);
+    assert_eq!(pair.relay.send(other, bytes(OPEN_BYTES_MAX)), DONE);
+}
+
+/// In the smallest window and behind a message that leaves no room beside it.
+#[test]
+fn a_message_of_the_largest_size_passes_in_any_place() {
+    let mut pair = Pair::with(|config| {
+        config.receive_window = 64 * 1024;
+        config.send_window = 64 * 1024;
+        config.window_max = 64 * 1024;
+    });
+    let (relay, sidecar) = pair.opened();
+    for _ in 0..10 {
+        for len in [1, OPEN_BYTES_MAX, MESSAGE_BYTES_MAX + 1] {
+            let mut tries = 0;
+            while pair.relay.send(relay, bytes(len)).is_pending() {
+                tries += 1;
+                assert!(tries < 5, "stuck at {len} bytes");
+                pair.run();
+                let _ = pair.sidecar.recv(sidecar);
+            }
+        }
+    }
+    pair.run();
+    while pair.sidecar.recv(sidecar).is_ready() {
+        pair.run();
+    }
+    assert_eq!(pair.relay.stats().violations + pair.sidecar.stats().violations, 0);
+    assert!(pair.relay.closed(relay).is_pending());
+}
+
+/// What waits at an end is at most three and a half windows and the first message.
+#[test]
+fn large_messages_are_bounded_by_their_number() {
+    let mut pair = Pair::new();
+    let (_, sidecar) = pair.opened();
+    let large = message(1, 0, &vec![0; OPEN_BYTES_MAX]);
+    // 256 KiB of credit at 33 KiB and 64 bytes each.
+    for _ in 0..7 {
+        pair.inject_into_sidecar(&large).unwrap();
+    }
+    assert_eq!(pair.sidecar.stats().violations, 0);
+    pair.inject_into_sidecar(&large).unwrap();
+    assert_eq!(pair.sidecar.stats().violations, 1);
+    assert_eq!(pair.sidecar.closed(sidecar), Poll::Ready(reset(failure::FLOW_CONTROL)));
 }
 
 #[test]
@@ -260,7 +304,7 @@ fn a_peer_beyond_its_credit_loses_that_exchange_alone() {
 fn a_peers_message_above_the_bound_loses_that_exchange_alone() {
     let mut pair = Pair::new();
     let (_, sidecar) = pair.opened();
-    pair.inject_into_sidecar(&message(1, 0, &[0; MESSAGE_BYTES_MAX + 1])).unwrap();
+    pair.inject_into_sidecar(&message(1, 0, &vec![0; OPEN_BYTES_MAX + 1])).unwrap();
     assert_eq!(pair.sidecar.recv(sidecar), received_reset(failure::FLOW_CONTROL));
 }
 

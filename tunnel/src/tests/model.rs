@@ -5,7 +5,7 @@ use std::task::Poll;
 
 use bytes::Bytes;
 use proptest::prelude::*;
-use sidelane_abi::{MESSAGE_BYTES_MAX, failure};
+use sidelane_abi::{OPEN_BYTES_MAX, failure};
 
 use super::pair::{End, Pair};
 use crate::{Event, Key, LaneConfig, OpenError, Payload, Received, RequestId, Reset, Side, proto};
@@ -389,7 +389,7 @@ impl Model {
                 if known.disturbed || half.end_sent || half.send_dropped {
                     continue;
                 }
-                let next = message(half.sent, MESSAGE_BYTES_MAX, false);
+                let next = message(half.sent, OPEN_BYTES_MAX, false);
                 match self.end(at).send(key, next) {
                     Poll::Ready(Ok(())) => self.exchanges[exchange].halves[index(at)].sent += 1,
                     Poll::Ready(Err(reset)) => self.ended(at, exchange, reset),

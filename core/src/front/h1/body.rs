@@ -34,6 +34,7 @@ impl RequestBody {
     fn end(&mut self, frame: BodyFrame) -> Poll<BodyFrame> {
         self.ended = true;
         self.busy = None;
+        self.exchange.body_ended();
         Poll::Ready(frame)
     }
 }
@@ -46,10 +47,6 @@ impl lend::Body for RequestBody {
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<BodyFrame> {
         if self.ended {
             return Poll::Ready(BodyFrame::End);
-        }
-        // hyper tells the client to go on when the body is first polled.
-        if let Err(reset) = ready!(self.exchange.poll_body_wanted(cx)) {
-            return Poll::Ready(BodyFrame::Failed(reset));
         }
         if let Some(busy) = &self.busy {
             busy.signals().look_ahead.store(false, Relaxed);
@@ -169,8 +166,6 @@ impl Streaming {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
-        // hyper has written the head by the time it asks for the body.
-        self.exchange.answering();
         if let Some(first) = self.first.take() {
             return self.data(first);
         }

@@ -15,9 +15,10 @@ use hyper::body::{Body as _, Incoming};
 use sidelane_abi::failure;
 
 use super::body::{RequestBody, ResponseBody, Streaming};
+use super::interim;
 use crate::front::answer::{self, Refusal};
 use crate::front::exchange::{DropInterim, Exchange, Output, Rest, Traits, has_body};
-use crate::front::wire::{Busy, Signals};
+use crate::front::wire::{Busy, CONTINUE, Signals};
 use crate::front::{Context, Dispatch, Event, head};
 use crate::plugin::lend::{Reset, ResponseHead};
 
@@ -44,9 +45,11 @@ impl<D: Dispatch> Requests<D> {
         let head = head::of_http1(parts, scheme, incoming.is_end_stream(), &known)?;
         self.authority.set(head.authority.clone());
 
-        let traits = Traits::of(&head, false);
+        let traits = Traits::of(&head, head.version >= http::Version::HTTP_11);
         self.signals.look_ahead.store(traits.expect_continue, Relaxed);
         let exchange = Exchange::new(traits);
+        // Before the plugin can ask for the body.
+        let started = self.signals.poll_start().is_ready();
         let body = RequestBody::new(incoming, Arc::clone(&exchange), Busy::new(&self.signals));
         let responder = exchange.responder(Arc::clone(&self.dropped));
         let context = &self.context;
@@ -57,6 +60,8 @@ impl<D: Dispatch> Requests<D> {
             traits,
             dispatch: Arc::clone(&context.dispatch),
             busy: Some(Busy::new(&self.signals)),
+            started,
+            told_to_continue: false,
         })
     }
 }
@@ -116,20 +121,31 @@ pub(super) struct Running<D: Dispatch> {
     dispatch: Arc<D>,
     /// None once the response has begun.
     busy: Option<Busy>,
+    /// What was answered before has left, so that interim responses may be written past hyper.
+    started: bool,
+    /// A `100 Continue` was sent.
+    told_to_continue: bool,
 }
 
 impl<D: Dispatch> Running<D> {
     fn poll(&mut self, cx: &mut TaskContext<'_>) -> Poll<Response<ResponseBody>> {
+        if !self.started {
+            let signals = self.busy.as_ref().expect("no response has begun").signals();
+            ready!(signals.poll_start());
+            self.started = true;
+        }
         if let Some(call) = &mut self.call
             && self.exchange.attend(call, cx)
         {
             self.call = None;
         }
-        let response = match ready!(self.exchange.poll_output(cx, true)) {
-            Output::Head { head, first, end } => self.begin(head, first, end),
-            Output::Aborted(reset) => self.fail(reset),
-            Output::Interim(..) | Output::Chunk { .. } | Output::End(_) => {
-                unreachable!("HTTP/1 queues no interim response, and the head comes first")
+        let response = loop {
+            match ready!(self.exchange.poll_output(cx, true)) {
+                // hyper flushes before its turn ends, and with that what is put here.
+                Output::Interim(status, headers) => self.interim(status, &headers),
+                Output::Head { head, first, end } => break self.begin(head, first, end),
+                Output::Aborted(reset) => break self.fail(reset),
+                Output::Chunk { .. } | Output::End(_) => unreachable!("the head comes first"),
             }
         };
         self.busy = None;
@@ -137,6 +153,18 @@ impl<D: Dispatch> Running<D> {
             tokio::spawn(Rest::new(call, Arc::clone(&self.exchange)));
         }
         Poll::Ready(response)
+    }
+
+    fn interim(&mut self, status: StatusCode, headers: &HeaderMap) {
+        let signals = self.busy.as_ref().expect("no response has begun").signals();
+        if signals.put_interim(&interim::encode(status, headers), false) {
+            self.told_to_continue |= status == StatusCode::CONTINUE;
+        } else if status == StatusCode::CONTINUE && !self.told_to_continue {
+            // What the client waits for goes, without what may go with it.
+            self.told_to_continue = signals.put_interim(CONTINUE, true);
+        } else {
+            self.dispatch.note(Event::InformationalDropped);
+        }
     }
 
     fn begin(
@@ -160,8 +188,7 @@ impl<D: Dispatch> Running<D> {
             *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&self.exchange));
             let upgrade = HeaderValue::from_static("upgrade");
             head.headers.entry(CONNECTION).or_insert(upgrade);
-        } else if self.traits.expect_continue && !self.exchange.continue_given() {
-            // Whether the client sends the body all the same cannot be known (RFC 9110 §10.1.1).
+        } else if self.exchange.body_is_uncertain() {
             head.headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
         let length = first.as_ref().map_or(0, Bytes::len) as u64;

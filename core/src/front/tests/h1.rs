@@ -414,57 +414,231 @@ async fn announced_response_trailers_pass() {
 const EXPECTING: &str =
     "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n";
 
+const CONTINUE: &str = "HTTP/1.1 100 Continue\r\n\r\n";
+
 #[tokio::test(start_paused = true)]
 async fn client_goes_on_only_when_told() {
-    let (go, gone_on) = oneshot::channel::<()>();
-    let gone_on = Mutex::new(Some(gone_on));
-    let script = Script::new(move |mut asked| {
-        let gone_on = gone_on.lock().unwrap().take().unwrap();
-        async move {
-            assert!(asked.head.expect_continue);
-            let early = poll_fn(|cx| Poll::Ready(asked.body.poll_frame(cx).is_ready())).await;
-            assert!(!early, "read before 100 was asked for");
-            gone_on.await.unwrap();
-            asked.responder.informational(StatusCode::CONTINUE, HeaderMap::new()).unwrap();
-            let (body, _) = asked.read().await;
-            asked.answer(200, &[], str::from_utf8(&body).unwrap());
-        }
-    });
-    let mut client = connect(&script);
-    client.send(EXPECTING).await;
-    let mut byte = [0];
-    let early = tokio::time::timeout(Duration::from_secs(20), client.stream.read(&mut byte));
-    assert!(early.await.is_err(), "answered before the plugin said so");
-    go.send(()).unwrap();
-    assert_eq!(client.read_to("\r\n\r\n").await, "HTTP/1.1 100 Continue\r\n\r\n");
-    client.send("abc").await;
-    assert!(client.read_to("abc").await.starts_with("HTTP/1.1 200 OK\r\n"));
+    for pipe_bytes in [1, 7, PIPE_BYTES] {
+        let (go, gone_on) = oneshot::channel::<()>();
+        let gone_on = Mutex::new(Some(gone_on));
+        let script = Script::new(move |mut asked| {
+            let gone_on = gone_on.lock().unwrap().take().unwrap();
+            async move {
+                assert!(asked.head.expect_continue);
+                // Reading does not tell the client.
+                let early = poll_fn(|cx| Poll::Ready(asked.body.poll_frame(cx).is_ready())).await;
+                assert!(!early);
+                gone_on.await.unwrap();
+                asked.responder.informational(StatusCode::CONTINUE, HeaderMap::new()).unwrap();
+                let (body, _) = asked.read().await;
+                asked.answer(200, &[], str::from_utf8(&body).unwrap());
+            }
+        });
+        let mut client = connect_through(&script, FrontConfig::default(), pipe_bytes);
+        client.send(EXPECTING).await;
+        let mut byte = [0];
+        let early = tokio::time::timeout(Duration::from_secs(20), client.stream.read(&mut byte));
+        assert!(early.await.is_err(), "answered before the plugin said so");
+        go.send(()).unwrap();
+        assert_eq!(client.read_to("\r\n\r\n").await, CONTINUE);
+        client.send("abc").await;
+        let output = client.read_to("abc").await;
+        assert!(output.starts_with("HTTP/1.1 200 OK\r\n"), "{output:?}");
+        assert!(!output.contains("connection: close"), "{output:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn body_that_comes_without_a_100_is_read() {
+    let script = echo();
+    for pipe_bytes in [1, 7, PIPE_BYTES] {
+        let mut client = connect_through(&script, FrontConfig::default(), pipe_bytes);
+        // The second time with the head, then after a time-out of the client's own.
+        client.send(format!("{EXPECTING}abc")).await;
+        let output = client.read_to("abc").await;
+        assert!(output.starts_with("HTTP/1.1 200 OK\r\n"), "{output:?}");
+        client.send(EXPECTING).await;
+        let mut byte = [0];
+        let early = tokio::time::timeout(Duration::from_secs(1), client.stream.read(&mut byte));
+        assert!(early.await.is_err(), "told to go on, or answered");
+        client.send("def").await;
+        let output = client.read_to("def").await;
+        // Nothing is uncertain once the body has come: the connection is kept.
+        assert!(output.starts_with("HTTP/1.1 200 OK\r\n"), "{output:?}");
+        assert!(!output.contains("connection: close"), "{output:?}");
+        client.send(GET).await;
+        client.read_to("\r\n\r\n").await;
+    }
 }
 
 #[tokio::test(start_paused = true)]
 async fn final_answer_without_100_leaves_the_body_unread() {
-    let script = Script::new(|mut asked| async move { asked.answer(417, &[], "no") });
-    let mut client = connect(&script);
-    client.send(EXPECTING).await;
-    let output = client.read_to("no").await;
-    assert!(output.starts_with("HTTP/1.1 417 Expectation Failed\r\n"), "{output:?}");
-    assert!(output.contains("connection: close\r\n"), "{output:?}");
-    assert_eq!(client.read_all().await, "");
+    for ask in [false, true] {
+        let script = Script::new(move |mut asked| async move {
+            if ask {
+                let early = poll_fn(|cx| Poll::Ready(asked.body.poll_frame(cx).is_ready())).await;
+                assert!(!early);
+                // hyper has had its turn to write a 100.
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            asked.answer(417, &[], "no");
+        });
+        let mut client = connect(&script);
+        client.send(EXPECTING).await;
+        let output = client.read_to("no").await;
+        assert!(output.starts_with("HTTP/1.1 417 Expectation Failed\r\n"), "{output:?}");
+        assert!(output.contains("connection: close\r\n"), "{output:?}");
+        assert_eq!(client.read_all().await, "");
+    }
+}
+
+/// hyper writes its own 100 and the head that follows as one.
+#[tokio::test(start_paused = true)]
+async fn answer_right_after_the_body_was_asked_for_comes_alone() {
+    let script = Script::new(|mut asked| async move {
+        let early = poll_fn(|cx| Poll::Ready(asked.body.poll_frame(cx).is_ready())).await;
+        assert!(!early);
+        tokio::task::yield_now().await;
+        asked.begin(200, &[]).unwrap();
+        let (body, _) = asked.read().await;
+        asked.put(body, true).await.unwrap();
+    });
+    for pipe_bytes in [1, 30, PIPE_BYTES] {
+        let mut client = connect_through(&script, FrontConfig::default(), pipe_bytes);
+        client.send(EXPECTING).await;
+        let head = client.read_to("\r\n\r\n").await;
+        assert!(head.starts_with("HTTP/1.1 200 OK\r\n"), "{head:?}");
+        assert!(head.contains("connection: close\r\n"), "{head:?}");
+        client.send("abc").await;
+        assert_eq!(client.read_all().await, "3\r\nabc\r\n0\r\n\r\n");
+    }
 }
 
 #[tokio::test(start_paused = true)]
-async fn other_interim_responses_are_dropped_and_counted() {
+async fn interim_responses_pass_before_the_head_alone() {
     let script = Script::new(|mut asked| async move {
         let early = StatusCode::EARLY_HINTS;
-        asked.responder.informational(early, fields_of(&[("link", "</a>")])).unwrap();
+        let hints = [("link", "</a>"), ("link", "</b>"), ("connection", "close")];
+        asked.responder.informational(early, fields_of(&hints)).unwrap();
+        tokio::task::yield_now().await;
+        asked.responder.informational(early, fields_of(&[("link", "</c>")])).unwrap();
+        let switching = StatusCode::SWITCHING_PROTOCOLS;
+        assert_eq!(asked.responder.informational(switching, HeaderMap::new()), Err(Closed));
         asked.answer(200, &[], "ok");
-        let after = asked.responder.informational(early, HeaderMap::new());
-        assert_eq!(after, Err(Closed));
+        assert_eq!(asked.responder.informational(early, HeaderMap::new()), Err(Closed));
+    });
+    for pipe_bytes in [1, 7, PIPE_BYTES] {
+        let mut client = connect_through(&script, FrontConfig::default(), pipe_bytes);
+        for _ in 0..2 {
+            client.send(GET).await;
+            let output = client.read_to("ok").await;
+            let hints = "HTTP/1.1 103 Early Hints\r\nlink: </a>\r\nlink: </b>\r\n\r\n\
+                         HTTP/1.1 103 Early Hints\r\nlink: </c>\r\n\r\nHTTP/1.1 200 OK\r\n";
+            assert!(output.starts_with(hints), "{output:?}");
+        }
+    }
+    assert_eq!(script.noted(), []);
+}
+
+#[tokio::test(start_paused = true)]
+async fn http10_gets_no_interim_response() {
+    let script = Script::new(|mut asked| async move {
+        assert!(!asked.head.expect_continue);
+        for status in [StatusCode::CONTINUE, StatusCode::EARLY_HINTS] {
+            asked.responder.informational(status, HeaderMap::new()).unwrap();
+        }
+        let (body, _) = asked.read().await;
+        asked.answer(200, &[], str::from_utf8(&body).unwrap());
     });
     let mut client = connect(&script);
-    client.send(GET).await;
-    assert!(client.read_to("ok").await.starts_with("HTTP/1.1 200"));
-    assert_eq!(script.noted(), [Event::InformationalDropped]);
+    client.send(EXPECTING.replace("HTTP/1.1", "HTTP/1.0")).await;
+    client.send("abc").await;
+    let output = client.read_all().await;
+    assert!(output.starts_with("HTTP/1.0 200 OK\r\n") && output.ends_with("abc"), "{output:?}");
+    assert_eq!(script.noted(), [Event::InformationalDropped; 2]);
+}
+
+/// What is left of a response in hyper's buffer must not be cut by an interim response of the next.
+#[tokio::test(start_paused = true)]
+async fn pipelined_interim_responses_keep_their_place() {
+    let long = "x".repeat(40_000);
+    let sent = long.clone();
+    let script = Script::new(move |mut asked| {
+        let long = sent.clone();
+        async move {
+            match &asked.head.target[..] {
+                b"/long" => asked.answer(200, &[], &long),
+                b"/empty" => asked.answer(204, &[], ""),
+                _ => {
+                    asked
+                        .responder
+                        .informational(StatusCode::PROCESSING, HeaderMap::new())
+                        .unwrap();
+                    asked.responder.informational(StatusCode::CONTINUE, HeaderMap::new()).unwrap();
+                    let (body, _) = asked.read().await;
+                    asked.answer(200, &[], str::from_utf8(&body).unwrap());
+                }
+            }
+        }
+    });
+    for pipe_bytes in [1, 50, 1000, PIPE_BYTES] {
+        for (first, end) in [("/empty", "\r\n\r\n"), ("/long", &format!("\r\n\r\n{long}"))] {
+            let client = connect_through(&script, FrontConfig::default(), pipe_bytes);
+            let get = format!("GET {first} HTTP/1.1\r\nHost: a\r\n\r\n");
+            let (mut from, mut to) = tokio::io::split(client.stream);
+            let input = format!("{get}{EXPECTING}abc{get}{EXPECTING}def");
+            let sending =
+                tokio::spawn(async move { to.write_all(input.as_bytes()).await.map(|()| to) });
+            let mut output = Vec::new();
+            while !output.ends_with(b"\r\n\r\ndef") {
+                // Slower than the front, so that its buffer fills.
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                let mut bytes = [0; 4096];
+                let read = from.read(&mut bytes).await.unwrap();
+                assert!(read > 0, "closed after {:?}", String::from_utf8_lossy(&output));
+                output.extend_from_slice(&bytes[..read]);
+            }
+            sending.await.unwrap().unwrap();
+            let output = undated(&String::from_utf8(output).unwrap());
+            let status = if first == "/empty" { "204 No Content" } else { "200 OK" };
+            let length = if first == "/empty" { "" } else { "content-length: 40000\r\n" };
+            let round = |body: &str| {
+                format!(
+                    "HTTP/1.1 {status}\r\n{length}{}HTTP/1.1 102 Processing\r\n\r\n{CONTINUE}\
+                     HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n{body}",
+                    end.strip_prefix("\r\n").unwrap()
+                )
+            };
+            assert_eq!(output, round("abc") + &round("def"), "{first} through {pipe_bytes}");
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn interim_responses_for_a_slow_client_are_bounded() {
+    let script = Script::new(|mut asked| async move {
+        let hint = "x".repeat(1000);
+        for _ in 0..1000 {
+            let fields = fields_of(&[("link", &hint)]);
+            asked.responder.informational(StatusCode::EARLY_HINTS, fields).unwrap();
+            tokio::task::yield_now().await;
+        }
+        asked
+            .responder
+            .informational(StatusCode::CONTINUE, fields_of(&[("a", &hint), ("b", &hint)]))
+            .unwrap();
+        let (body, _) = asked.read().await;
+        asked.answer(200, &[], str::from_utf8(&body).unwrap());
+    });
+    let mut client = connect(&script);
+    client.send(EXPECTING).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let output = client.read_to(CONTINUE).await;
+    let hints = output.matches("HTTP/1.1 103").count();
+    assert!(output.len() < 64 * 1024 + PIPE_BYTES + 2000, "{}", output.len());
+    assert_eq!(script.noted().len() + hints, 1000);
+    client.send("abc").await;
+    assert!(client.read_to("abc").await.starts_with("HTTP/1.1 200 OK\r\n"));
 }
 
 #[tokio::test(start_paused = true)]

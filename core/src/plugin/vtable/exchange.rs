@@ -98,14 +98,12 @@ pub(in crate::plugin) unsafe fn discard(exchange: abi::Exchange) {
 }
 
 fn lend_send<S: lend::SendHalf>(half: S) -> abi::SendHalf {
-    let lent = Box::new(Sender { half, begun: false, _counted: Counted::new() });
+    let lent = Box::new(Sender { half, _counted: Counted::new() });
     abi::SendHalf { data: Box::into_raw(lent).cast(), vt: &Sender::<S>::VT }
 }
 
 struct Sender<S> {
     half: S,
-    /// A message was taken: the next may not be as large as a first one.
-    begun: bool,
     _counted: Counted,
 }
 
@@ -133,12 +131,11 @@ impl<S: lend::SendHalf> Sender<S> {
     ///
     /// # Safety
     /// `message` is live, borrowed for the call.
-    unsafe fn shared(&self, message: &abi::Msg) -> Result<lend::Message, Invalid> {
-        let max = if self.begun { abi::MESSAGE_BYTES_MAX } else { abi::OPEN_BYTES_MAX };
+    unsafe fn shared(message: &abi::Msg) -> Result<lend::Message, Invalid> {
         if !FIELDS.contains(&message.field) {
             return Err(Invalid::Field);
         }
-        if message.head.len.saturating_add(message.body.len) > max {
+        if message.head.len.saturating_add(message.body.len) > abi::OPEN_BYTES_MAX {
             return Err(Invalid::MessageLarge);
         }
         // SAFETY: the buffers are as live as the message.
@@ -160,7 +157,7 @@ impl<S: lend::SendHalf> Sender<S> {
         let message = unsafe { &mut *message };
         guard("send.poll_send", abi::poll::CLOSED, || {
             // SAFETY: as above.
-            let shared = match unsafe { this.shared(message) } {
+            let shared = match unsafe { Self::shared(message) } {
                 Ok(shared) => shared,
                 Err(invalid) => {
                     report("send.poll_send", invalid);
@@ -175,7 +172,6 @@ impl<S: lend::SendHalf> Sender<S> {
                 Poll::Pending => abi::poll::PENDING,
                 Poll::Ready(Err(lend::Closed)) => abi::poll::CLOSED,
                 Poll::Ready(Ok(())) => {
-                    this.begun = true;
                     // SAFETY: READY moves the buffers here.
                     unsafe { buf::discard(&mut message.head) };
                     // SAFETY: as above.

@@ -124,12 +124,10 @@ fn continue_is_the_services_to_say() {
             settle(&kit, &accepted, &delivered).await;
             let mut stream = service.accept().await;
             assert_eq!(values(&read_head(&mut stream).await, "expect"), ["100-continue"]);
-            assert!(!accepted.body.was_asked());
             if refused {
                 stream.write(b"HTTP/1.1 403 Forbidden\r\ncontent-length: 2\r\n\r\nno").await;
                 settle(&kit, &accepted, &delivered).await;
                 assert_eq!(accepted.response.whole().await.unwrap().head.status, 403);
-                assert!(!accepted.body.was_asked());
                 return;
             }
             stream.write(b"HTTP/1.1 100 Continue\r\n\r\n").await;

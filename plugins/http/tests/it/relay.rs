@@ -165,7 +165,7 @@ fn interim_heads_are_not_for_http_1_0() {
 }
 
 #[test]
-fn a_body_is_not_touched_before_the_services_continue() {
+fn a_client_is_told_to_continue_by_the_service_alone() {
     let kit = kit();
     kit.block_on(async {
         let request = TestRequest::new("PUT", "/").with_body(Some(3)).expecting_continue();
@@ -175,7 +175,7 @@ fn a_body_is_not_touched_before_the_services_continue() {
         assert!(read.expect_continue && !message.end);
         assert!(read.headers.is_empty());
         kit.run_until_idle();
-        assert!(!accepted.body.was_asked());
+        assert_eq!(accepted.peer.waiting(), 0);
         respond(&accepted, &response(100, &[], b""), false);
         assert_eq!(accepted.response.informational().await.status, 100);
         accepted.body.send_last("abc");
@@ -196,10 +196,36 @@ fn a_refused_expectation_reaches_the_client_without_its_body() {
         respond(&accepted, &response(413, &[], b"no"), true);
         let whole = accepted.response.whole().await.unwrap();
         assert_eq!((whole.head.status, &whole.body[..]), (413, &b"no"[..]));
-        assert!(!accepted.body.was_asked());
         assert_eq!(accepted.running.outcome().await, WELL);
         assert_eq!(accepted.peer.was_reset().unwrap().code, failure::CANCELLED);
     });
+}
+
+#[test]
+fn a_body_that_comes_without_a_continue_goes_on_to_its_end() {
+    for with_head in [false, true] {
+        let kit = kit();
+        kit.block_on(async {
+            let request = TestRequest::new("PUT", "/").with_body(Some(6)).expecting_continue();
+            let accepted = begin(&kit, &request);
+            if with_head {
+                accepted.body.send("abc");
+                assert_eq!(read_request(&accepted.peer.message().await).body, b"abc");
+            } else {
+                assert_eq!(read_request(&accepted.peer.message().await).body, b"");
+                accepted.body.send("abc");
+                assert_eq!(read_data(&accepted.peer.message().await), b"abc");
+            }
+            // A client that has begun sends the rest, and a service may want it after its answer.
+            respond(&accepted, &response(200, &[], b"early"), true);
+            assert_eq!(accepted.response.whole().await.unwrap().body, b"early");
+            assert_eq!(accepted.running.ended(), None);
+            accepted.body.send_last("def");
+            let message = accepted.peer.message().await;
+            assert_eq!((read_data(&message), message.end), (b"def".to_vec(), true));
+            assert_eq!(accepted.running.outcome().await, WELL);
+        });
+    }
 }
 
 #[test]

@@ -341,15 +341,37 @@ fn a_refused_expectation_passes_and_the_connection_is_not_kept() {
 }
 
 #[test]
-fn a_service_that_ignores_expect_is_not_waited_for_long() {
+fn a_body_that_comes_without_a_continue_is_sent_at_once() {
     let (kit, service) = (kit(), TestService::default());
     kit.block_on(async {
         let request = HttpRequest::new("PUT", "/").body(Some(3), b"").expecting_continue();
         let (delivery, mut stream, _) = begin(&kit, &service, &request, false).await;
-        // The clock goes to the next timer: continue_timeout.
-        assert_eq!(read_response(&delivery.peer.message().await).status, 100);
+        // Nobody says 100 in the service's place.
+        kit.advance(Duration::from_secs(30));
+        kit.run_until_idle();
+        assert_eq!(delivery.peer.waiting(), 0);
         send_data(&delivery.peer, b"abc", true);
         assert_eq!(stream.read(3).await, b"abc");
+        stream.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
+        assert_eq!(read_response(&delivery.peer.message().await).status, 200);
+        assert_eq!(delivery.running.outcome().await, WELL);
+    });
+}
+
+#[test]
+fn a_service_that_answers_first_still_gets_the_body() {
+    let (kit, service) = (kit(), TestService::default());
+    kit.block_on(async {
+        let request = HttpRequest::new("PUT", "/").body(Some(3), b"").expecting_continue();
+        let (delivery, mut stream, _) = begin(&kit, &service, &request, false).await;
+        stream.write(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\n").await;
+        let message = delivery.peer.message().await;
+        assert_eq!((read_response(&message).status, message.end), (200, false));
+        send_data(&delivery.peer, b"abc", true);
+        assert_eq!(stream.read(3).await, b"abc");
+        stream.write(b"abc").await;
+        assert_eq!(read_data(&delivery.peer.message().await), b"abc");
+        assert_eq!(delivery.running.outcome().await, WELL);
     });
 }
 
@@ -747,54 +769,77 @@ fn a_cancelled_delivery_leaves_nothing() {
     });
 }
 
+/// The largest head that is taken, with a body behind it that would fill its message.
 #[test]
-fn after_an_interim_response_messages_are_smaller() {
-    for (fill, fits) in [(20 * 1024, true), (40 * 1024, false)] {
-        let (kit, service) = (kit(), TestService::default());
-        kit.block_on(async {
-            let request = HttpRequest::new("GET", "/");
-            let (delivery, mut stream, _) = begin(&kit, &service, &request, true).await;
-            stream.write(b"HTTP/1.1 103 Early Hints\r\n\r\n").await;
-            assert_eq!(read_response(&delivery.peer.message().await).status, 103);
-            let (fill, body) = ("a".repeat(fill), "b".repeat(20 * 1024));
-            let head =
-                format!("HTTP/1.1 200 OK\r\nx-fill: {fill}\r\ncontent-length: {}", body.len());
-            stream.write(format!("{head}\r\n\r\n{body}").as_bytes()).await;
-            if !fits {
-                let reset = delivery.peer.reset_reason().await;
-                assert_eq!(reset.code, failure::SERVICE_INVALID);
-                return;
-            }
-            let mut received = 0;
-            loop {
-                let message = delivery.peer.message().await;
-                assert!(message.payload.len() <= sidelane_plugin::MESSAGE_BYTES_MAX);
-                received += match message.field {
-                    wire::RESPONSE => read_response(&message).body.len(),
-                    _ => read_data(&message).len(),
-                };
-                if message.end {
-                    break;
+fn a_large_head_passes_after_an_interim_response_too() {
+    for interim in [false, true] {
+        for fill in [20 * 1024, 40 * 1024, 64 * 1000] {
+            let (kit, service) = (kit(), TestService::default());
+            kit.block_on(async {
+                let request = HttpRequest::new("GET", "/");
+                let (delivery, mut stream, _) = begin(&kit, &service, &request, true).await;
+                if interim {
+                    stream.write(b"HTTP/1.1 103 Early Hints\r\n\r\n").await;
+                    assert_eq!(read_response(&delivery.peer.message().await).status, 103);
                 }
-            }
-            assert_eq!(received, body.len());
-        });
+                let (fill, body) = ("a".repeat(fill), "b".repeat(40 * 1024));
+                let head =
+                    format!("HTTP/1.1 200 OK\r\nx-fill: {fill}\r\ncontent-length: {}", body.len());
+                stream.write(format!("{head}\r\n\r\n{body}").as_bytes()).await;
+                let mut received = 0;
+                loop {
+                    let message = delivery.peer.message().await;
+                    assert!(message.payload.len() <= sidelane_plugin::OPEN_BYTES_MAX);
+                    received += match message.field {
+                        wire::RESPONSE => {
+                            let response = read_response(&message);
+                            assert_eq!(texts(&response.headers)[0].1, fill);
+                            response.body.len()
+                        }
+                        _ => read_data(&message).len(),
+                    };
+                    if message.end {
+                        break;
+                    }
+                }
+                assert_eq!(received, body.len());
+            });
+        }
     }
 }
 
 #[test]
-fn trailers_larger_than_a_message_end_the_exchange() {
-    let (kit, service) = (kit(), TestService::default());
-    kit.block_on(async {
-        let request = HttpRequest::new("GET", "/");
-        let (delivery, mut stream, _) = begin(&kit, &service, &request, true).await;
-        let fill = "a".repeat(40 * 1024);
-        let text = format!(
-            "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx-fill: {fill}\r\n\r\n"
-        );
-        stream.write(text.as_bytes()).await;
-        assert_eq!(delivery.peer.reset_reason().await.code, failure::SERVICE_INVALID);
-    });
+fn trailers_pass_up_to_the_size_of_a_head() {
+    for (fill, fits) in [(40 * 1024, true), (64 * 1000, true), (70 * 1024, false)] {
+        let (kit, service) = (kit(), TestService::default());
+        kit.block_on(async {
+            let request = HttpRequest::new("GET", "/");
+            let (delivery, mut stream, _) = begin(&kit, &service, &request, true).await;
+            let fill = "a".repeat(fill);
+            let text = format!(
+                "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\na\r\n0\r\nx-fill: {fill}\r\n\r\n"
+            );
+            // Where they are too large the plugin stops reading.
+            let _ = stream.write_all(text.as_bytes()).await;
+            if !fits {
+                loop {
+                    match delivery.peer.next().await {
+                        Some(Ok(message)) => assert!(!message.end),
+                        Some(Err(reset)) => return assert_eq!(reset.code, failure::SERVICE_RESET),
+                        None => panic!("ended well"),
+                    }
+                }
+            }
+            loop {
+                let message = delivery.peer.message().await;
+                if message.field == wire::TRAILERS {
+                    assert!(message.end && message.payload.len() > fill.len());
+                    return;
+                }
+                assert!(!message.end);
+            }
+        });
+    }
 }
 
 #[test]

@@ -97,7 +97,8 @@ impl<'a> RequestHead<'a> {
         self.raw.flags & abi::request::END != 0
     }
 
-    /// The client waits for `100 Continue`: it is asked for the body after `informational(100)` only.
+    /// The client waits for `100 Continue` before it sends the body. Asking for the body does not tell
+    /// it to: `informational(100)` does.
     #[must_use]
     pub const fn expects_continue(&self) -> bool {
         self.raw.flags & abi::request::EXPECT_CONTINUE != 0

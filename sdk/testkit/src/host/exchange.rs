@@ -48,7 +48,6 @@ pub struct PeerMessage {
 
 struct Shared {
     window: usize,
-    sent_any: bool,
     sent: VecDeque<PeerMessage>,
     sent_end: bool,
     coming: VecDeque<PeerMessage>,
@@ -95,7 +94,6 @@ impl Peer {
     pub(crate) fn new() -> Self {
         let shared = Shared {
             window: WINDOW_BYTES,
-            sent_any: false,
             sent: VecDeque::new(),
             sent_end: false,
             coming: VecDeque::new(),
@@ -301,8 +299,7 @@ unsafe extern "C" fn poll_send(
         let (head, body) =
             unsafe { (buf::from_plugin(&message.head), buf::from_plugin(&message.body)) };
         let payload = Bytes::from([head, body].concat());
-        check_message(&own.ledger, message.field, payload.len(), shared.sent_any);
-        shared.sent_any = true;
+        check_message(&own.ledger, message.field, payload.len());
         shared.window = shared.window.saturating_sub(payload.len());
         let end = message.flags & abi::msg::END != 0;
         shared.sent_end = end;
@@ -314,8 +311,8 @@ unsafe extern "C" fn poll_send(
     unsafe { using(data, send) }.unwrap_or(abi::poll::CLOSED)
 }
 
-fn check_message(ledger: &Ledger, field: u32, len: usize, sent_any: bool) {
-    let max = if sent_any { abi::MESSAGE_BYTES_MAX } else { abi::OPEN_BYTES_MAX };
+fn check_message(ledger: &Ledger, field: u32, len: usize) {
+    let max = abi::OPEN_BYTES_MAX;
     if len > max {
         ledger.violation(format!("send half: a message of {len} bytes, at most {max} are allowed"));
     }

@@ -88,8 +88,7 @@ impl BodySender {
         self.push(Frame::Failed(reset));
     }
 
-    /// Whether the plugin asked for a frame: after `Expect: 100-continue` it may only once it has sent
-    /// the 100.
+    /// Whether the plugin asked for a frame.
     #[must_use]
     pub fn was_asked(&self) -> bool {
         lock_body(&self.shared).asked
