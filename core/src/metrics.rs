@@ -5,7 +5,7 @@
 //! touches is looked up once per exchange and is an atomic from there on.
 
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -286,6 +286,7 @@ impl Metrics {
             by_type,
             began: Instant::now(),
             routed: OnceLock::new(),
+            refused: AtomicU32::new(failure::NONE),
             is_ended: AtomicBool::new(false),
         }
     }
@@ -442,6 +443,9 @@ pub struct Record {
     by_type: Arc<TypeMetrics>,
     began: Instant,
     routed: OnceLock<(Arc<str>, Arc<str>)>,
+    /// Why it could not be opened. A plugin that says so to the client has done its work well, and
+    /// ends without a code of its own.
+    refused: AtomicU32,
     is_ended: AtomicBool,
 }
 
@@ -451,11 +455,17 @@ impl Record {
         self.routed.get_or_init(|| (Arc::clone(route), Arc::clone(tunnel)));
     }
 
+    /// The last attempt to open it failed with one of [`failure`], or with `failure::NONE` did not.
+    pub fn opened(&self, code: u32) {
+        self.refused.store(code, Ordering::Relaxed);
+    }
+
     /// Ends it with one of [`failure`].
     pub fn end(&self, code: u32) {
         if self.is_ended.swap(true, Ordering::Relaxed) {
             return;
         }
+        let code = if code == failure::NONE { self.refused.load(Ordering::Relaxed) } else { code };
         self.by_type.in_flight.dec();
         self.by_type.duration.observe(self.began.elapsed());
         let (route, tunnel) = self.routed.get().cloned().unwrap_or_else(|| ("".into(), "".into()));
@@ -588,6 +598,10 @@ mod tests {
         record.end(failure::INTERNAL);
         drop(record);
         drop(metrics.exchange("relay", &http));
+        // The plugin told the client that no route takes it, and ended well.
+        let record = metrics.exchange("relay", &http);
+        record.opened(failure::NO_ROUTE);
+        record.end(failure::NONE);
         let total = |route, tunnel, code| {
             format!(
                 "sidelane_exchanges_total{{role=\"relay\",route=\"{route}\",tunnel=\"{tunnel}\",\
@@ -600,8 +614,9 @@ mod tests {
                 &format!("sidelane_exchanges_in_flight{{{labels}}} 0"),
                 &total("demo", "d", "none"),
                 &total("", "", "cancelled"),
-                &format!("sidelane_exchange_duration_seconds_count{{{labels}}} 2"),
-                &format!("sidelane_exchange_duration_seconds_bucket{{le=\"+Inf\",{labels}}} 2"),
+                &total("", "", "no-route"),
+                &format!("sidelane_exchange_duration_seconds_count{{{labels}}} 3"),
+                &format!("sidelane_exchange_duration_seconds_bucket{{le=\"+Inf\",{labels}}} 3"),
             ],
         );
     }

@@ -108,6 +108,8 @@ impl Opener for RelayOpener {
         _cx: &mut Context<'_>,
         key: RouteKey<'_>,
     ) -> Poll<Result<Opened<SendHalf, RecvHalf>, Failure>> {
-        Poll::Ready(self.open(key))
+        let result = self.open(key);
+        self.record.opened(result.as_ref().map_or_else(|failure| failure.code, |_| failure::NONE));
+        Poll::Ready(result)
     }
 }
