@@ -21,6 +21,7 @@ use crate::metrics::{Flows, Metrics, Record};
 use crate::plugin::lend::{self, Failure, Meta};
 use crate::plugin::{Call, CallEnd, Plugins, PreparedHead, Protocol};
 use crate::shard::Shard;
+use crate::tunnel::accept::HandshakeLimits;
 use crate::tunnel::session::{Session, Sessions, Settings};
 
 mod document;
@@ -39,6 +40,7 @@ use routing::Routing;
 pub struct Relay {
     plugins: Arc<Plugins>,
     metrics: Arc<Metrics>,
+    handshakes: HandshakeLimits,
     sessions: Sessions,
     routing: ArcSwap<Routing>,
     sources: Mutex<Sources>,
@@ -76,12 +78,14 @@ impl Relay {
     pub fn new(
         base_domains: Vec<Arc<str>>,
         settings: Settings,
+        handshakes: HandshakeLimits,
         plugins: Arc<Plugins>,
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
         Arc::new(Self {
             plugins,
             metrics,
+            handshakes,
             sessions: Sessions::new(settings),
             routing: ArcSwap::default(),
             sources: Mutex::new(Sources {
@@ -96,9 +100,12 @@ impl Relay {
         })
     }
 
-    /// Takes a configuration's routes, for new exchanges.
+    /// Takes a configuration's base domains and routes, for new exchanges.
     pub fn configure(&self, config: &config::Config) {
         let mut sources = self.lock_sources();
+        if let Some(relay) = &config.relay {
+            sources.base_domains.clone_from(&relay.base_domains);
+        }
         sources.own.clone_from(&config.routes);
         self.reroute(&sources);
     }
@@ -331,6 +338,7 @@ impl Dispatch for HttpEntry {
                 retry_after_s: None,
                 detail: "the plugin failed too often".to_owned(),
             };
+            record.opened(failure::PLUGIN_FAILED);
             return HttpExchange::Runs(plugin.refuse_http(head, responder, failure), record);
         }
         let mut meta = relay.meta(

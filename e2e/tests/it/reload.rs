@@ -164,3 +164,65 @@ fn sidecar_announces_its_edit_to_the_relay() {
         (moved && added).then_some(())
     });
 }
+
+#[test]
+fn edited_base_domain_takes_effect_and_the_answer_names_it() {
+    let service = Service::ok();
+    let setup = Setup::of(service.address());
+    let sidelane = Sidelane::both(&setup);
+    let get = |host: &str| {
+        let text = format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n");
+        request(sidelane.web(), "GET", text).head.status
+    };
+    assert_eq!(get("api.localhost"), 200);
+    sidelane.rewrite(
+        &setup.both().replace("base_domains: [localhost]", "base_domains: [example.test]"),
+    );
+    wait::within(EDIT_DEADLINE, "the new domain", || {
+        (get("api.example.test") == 200 && get("api.localhost") == 404).then_some(())
+    });
+    wait::until("the summary", || {
+        sidelane.log().contains("changed: relay.base_domains").then_some(())
+    });
+}
+
+#[test]
+fn library_replaced_under_its_name_is_loaded_by_a_reload() {
+    let service = Service::ok();
+    let directory = tempfile::tempdir().unwrap();
+    let mut setup = Setup::of(service.address());
+    let built = std::fs::read(&setup.library).unwrap();
+    setup.library = directory.path().join("http.so");
+    std::fs::write(&setup.library, &built).unwrap();
+    let sidelane = Sidelane::both(&setup);
+    let library = || sidelane.admin_page("/plugins")[0]["sha256"].to_string();
+    let before = library();
+    // Another content that loads as well: bytes after the last section.
+    let rebuilt = directory.path().join("rebuilt.so");
+    std::fs::write(&rebuilt, [built.as_slice(), b"\0"].concat()).unwrap();
+    std::fs::rename(&rebuilt, &setup.library).unwrap();
+    sidelane.signal("HUP");
+    wait::until("the new library", || sidelane.log().contains("loaded: http").then_some(()));
+    let current = sidelane.admin_page("/plugins").to_string();
+    assert!(!current.contains(&before) || current.contains("\"current\""), "{current}");
+    assert_eq!(request(sidelane.web(), "GET", get("/")).head.status, 200);
+}
+
+#[test]
+fn edit_refused_for_a_route_keeps_the_plugins_before() {
+    let service = Service::ok();
+    let setup = Setup::of(service.address());
+    let sidelane = Sidelane::both(&setup);
+    let mut edit = setup.clone();
+    edit.http_config = "{ idle_timeout: 1s }".to_owned();
+    let yaml =
+        edit.both().replace("tunnel: api }", "tunnel: api, options: { HTTP: { nonsense: 1 } } }");
+    assert_ne!(yaml, edit.both());
+    sidelane.rewrite(&yaml);
+    sidelane.until_metric("sidelane_config_last_reload_successful", &[], |value| value == 0.0);
+    wait::until("the refusal", || sidelane.log().contains("nonsense").then_some(()));
+    // The file as it was is what runs: nothing is left to load.
+    sidelane.rewrite(&setup.both());
+    sidelane.until_metric("sidelane_config_last_reload_successful", &[], |value| value == 1.0);
+    assert!(sidelane.log().contains("nothing has changed"), "{}", sidelane.log());
+}
