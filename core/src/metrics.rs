@@ -286,7 +286,7 @@ impl Metrics {
             by_type,
             began: Instant::now(),
             routed: OnceLock::new(),
-            refused: AtomicU32::new(failure::NONE),
+            unopened: AtomicU32::new(failure::NONE),
             is_ended: AtomicBool::new(false),
         }
     }
@@ -443,9 +443,8 @@ pub struct Record {
     by_type: Arc<TypeMetrics>,
     began: Instant,
     routed: OnceLock<(Arc<str>, Arc<str>)>,
-    /// Why it could not be opened. A plugin that says so to the client has done its work well, and
-    /// ends without a code of its own.
-    refused: AtomicU32,
+    /// Why it was not opened; the plugin that says so to the client ends well by itself.
+    unopened: AtomicU32,
     is_ended: AtomicBool,
 }
 
@@ -455,9 +454,9 @@ impl Record {
         self.routed.get_or_init(|| (Arc::clone(route), Arc::clone(tunnel)));
     }
 
-    /// The last attempt to open it failed with one of [`failure`], or with `failure::NONE` did not.
-    pub fn opened(&self, code: u32) {
-        self.refused.store(code, Ordering::Relaxed);
+    /// It was not opened, for this reason of [`failure`].
+    pub fn unopened(&self, code: u32) {
+        self.unopened.store(code, Ordering::Relaxed);
     }
 
     /// Ends it with one of [`failure`].
@@ -465,7 +464,10 @@ impl Record {
         if self.is_ended.swap(true, Ordering::Relaxed) {
             return;
         }
-        let code = if code == failure::NONE { self.refused.load(Ordering::Relaxed) } else { code };
+        let code = match code {
+            failure::NONE => self.unopened.load(Ordering::Relaxed),
+            code => code,
+        };
         self.by_type.in_flight.dec();
         self.by_type.duration.observe(self.began.elapsed());
         let (route, tunnel) = self.routed.get().cloned().unwrap_or_else(|| ("".into(), "".into()));
@@ -600,7 +602,7 @@ mod tests {
         drop(metrics.exchange("relay", &http));
         // The plugin told the client that no route takes it, and ended well.
         let record = metrics.exchange("relay", &http);
-        record.opened(failure::NO_ROUTE);
+        record.unopened(failure::NO_ROUTE);
         record.end(failure::NONE);
         let total = |route, tunnel, code| {
             format!(

@@ -39,8 +39,9 @@ const DRAIN_TICK: Duration = Duration::from_millis(20);
 /// What is left of the deadline for lanes to write what is queued, after the exchanges.
 const CLOSE_GRACE: Duration = Duration::from_millis(500);
 
-/// How often replaced plugins are looked at: past the drain timeout their exchanges end.
-const PLUGINS_TICK: Duration = Duration::from_secs(1);
+/// How often what has its time is looked at: replaced plugins, whose exchanges end past the drain
+/// timeout, and routes of lost sidecars.
+const EXPIRY_TICK: Duration = Duration::from_secs(1);
 
 /// Reload requests that wait; more are refused, since one that waits covers them.
 const RELOADS_MAX: usize = 8;
@@ -220,7 +221,7 @@ impl Process {
         }
         // Who asked, in order; each trigger yields one reload.
         let mut asked: Vec<ReloadRequest> = Vec::new();
-        let mut tick = tokio::time::interval(PLUGINS_TICK);
+        let mut tick = tokio::time::interval(EXPIRY_TICK);
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
@@ -240,7 +241,12 @@ impl Process {
                         let _ = request.reply.send(result.clone());
                     }
                 }
-                _ = tick.tick() => self.plugins.end_drained(self.config().drain_timeout),
+                _ = tick.tick() => {
+                    self.plugins.end_drained(self.config().drain_timeout);
+                    if let Some(relay) = &self.relay {
+                        relay.expire(Instant::now());
+                    }
+                }
                 Some(request) = requests.recv() => {
                     asked.push(request);
                     watcher.trigger();
@@ -390,7 +396,7 @@ fn summary(changes: &Changes, loaded: &[String]) -> String {
         text += &format!("; changed: {}", others.join(", "));
     }
     if !loaded.is_empty() {
-        text += &format!("; loaded: {}", loaded.join(", "));
+        text += &format!("; plugins loaded: {}", loaded.join(", "));
     }
     if !changes.needs_restart.is_empty() {
         text += &format!("; only after a restart: {}", changes.needs_restart.join(", "));

@@ -2,12 +2,13 @@
 //!
 //! Knows routes, sessions and documents; what a protocol says is the plugins' business.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use sidelane_abi::failure;
@@ -36,6 +37,13 @@ use document::Document;
 use open::RelayOpener;
 use routing::Routing;
 
+/// How long a name that a lost sidecar announced answers 503 (come back) before it answers 404
+/// (never heard of it). Longer than a rollout of a Deployment with its images to pull.
+const LOST_ROUTES_KEPT: Duration = Duration::from_secs(600);
+
+/// Documents of lost sidecars that are kept; the oldest makes room.
+const LOST_DOCUMENTS_MAX: usize = 1024;
+
 /// The relay's role of this process.
 pub struct Relay {
     plugins: Arc<Plugins>,
@@ -56,6 +64,8 @@ struct Sources {
     own: Vec<Arc<Route>>,
     /// By epoch: the older document wins where two take the same.
     documents: BTreeMap<u64, Document>,
+    /// Documents of sidecars that are gone, newest last, and since when.
+    lost: VecDeque<(Instant, Document)>,
 }
 
 /// Texts that every exchange carries, made once.
@@ -92,6 +102,7 @@ impl Relay {
                 base_domains,
                 own: Vec::new(),
                 documents: BTreeMap::new(),
+                lost: VecDeque::new(),
             }),
             stopping: watch::Sender::new(false),
             connections: AtomicUsize::new(0),
@@ -100,13 +111,13 @@ impl Relay {
         })
     }
 
-    /// Takes a configuration's base domains and routes, for new exchanges.
+    /// Takes a configuration's routes and base domains, for new exchanges.
     pub fn configure(&self, config: &config::Config) {
         let mut sources = self.lock_sources();
-        if let Some(relay) = &config.relay {
-            sources.base_domains.clone_from(&relay.base_domains);
-        }
         sources.own.clone_from(&config.routes);
+        if let Some(section) = &config.relay {
+            sources.base_domains.clone_from(&section.base_domains);
+        }
         self.reroute(&sources);
     }
 
@@ -242,7 +253,21 @@ impl Relay {
         self.metrics.set_sessions(self.sessions.len());
         tracing::info!(sidecar = &*session.name, epoch = session.epoch, "session ended");
         let mut sources = self.lock_sources();
-        if sources.documents.remove(&session.epoch).is_some() {
+        if let Some(document) = sources.documents.remove(&session.epoch) {
+            if sources.lost.len() >= LOST_DOCUMENTS_MAX {
+                sources.lost.pop_front();
+            }
+            sources.lost.push_back((Instant::now(), document));
+            self.reroute(&sources);
+        }
+    }
+
+    /// Forgets the routes of sidecars that have been gone for long; called now and then.
+    pub fn expire(&self, now: Instant) {
+        let mut sources = self.lock_sources();
+        let before = sources.lost.len();
+        sources.lost.retain(|(since, _)| now.duration_since(*since) < LOST_ROUTES_KEPT);
+        if sources.lost.len() != before {
             self.reroute(&sources);
         }
     }
@@ -255,6 +280,8 @@ impl Relay {
                 let others = sources.documents.range(..session.epoch);
                 let conflicts = document.conflicts(others.map(|(_, other)| other));
                 if conflicts.is_empty() {
+                    // A sidecar that is back says anew what it serves.
+                    sources.lost.retain(|(_, lost)| lost.session.name != session.name);
                     sources.documents.insert(session.epoch, document);
                     self.reroute(&sources);
                 }
@@ -338,7 +365,7 @@ impl Dispatch for HttpEntry {
                 retry_after_s: None,
                 detail: "the plugin failed too often".to_owned(),
             };
-            record.opened(failure::PLUGIN_FAILED);
+            record.unopened(failure::PLUGIN_FAILED);
             return HttpExchange::Runs(plugin.refuse_http(head, responder, failure), record);
         }
         let mut meta = relay.meta(

@@ -211,6 +211,8 @@ pub fn build_directory() -> &'static Path {
             "sidelane",
             "--package",
             "sidelane-http-plugin",
+            "--package",
+            "line-rust",
         ]);
         if directory.ends_with("release") {
             cargo.arg("--release");
@@ -232,6 +234,12 @@ pub fn program() -> PathBuf {
 #[must_use]
 pub fn library() -> PathBuf {
     build_directory().join("libsidelane_http.so")
+}
+
+/// Returns the library of the line protocol's example plugin: byte-born, of type LINE.
+#[must_use]
+pub fn line_library() -> PathBuf {
+    build_directory().join("libline_rust.so")
 }
 
 /// A running program. Killed when dropped; its log is shown where the test failed.
@@ -300,6 +308,12 @@ impl Sidelane {
     #[must_use]
     pub fn web(&self) -> SocketAddr {
         self.address(&["listeners", "web"])
+    }
+
+    /// Returns where clients of a listener of that name connect.
+    #[must_use]
+    pub fn listener(&self, name: &str) -> SocketAddr {
+        self.address(&["listeners", name])
     }
 
     /// Returns where sidecars connect.

@@ -545,8 +545,10 @@ struct sidelane_send_vt {
     uint32_t (*finish)(void *data);
     /* Ends the whole exchange, both directions, for `reset`'s reason. */
     void (*reset)(void *data, sidelane_reset_t reset);
-    /* SIDELANE_POLL_CLOSED once the exchange has been reset or lost (then `reset` is filled),
-     * without reading; SIDELANE_POLL_PENDING until then. */
+    /* SIDELANE_POLL_CLOSED once the exchange is over on the wire (then `reset` is filled), without
+     * reading; SIDELANE_POLL_PENDING until then. With SIDELANE_FAILURE_NONE it is complete, or the
+     * peer has answered and wants no more: nothing has failed, and what was received may still be
+     * read. */
     uint32_t (*poll_closed)(void *data, const sidelane_waker_t *waker, sidelane_reset_t *reset);
     /* Sidecar's end: the first byte is about to be written to a service. */
     void (*dispatched)(void *data);

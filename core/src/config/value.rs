@@ -123,7 +123,7 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     Ok(total)
 }
 
-/// Returns the shortest text that [`duration`] takes for this value.
+/// Returns the shortest text that `duration` takes for this value.
 #[must_use]
 pub fn duration_text(value: Duration) -> String {
     let ms = value.as_millis();
@@ -164,7 +164,7 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
     number.checked_mul(*factor).ok_or_else(|| bad(String::new()))
 }
 
-/// Returns the shortest text that [`size`] takes for this value.
+/// Returns the shortest text that `size` takes for this value.
 #[must_use]
 pub fn size_text(value: u64) -> String {
     SIZE_UNITS

@@ -166,7 +166,8 @@ pub trait SendHalf: Send + 'static {
     fn finish(&mut self);
     /// Ends the exchange, both directions.
     fn reset(&mut self, reset: Reset);
-    /// Ready once the exchange was reset or lost.
+    /// Ready once the exchange is over on the wire: reset, lost, or, with `NONE`, complete; what was
+    /// received may still be read then.
     fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<Reset>;
     /// The first byte is about to be written to a service.
     fn dispatched(&mut self);

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use sidelane_abi::failure;
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
@@ -24,6 +24,15 @@ const BACKLOG: i32 = 4096;
 /// Pause after the system refused a connection (out of descriptors, say): retrying at once would
 /// spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Silence on a client's connection before the first probe.
+const PROBE_AFTER: Duration = Duration::from_secs(60);
+
+/// Between probes.
+const PROBE_EVERY: Duration = Duration::from_secs(20);
+
+/// Probes without an answer that end the connection.
+const PROBES: u32 = 3;
 
 /// Binds `count` sockets to one address; port 0 is chosen once for all of them.
 ///
@@ -91,13 +100,22 @@ pub(super) async fn accept(relay: Arc<Relay>, listener: Arc<Listener>, socket: T
     }
 }
 
+/// No delay, since what is written is whole; and probes, so that a client that vanished while its
+/// exchange waits is found out.
+fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let keepalive =
+        TcpKeepalive::new().with_time(PROBE_AFTER).with_interval(PROBE_EVERY).with_retries(PROBES);
+    SockRef::from(stream).set_tcp_keepalive(&keepalive)
+}
+
 async fn serve(
     relay: &Arc<Relay>,
     listener: &Arc<Listener>,
     stream: TcpStream,
     client: SocketAddr,
 ) {
-    if let Err(error) = stream.set_nodelay(true) {
+    if let Err(error) = tune(&stream) {
         tracing::debug!(%client, %error, "client gone before it was served");
         return;
     }

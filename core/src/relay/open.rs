@@ -108,8 +108,10 @@ impl Opener for RelayOpener {
         _cx: &mut Context<'_>,
         key: RouteKey<'_>,
     ) -> Poll<Result<Opened<SendHalf, RecvHalf>, Failure>> {
-        let result = self.open(key);
-        self.record.opened(result.as_ref().map_or_else(|failure| failure.code, |_| failure::NONE));
-        Poll::Ready(result)
+        let opened = self.open(key);
+        if let Err(failure) = &opened {
+            self.record.unopened(failure.code);
+        }
+        Poll::Ready(opened)
     }
 }

@@ -31,8 +31,8 @@ pub(super) struct Serving {
 }
 
 impl Routing {
-    /// Returns the picture of `sources`. Routes of the file win over announced ones, and of those
-    /// the older session's.
+    /// Returns the picture of `sources`. Routes of the file win over announced ones, of those the
+    /// older session's, and last come those of sidecars that are gone.
     pub(super) fn build(sources: &Sources) -> Self {
         let mut routes = sources.own.clone();
         let mut taken: std::collections::HashSet<_> =
@@ -49,6 +49,14 @@ impl Routing {
                     session: Arc::clone(&document.session),
                     protocols: protocols.clone(),
                 });
+            }
+        }
+        // Nobody serves these; their clients hear 503 and not 404.
+        for (_, document) in &sources.lost {
+            for route in &document.routes {
+                if taken.insert(route.matches.clone()) {
+                    routes.push(Arc::clone(route));
+                }
             }
         }
         let table = RouteTable::build(&routes, &sources.base_domains).unwrap_or_else(|ambiguity| {

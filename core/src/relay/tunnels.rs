@@ -1,7 +1,7 @@
 //! The tunnel's public end: lets sidecars in and drives their lanes.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -77,7 +77,8 @@ async fn shake_hands(
             return;
         }
     };
-    let local = stream.local_addr().map_or(IpAddr::from([0, 0, 0, 0]), |address| address.ip());
+    let local =
+        stream.local_addr().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |address| address.ip());
     let shard_of = |id: &SessionId, lane: u32| (usize::from(id[0]) + lane as usize) % shards.len();
     let admitted =
         relay.sessions.admit(&hello, peer, local, |id, lane| shards[shard_of(id, lane)].index);

@@ -135,13 +135,19 @@ async fn connect(relay: &str, limit: Duration) -> Result<TcpStream, DialError> {
     Ok(stream)
 }
 
-/// Sets what a lane's socket needs: no delay, and a low mark of unsent bytes.
+/// Unacknowledged bytes for so long end a lane's connection: somewhat above the lane's own deadline,
+/// so that this counts only where that cannot, as while nothing is driven.
+const USER_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Sets what a lane's socket needs: no delay, a low mark of unsent bytes, an end to lost peers.
 ///
 /// # Errors
 /// The system's.
 pub fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    socket2::SockRef::from(stream).set_tcp_notsent_lowat(NOTSENT_LOWAT_BYTES)
+    let socket = socket2::SockRef::from(stream);
+    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
+    socket.set_tcp_notsent_lowat(NOTSENT_LOWAT_BYTES)
 }
 
 async fn exchange_hello(

@@ -23,6 +23,15 @@ pub struct Link {
     exchanges: AtomicUsize,
 }
 
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Link")
+            .field("number", &self.number)
+            .field("shard", &self.shard)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Link {
     /// Returns a link over `lane`.
     #[must_use]

@@ -71,6 +71,15 @@ pub struct Session {
     turn: AtomicUsize,
 }
 
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session")
+            .field("name", &self.name)
+            .field("epoch", &self.epoch)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Session {
     /// Lanes that are up.
     #[must_use]
@@ -159,6 +168,7 @@ pub struct Sessions {
 }
 
 /// A lane that was let in.
+#[derive(Debug)]
 pub struct Admitted {
     /// Its session.
     pub session: Arc<Session>,
@@ -448,7 +458,7 @@ mod tests {
     }
 
     fn reason(result: Result<Admitted, proto::Refuse>) -> proto::RefuseReason {
-        result.err().expect("refused").reason()
+        result.expect_err("refused").reason()
     }
 
     #[test]
@@ -472,7 +482,7 @@ mod tests {
     #[test]
     fn a_further_lane_needs_the_sessions_secret() {
         let sessions = Sessions::new(settings(None));
-        let first = admit(&sessions, &hello(1), LOOPBACK).ok().expect("admitted");
+        let first = admit(&sessions, &hello(1), LOOPBACK).unwrap();
         let mut further = hello(1);
         further.session = first.welcome.session.clone();
         further.secret = vec![0; 32].into();
@@ -481,7 +491,7 @@ mod tests {
             proto::RefuseReason::UnknownSession
         );
         further.secret = first.welcome.secret.clone();
-        let second = admit(&sessions, &further, LOOPBACK).ok().expect("admitted");
+        let second = admit(&sessions, &further, LOOPBACK).unwrap();
         assert!(Arc::ptr_eq(&first.session, &second.session));
         assert_eq!(second.link.number, 1);
         assert_eq!(reason(admit(&sessions, &further, LOOPBACK)), proto::RefuseReason::Overloaded);
@@ -490,8 +500,8 @@ mod tests {
     #[test]
     fn a_newer_session_replaces_the_instances_older_one() {
         let sessions = Sessions::new(settings(None));
-        let old = admit(&sessions, &hello(1), LOOPBACK).ok().expect("admitted");
-        let new = admit(&sessions, &hello(1), LOOPBACK).ok().expect("admitted");
+        let old = admit(&sessions, &hello(1), LOOPBACK).unwrap();
+        let new = admit(&sessions, &hello(1), LOOPBACK).unwrap();
         assert!(Arc::ptr_eq(&new.replaced.expect("replaced"), &old.session));
         assert!(new.session.epoch > old.session.epoch);
         assert!(sessions.lane_ended(&old.session, &old.link));

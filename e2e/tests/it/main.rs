@@ -5,6 +5,7 @@ mod framing;
 mod head;
 mod hop_by_hop;
 mod operations;
+mod plugins;
 mod pool;
 mod refused;
 mod reload;

@@ -187,28 +187,6 @@ fn edited_base_domain_takes_effect_and_the_answer_names_it() {
 }
 
 #[test]
-fn library_replaced_under_its_name_is_loaded_by_a_reload() {
-    let service = Service::ok();
-    let directory = tempfile::tempdir().unwrap();
-    let mut setup = Setup::of(service.address());
-    let built = std::fs::read(&setup.library).unwrap();
-    setup.library = directory.path().join("http.so");
-    std::fs::write(&setup.library, &built).unwrap();
-    let sidelane = Sidelane::both(&setup);
-    let library = || sidelane.admin_page("/plugins")[0]["sha256"].to_string();
-    let before = library();
-    // Another content that loads as well: bytes after the last section.
-    let rebuilt = directory.path().join("rebuilt.so");
-    std::fs::write(&rebuilt, [built.as_slice(), b"\0"].concat()).unwrap();
-    std::fs::rename(&rebuilt, &setup.library).unwrap();
-    sidelane.signal("HUP");
-    wait::until("the new library", || sidelane.log().contains("loaded: http").then_some(()));
-    let current = sidelane.admin_page("/plugins").to_string();
-    assert!(!current.contains(&before) || current.contains("\"current\""), "{current}");
-    assert_eq!(request(sidelane.web(), "GET", get("/")).head.status, 200);
-}
-
-#[test]
 fn edit_refused_for_a_route_keeps_the_plugins_before() {
     let service = Service::ok();
     let setup = Setup::of(service.address());

@@ -305,9 +305,11 @@ static uint32_t join_poll(void *data, const sidelane_waker_t *waker, void *out) 
     /* A slow stream keeps the receiving direction from being read; a reset is seen here. */
     sidelane_reset_t reset;
     if (join->exchange.send.vt->poll_closed(join->exchange.send.data, waker, &reset) ==
-        SIDELANE_POLL_CLOSED) {
+            SIDELANE_POLL_CLOSED &&
+        reset.code != SIDELANE_FAILURE_NONE) {
         return ended(join, reset.code, out);
     }
+    /* Complete on the wire is no failure: what was received is still to be written. */
     return SIDELANE_POLL_PENDING;
 }
 

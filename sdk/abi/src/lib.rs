@@ -583,8 +583,9 @@ pub struct SendVt {
     pub finish: unsafe extern "C" fn(data: *mut c_void) -> u32,
     /// Ends the whole exchange, both directions, for `reset`'s reason.
     pub reset: unsafe extern "C" fn(data: *mut c_void, reset: Reset),
-    /// [`poll::CLOSED`] once the exchange has been reset or lost (then `reset` is filled), without
-    /// reading; [`poll::PENDING`] until then.
+    /// [`poll::CLOSED`] once the exchange is over on the wire (then `reset` is filled), without
+    /// reading; [`poll::PENDING`] until then. With [`failure::NONE`] it is complete, or the peer has
+    /// answered and wants no more: nothing has failed, and what was received may still be read.
     pub poll_closed:
         unsafe extern "C" fn(data: *mut c_void, waker: *const Waker, reset: *mut Reset) -> u32,
     /// Sidecar's end: the first byte is about to be written to a service.

@@ -106,11 +106,14 @@ impl Join {
         if down.is_ready() && up.is_ready() {
             return Poll::Ready(Ok(()));
         }
-        // Seen here also while a slow stream keeps the receiving direction from being read.
-        if let Poll::Ready(reset) = self.send.poll_closed(cx) {
-            return Poll::Ready(Err(Broken::Reset(reset)));
+        // Seen here also while a slow stream keeps the receiving direction from being read. Complete
+        // on the wire is no failure: what was received is still to be written.
+        match self.send.poll_closed(cx) {
+            Poll::Ready(reset) if reset.code != crate::failure::NONE => {
+                Poll::Ready(Err(Broken::Reset(reset)))
+            }
+            _ => Poll::Pending,
         }
-        Poll::Pending
     }
 
     fn poll_up(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
@@ -141,10 +144,15 @@ impl Join {
     }
 
     fn closed(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        Poll::Ready(Err(Broken::Reset(match self.send.poll_closed(cx) {
-            Poll::Ready(reset) => reset,
-            Poll::Pending => Reset::new(crate::failure::CANCELLED),
-        })))
+        match self.send.poll_closed(cx) {
+            // The peer has ended without wanting the rest.
+            Poll::Ready(reset) if reset.code == crate::failure::NONE => {
+                self.up.done = true;
+                Poll::Ready(Ok(()))
+            }
+            Poll::Ready(reset) => Poll::Ready(Err(Broken::Reset(reset))),
+            Poll::Pending => Poll::Ready(Err(Broken::Reset(Reset::new(crate::failure::CANCELLED)))),
+        }
     }
 
     /// Reads a chunk; empty: the end.

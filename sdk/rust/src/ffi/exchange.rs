@@ -315,7 +315,8 @@ impl SendHalf {
         unsafe { (self.vt().reset)(self.raw.data, reset_to_raw(reset)) }
     }
 
-    /// Waits until the exchange has been reset or lost, without reading.
+    /// Waits until the exchange is over on the wire, without reading. Code `NONE`: it is complete, or
+    /// the peer has answered and wants no more; what was received may still be read.
     pub async fn closed(&mut self) -> Reset {
         poll_fn(|cx| self.poll_closed(cx)).await
     }
