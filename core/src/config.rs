@@ -675,6 +675,14 @@ impl Config {
         self.fault(&path, fault)
     }
 
+    /// Returns an error at a library of the list itself: it cannot be loaded.
+    pub fn library_error(&self, name: &str, message: impl Into<String>) -> ConfigError {
+        let index = self.plugins.libraries.iter().position(|library| *library.name == *name);
+        let path =
+            index.map_or_else(|| "plugins".into(), |i| format!("plugins.libraries[{i}].library"));
+        self.origin.error(&path, message.into())
+    }
+
     fn fault(&self, path: &str, fault: &Fault) -> ConfigError {
         let separator = if fault.path.is_empty() || fault.path.starts_with('[') { "" } else { "." };
         self.origin.error(&format!("{path}{separator}{}", fault.path), fault.message.clone())

@@ -600,6 +600,10 @@ mod tests {
         record.end(failure::INTERNAL);
         drop(record);
         drop(metrics.exchange("relay", &http));
+        // The plugin told the client that no route takes it, and ended well.
+        let record = metrics.exchange("relay", &http);
+        record.unopened(failure::NO_ROUTE);
+        record.end(failure::NONE);
         let total = |route, tunnel, code| {
             format!(
                 "sidelane_exchanges_total{{role=\"relay\",route=\"{route}\",tunnel=\"{tunnel}\",\
@@ -612,8 +616,9 @@ mod tests {
                 &format!("sidelane_exchanges_in_flight{{{labels}}} 0"),
                 &total("demo", "d", "none"),
                 &total("", "", "cancelled"),
-                &format!("sidelane_exchange_duration_seconds_count{{{labels}}} 2"),
-                &format!("sidelane_exchange_duration_seconds_bucket{{le=\"+Inf\",{labels}}} 2"),
+                &total("", "", "no-route"),
+                &format!("sidelane_exchange_duration_seconds_count{{{labels}}} 3"),
+                &format!("sidelane_exchange_duration_seconds_bucket{{le=\"+Inf\",{labels}}} 3"),
             ],
         );
     }

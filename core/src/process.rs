@@ -25,7 +25,8 @@ use crate::plugin::{HostContext, Limits, LoadError, LoadFault, PluginSpec, Plugi
 use crate::relay::Relay;
 use crate::shard::Shards;
 use crate::sidecar::{self, Sidecar};
-use crate::tunnel::session;
+use crate::tunnel::accept::HandshakeLimits;
+use crate::tunnel::{dial, session};
 
 mod log;
 mod sockets;
@@ -88,6 +89,7 @@ pub fn check(file: &Path) -> Result<String, RunError> {
     let metrics = Arc::new(Metrics::new());
     let plugins = Plugins::new(HostContext::new(metrics.sink()), limits(&config.plugins));
     load_plugins(&plugins, &config)?;
+    config.check_plugins(&Asked(&plugins))?;
     Ok(format!(
         "{}: valid: {} routes, {} tunnels, protocol types {}",
         file.display(),
@@ -114,6 +116,7 @@ pub fn run(file: &Path, ports_file: Option<&Path>) -> Result<(), RunError> {
     );
     let plugins = Arc::new(Plugins::new(host, limits(&config.plugins)));
     load_plugins(&plugins, &config)?;
+    config.check_plugins(&Asked(&plugins))?;
     let sockets = Sockets::bind(&config)?;
     let start =
         |name, count, first| Shards::start(name, count, first, total).map_err(RunError::Start);
@@ -127,6 +130,7 @@ pub fn run(file: &Path, ports_file: Option<&Path>) -> Result<(), RunError> {
         let relay = Relay::new(
             section.base_domains.clone(),
             session_settings(section, &plugins),
+            handshake_limits(section),
             Arc::clone(&plugins),
             Arc::clone(&metrics),
         );
@@ -327,8 +331,15 @@ impl Process {
         let old = self.config();
         config.reuse(&old);
         let changes = config::diff(&old, &config);
-        // A library may have changed where the file has not.
+        // Always: a library's file may be another one under the same name.
         let loaded = load_plugins(&self.plugins, &config)?;
+        if let Err(errors) = config.check_plugins(&Asked(&self.plugins)) {
+            // Only plugins that are loaded can be asked; what they refuse brings back those before.
+            if let Err(error) = load_plugins(&self.plugins, &old) {
+                tracing::error!(error = chain(&error), "the plugins before cannot be brought back");
+            }
+            return Err(errors.into());
+        }
         if changes.is_empty() && loaded.is_empty() {
             return Ok("nothing has changed".to_owned());
         }
@@ -368,33 +379,49 @@ fn summary(changes: &Changes, loaded: &[String]) -> String {
     };
     let routes = &changes.routes;
     let tunnels = &changes.tunnels;
-    format!(
-        "{}; {}; plugins loaded: {}",
+    let mut text = format!(
+        "{}; {}",
         count(routes.added.len(), routes.removed.len(), routes.changed.len(), "routes"),
         count(tunnels.added.len(), tunnels.removed.len(), tunnels.changed.len(), "tunnels"),
-        if loaded.is_empty() { "none".to_owned() } else { loaded.join(", ") },
-    )
+    );
+    let others = [
+        (changes.base_domains, "relay.base_domains"),
+        (changes.plugins, "plugins"),
+        (changes.log, "log"),
+        (changes.drain_timeout, "drain_timeout"),
+    ];
+    let others: Vec<_> =
+        others.into_iter().filter_map(|(differs, what)| differs.then_some(what)).collect();
+    if !others.is_empty() {
+        text += &format!("; changed: {}", others.join(", "));
+    }
+    if !loaded.is_empty() {
+        text += &format!("; plugins loaded: {}", loaded.join(", "));
+    }
+    if !changes.needs_restart.is_empty() {
+        text += &format!("; only after a restart: {}", changes.needs_restart.join(", "));
+    }
+    text
 }
 
-/// Loads what the file names, and asks it about what only plugins know. Returns what is new.
+/// Loads what the file names. Returns the names of those that were not running before.
 fn load_plugins(plugins: &Plugins, config: &Config) -> Result<Vec<String>, RunError> {
     let specs: Vec<PluginSpec> = config.plugins.libraries.iter().map(spec).collect();
     let applied = plugins.apply(&specs).map_err(|errors| refused(config, &errors))?;
     for error in &applied.failed {
         tracing::error!(error = chain(error), "a plugin that is not required is left out");
     }
-    config.check_plugins(&Asked(plugins))?;
     Ok(applied.loaded)
 }
 
-/// Tells what plugins refuse; a plugin's own block with its place in the file.
+/// Tells which plugins cannot be loaded or refuse their block, each with its place in the file.
 fn refused(config: &Config, errors: &[LoadError]) -> RunError {
     let lines = errors.iter().map(|error| match &error.fault {
         LoadFault::Refused(fault) => {
             let fault = Fault { message: fault.message.clone(), path: fault.path.clone() };
             config.library_fault(&error.plugin, &fault).to_string()
         }
-        _ => chain(error),
+        _ => config.library_error(&error.plugin, chain(error)).to_string(),
     });
     RunError::Plugins(lines.collect::<Vec<_>>().join("\n"))
 }
@@ -459,6 +486,14 @@ fn session_settings(section: &config::Relay, plugins: &Plugins) -> session::Sett
     }
 }
 
+fn handshake_limits(section: &config::Relay) -> HandshakeLimits {
+    HandshakeLimits {
+        hello: section.timeouts.handshake,
+        per_second: section.limits.handshakes_per_second,
+        per_second_and_address: section.limits.handshakes_per_second_per_address,
+    }
+}
+
 fn sidecar_settings(section: &config::Sidecar) -> sidecar::Settings {
     sidecar::Settings {
         name: section.name.to_string(),
@@ -468,6 +503,10 @@ fn sidecar_settings(section: &config::Sidecar) -> sidecar::Settings {
             exchanges_max: section.limits.exchanges_per_session,
             window_max: section.limits.window,
             ..LaneConfig::new(Side::Sidecar)
+        },
+        timeouts: dial::Timeouts {
+            connect: section.timeouts.dial,
+            answer: section.timeouts.handshake,
         },
     }
 }

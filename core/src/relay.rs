@@ -22,6 +22,7 @@ use crate::metrics::{Flows, Metrics, Record};
 use crate::plugin::lend::{self, Failure, Meta};
 use crate::plugin::{Call, CallEnd, Plugins, PreparedHead, Protocol};
 use crate::shard::Shard;
+use crate::tunnel::accept::HandshakeLimits;
 use crate::tunnel::session::{Session, Sessions, Settings};
 
 mod document;
@@ -47,6 +48,7 @@ const LOST_DOCUMENTS_MAX: usize = 1024;
 pub struct Relay {
     plugins: Arc<Plugins>,
     metrics: Arc<Metrics>,
+    handshakes: HandshakeLimits,
     sessions: Sessions,
     routing: ArcSwap<Routing>,
     sources: Mutex<Sources>,
@@ -86,12 +88,14 @@ impl Relay {
     pub fn new(
         base_domains: Vec<Arc<str>>,
         settings: Settings,
+        handshakes: HandshakeLimits,
         plugins: Arc<Plugins>,
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
         Arc::new(Self {
             plugins,
             metrics,
+            handshakes,
             sessions: Sessions::new(settings),
             routing: ArcSwap::default(),
             sources: Mutex::new(Sources {
@@ -361,6 +365,7 @@ impl Dispatch for HttpEntry {
                 retry_after_s: None,
                 detail: "the plugin failed too often".to_owned(),
             };
+            record.unopened(failure::PLUGIN_FAILED);
             return HttpExchange::Runs(plugin.refuse_http(head, responder, failure), record);
         }
         let mut meta = relay.meta(

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::plugin;
 
 /// How many tasks a thread polls before it looks at its sockets and timers again. Low, so that a
-/// burst of ready tasks delays neither (docs/tunnel-protocol.md, "Fairness").
+/// burst of ready tasks delays neither (docs/tunnel-protocol.md, "Order of sending").
 const EVENT_INTERVAL: u32 = 16;
 
 /// Tasks handed to a thread that it has not started yet. Only connections and lanes come this way;

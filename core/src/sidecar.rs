@@ -47,6 +47,8 @@ pub struct Settings {
     pub lanes: u32,
     /// How each lane is set up, but for what the relay's welcome says.
     pub lane: LaneConfig,
+    /// For each dial.
+    pub timeouts: dial::Timeouts,
 }
 
 /// The sidecar's role of this process.
@@ -224,7 +226,8 @@ impl Sidecar {
     async fn begin_session(&self, peer: &Peer) -> Result<(Session, NewLane), DialError> {
         let protocols = self.protocols();
         let hello = self.hello(&protocols);
-        let (stream, welcome, input) = dial::dial(&peer.relay, &hello).await?;
+        let (stream, welcome, input) =
+            dial::dial(&peer.relay, &hello, self.settings.timeouts).await?;
         let session = Session {
             id: welcome.session,
             secret: welcome.secret,
@@ -255,7 +258,8 @@ impl Sidecar {
             secret: session.secret.clone(),
             ..self.hello(&session.protocols)
         };
-        let (stream, welcome, input) = dial::dial(&peer.relay, &hello).await?;
+        let (stream, welcome, input) =
+            dial::dial(&peer.relay, &hello, self.settings.timeouts).await?;
         Ok(NewLane { stream, input, number: welcome.lane })
     }
 

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
+use std::pin::pin;
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::workspace::{self, DEMO_PACKAGE, PROGRAM_PACKAGES};
@@ -26,20 +27,23 @@ const PROBE_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Builds in release mode, starts everything, and waits for Ctrl-C.
 pub(crate) fn run() -> Result<()> {
+    let ports = Ports::from_environment()?;
+    // Before minutes of building, not after.
+    ports.require_free()?;
     let mut packages = PROGRAM_PACKAGES.to_vec();
     packages.push(DEMO_PACKAGE);
-    println!("building sidelane, its plugins and the demo service (release)");
+    println!(
+        "building sidelane, its plugins and the demo service (release; some minutes the first time)"
+    );
     workspace::build("release", &packages)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .context("cannot start a runtime")?;
-    runtime.block_on(serve())
+    runtime.block_on(serve(&ports))
 }
 
-async fn serve() -> Result<()> {
-    let ports = Ports::from_environment()?;
-    ports.require_free()?;
+async fn serve(ports: &Ports) -> Result<()> {
     let binaries = workspace::target().join("release");
 
     // Registered before the first child starts, so that an early Ctrl-C cannot orphan one.
@@ -58,7 +62,7 @@ async fn serve() -> Result<()> {
     )?;
 
     let ended = tokio::select! {
-        outcome = introduce(&ports) => match outcome {
+        outcome = introduce(ports) => match outcome {
             Ok(()) => tokio::select! {
                 status = sidelane.wait() => Err(died("sidelane", status)),
                 status = service.wait() => Err(died("the demo service", status)),
@@ -73,10 +77,10 @@ async fn serve() -> Result<()> {
         _ = terminate.recv() => Ok(()),
     };
 
-    println!("ending");
+    println!("ending; Ctrl-C again cuts what still runs, the page's events for one");
     // Sidelane first: its exchanges end while the service still answers.
-    let sidelane_end = end(&mut sidelane, "sidelane").await;
-    let service_end = end(&mut service, "the demo service").await;
+    let sidelane_end = end(&mut sidelane, "sidelane", &mut interrupt).await;
+    let service_end = end(&mut service, "the demo service", &mut interrupt).await;
     ended.and(sidelane_end).and(service_end)
 }
 
@@ -207,15 +211,20 @@ fn died(name: &str, status: std::io::Result<ExitStatus>) -> anyhow::Error {
     }
 }
 
-/// Asks a child to end, and waits; kills it past the deadline.
-async fn end(child: &mut Child, name: &str) -> Result<()> {
+/// Asks a child to end, and waits; each interrupt asks once more, and past the deadline it is killed.
+async fn end(child: &mut Child, name: &str, interrupt: &mut Signal) -> Result<()> {
     let Some(id) = child.id() else { return Ok(()) };
-    // By the `kill` program: sending a signal from std or tokio needs a crate more.
-    let asked = Command::new("kill").args(["-TERM", &id.to_string()]).status().await?;
-    if !asked.success() {
-        bail!("{name}: cannot be asked to end");
-    }
-    match timeout(END_DEADLINE, child.wait()).await {
+    ask_to_end(id, name).await?;
+    let outcome = {
+        let mut ended = pin!(timeout(END_DEADLINE, child.wait()));
+        loop {
+            tokio::select! {
+                outcome = &mut ended => break outcome,
+                _ = interrupt.recv() => ask_to_end(id, name).await?,
+            }
+        }
+    };
+    match outcome {
         Ok(status) => {
             let status = status?;
             if !status.success() {
@@ -228,6 +237,15 @@ async fn end(child: &mut Child, name: &str) -> Result<()> {
             bail!("{name} did not end within {} s and was killed", END_DEADLINE.as_secs());
         }
     }
+}
+
+async fn ask_to_end(id: u32, name: &str) -> Result<()> {
+    // By the `kill` program: sending a signal from std or tokio needs a crate more.
+    let asked = Command::new("kill").args(["-TERM", &id.to_string()]).status().await?;
+    if !asked.success() {
+        bail!("{name}: cannot be asked to end");
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -309,6 +309,9 @@ fn a_plugins_fault_in_its_own_block_has_its_place() {
     assert_eq!(place(fault("idle")), (8, 15));
     assert_eq!(place(fault("idle.deeper")), (8, 15));
     assert_eq!(place(fault("elsewhere")).0, 8);
+    let error = config.library_error("http", "no such file");
+    assert_eq!(error.position.line, 6, "{error}");
+    assert!(error.to_string().contains("plugins.libraries[0].library: no such file"), "{error}");
 }
 
 #[test]

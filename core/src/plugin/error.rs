@@ -149,7 +149,7 @@ pub enum LoadFault {
     /// What the library says of its types is not acceptable.
     #[error("declares unusable protocol types: {0}")]
     TypesInvalid(String),
-    /// `types` names what the library does not serve.
+    /// `protocol_types` names what the library does not serve.
     #[error("does not serve protocol type {missing} (serves: {served})")]
     TypeMissing {
         /// As configured.
@@ -159,7 +159,7 @@ pub enum LoadFault {
     },
     /// Two plugins serve one type.
     #[error(
-        "protocol type {protocol_type} is served by plugin \"{first}\" already, \"{second}\" cannot serve it too; restrict one of them with `types`"
+        "protocol type {protocol_type} is served by plugin \"{first}\" already, \"{second}\" cannot serve it too; restrict one of them with `protocol_types`"
     )]
     TypeConflict {
         /// The type.

@@ -16,7 +16,7 @@ use super::Relay;
 use crate::error::chain;
 use crate::plugin::lend::Reset;
 use crate::shard::Shard;
-use crate::tunnel::accept::{self, Gate, HANDSHAKES_MAX, HELLO_TIMEOUT, HelloError};
+use crate::tunnel::accept::{self, Gate, HANDSHAKES_MAX, HelloError};
 use crate::tunnel::session::{Admitted, Session, SessionId};
 use crate::tunnel::{Link, dial, drive};
 
@@ -31,7 +31,7 @@ pub(super) async fn accept(
     shards: Arc<[Shard]>,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let gate = Gate::default();
+    let gate = Gate::new(relay.handshakes);
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     loop {
         let accepted = tokio::select! {
@@ -64,14 +64,15 @@ async fn shake_hands(
     permit: OwnedSemaphorePermit,
 ) {
     let mut input = BytesMut::with_capacity(4096);
-    let hello = timeout(HELLO_TIMEOUT, accept::read_hello(&mut stream, &mut input)).await;
-    let hello = match hello.unwrap_or(Err(HelloError::Timeout)) {
+    let limit = relay.handshakes.hello;
+    let hello = timeout(limit, accept::read_hello(&mut stream, &mut input)).await;
+    let hello = match hello.unwrap_or(Err(HelloError::Timeout(limit))) {
         Ok(hello) => hello,
         Err(error) => {
             relay.metrics.handshake_refused("hello");
             tracing::warn!(%peer, error = chain(&error), "no handshake on the tunnel's port");
             if let HelloError::Malformed(cause) = &error {
-                send_refuse(&mut stream, &cause.refusal()).await;
+                send_refuse(&mut stream, &cause.refusal(), limit).await;
             }
             return;
         }
@@ -86,14 +87,14 @@ async fn shake_hands(
         Err(refuse) => {
             relay.metrics.handshake_refused(refuse.reason().as_str_name());
             tracing::warn!(%peer, name = hello.name, reason = refuse.detail, "sidecar refused");
-            send_refuse(&mut stream, &refuse).await;
+            send_refuse(&mut stream, &refuse, limit).await;
             return;
         }
     };
     let shard = shard_of(&admitted.session.id, admitted.link.number);
     let link = Arc::clone(&admitted.link);
     let session = Arc::clone(&admitted.session);
-    let prepared = match welcome(&mut stream, &admitted.welcome).await {
+    let prepared = match welcome(&mut stream, &admitted.welcome, limit).await {
         Ok(()) => stream.into_std(),
         Err(error) => Err(error),
     };
@@ -113,16 +114,20 @@ async fn shake_hands(
     }
 }
 
-async fn welcome(stream: &mut TcpStream, welcome: &proto::Welcome) -> io::Result<()> {
+async fn welcome(
+    stream: &mut TcpStream,
+    welcome: &proto::Welcome,
+    limit: Duration,
+) -> io::Result<()> {
     dial::tune(stream)?;
-    timeout(HELLO_TIMEOUT, accept::send_welcome(stream, welcome))
+    timeout(limit, accept::send_welcome(stream, welcome))
         .await
         .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
-async fn send_refuse(stream: &mut TcpStream, refuse: &proto::Refuse) {
+async fn send_refuse(stream: &mut TcpStream, refuse: &proto::Refuse, limit: Duration) {
     // Whoever does not read its refusal learns of it by the closed connection.
-    let _ = timeout(HELLO_TIMEOUT, accept::send_refuse(stream, refuse)).await;
+    let _ = timeout(limit, accept::send_refuse(stream, refuse)).await;
 }
 
 /// Drives a lane that was let in, on the thread that owns it.

@@ -11,14 +11,16 @@ use sidelane_tunnel::{Acceptor, HandshakeError, proto};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-/// How long a dialler may take from its connection to its whole hello.
-pub const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Handshakes begun in one second, over all addresses; the rest is closed unanswered.
-pub const HANDSHAKES_PER_SECOND: u32 = 200;
-
-/// The same for one address.
-pub const HANDSHAKES_PER_SECOND_AND_ADDRESS: u32 = 20;
+/// What bounds handshakes in time and number.
+#[derive(Clone, Copy, Debug)]
+pub struct HandshakeLimits {
+    /// How long a dialler may take from its connection to its whole hello.
+    pub hello: Duration,
+    /// Handshakes begun in one second, over all addresses; the rest is closed unanswered.
+    pub per_second: u32,
+    /// The same for one address.
+    pub per_second_and_address: u32,
+}
 
 /// Handshakes under way at once. Bounds what silent connections cost.
 pub const HANDSHAKES_MAX: usize = 512;
@@ -29,9 +31,9 @@ pub enum HelloError {
     /// The connection closed first.
     #[error("the connection closed before a whole hello came")]
     Closed,
-    /// It took longer than [`HELLO_TIMEOUT`].
-    #[error("no whole hello within {} s", HELLO_TIMEOUT.as_secs())]
-    Timeout,
+    /// It took longer than [`HandshakeLimits::hello`].
+    #[error("no whole hello within {0:?}")]
+    Timeout(Duration),
     /// The transport failed.
     #[error("the connection failed")]
     Io(#[source] io::Error),
@@ -85,8 +87,8 @@ pub async fn send_refuse<S: AsyncWrite + Unpin>(
 }
 
 /// Bounds handshakes per second, over all and per address.
-#[derive(Default)]
 pub struct Gate {
+    limits: HandshakeLimits,
     window: Mutex<Window>,
 }
 
@@ -94,11 +96,17 @@ pub struct Gate {
 struct Window {
     began: Option<Instant>,
     total: u32,
-    /// Invariant: at most [`HANDSHAKES_PER_SECOND`] entries, emptied each second.
+    /// Invariant: at most [`HandshakeLimits::per_second`] entries, emptied each second.
     by_address: HashMap<IpAddr, u32>,
 }
 
 impl Gate {
+    /// Returns a gate that nobody has passed yet.
+    #[must_use]
+    pub fn new(limits: HandshakeLimits) -> Self {
+        Self { limits, window: Mutex::default() }
+    }
+
     /// Returns whether one more may begin.
     pub fn enter(&self, address: IpAddr, now: Instant) -> bool {
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
@@ -106,11 +114,11 @@ impl Gate {
         if is_over {
             *window = Window { began: Some(now), ..Window::default() };
         }
-        if window.total >= HANDSHAKES_PER_SECOND {
+        if window.total >= self.limits.per_second {
             return false;
         }
         let of_address = window.by_address.entry(address.to_canonical()).or_default();
-        if *of_address >= HANDSHAKES_PER_SECOND_AND_ADDRESS {
+        if *of_address >= self.limits.per_second_and_address {
             return false;
         }
         *of_address += 1;
@@ -129,21 +137,27 @@ mod tests {
         Ipv4Addr::new(192, 0, 2, last).into()
     }
 
+    const LIMITS: HandshakeLimits = HandshakeLimits {
+        hello: Duration::from_secs(10),
+        per_second: 200,
+        per_second_and_address: 20,
+    };
+
     #[test]
     fn one_address_cannot_take_all_handshakes() {
-        let gate = Gate::default();
+        let gate = Gate::new(LIMITS);
         let now = Instant::now();
         let entered = (0..100).filter(|_| gate.enter(address(1), now)).count();
-        assert_eq!(entered, HANDSHAKES_PER_SECOND_AND_ADDRESS as usize);
+        assert_eq!(entered, LIMITS.per_second_and_address as usize);
         assert!(gate.enter(address(2), now));
     }
 
     #[test]
     fn the_total_is_bounded_and_comes_back_after_a_second() {
-        let gate = Gate::default();
+        let gate = Gate::new(LIMITS);
         let now = Instant::now();
         let entered = (0..=255).cycle().take(2000).filter(|n| gate.enter(address(*n), now)).count();
-        assert_eq!(entered, HANDSHAKES_PER_SECOND as usize);
+        assert_eq!(entered, LIMITS.per_second as usize);
         assert!(gate.enter(address(1), now + Duration::from_secs(1)));
     }
 }

@@ -31,6 +31,8 @@ fn no_route_is_404() {
         let answer = stage.ask("GET", format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"));
         assert_failure(&answer, 404, "no-route");
     }
+    let code = ["role=\"relay\"", "code=\"no-route\""];
+    stage.sidelane.until_metric("sidelane_exchanges_total", &code, |count| count >= 7.0);
     assert!(stage.service.received().is_empty());
 }
 

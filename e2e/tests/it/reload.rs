@@ -164,3 +164,43 @@ fn sidecar_announces_its_edit_to_the_relay() {
         (moved && added).then_some(())
     });
 }
+
+#[test]
+fn edited_base_domain_takes_effect_and_the_answer_names_it() {
+    let service = Service::ok();
+    let setup = Setup::of(service.address());
+    let sidelane = Sidelane::both(&setup);
+    let get = |host: &str| {
+        let text = format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n");
+        request(sidelane.web(), "GET", text).head.status
+    };
+    assert_eq!(get("api.localhost"), 200);
+    sidelane.rewrite(
+        &setup.both().replace("base_domains: [localhost]", "base_domains: [example.test]"),
+    );
+    wait::within(EDIT_DEADLINE, "the new domain", || {
+        (get("api.example.test") == 200 && get("api.localhost") == 404).then_some(())
+    });
+    wait::until("the summary", || {
+        sidelane.log().contains("changed: relay.base_domains").then_some(())
+    });
+}
+
+#[test]
+fn edit_refused_for_a_route_keeps_the_plugins_before() {
+    let service = Service::ok();
+    let setup = Setup::of(service.address());
+    let sidelane = Sidelane::both(&setup);
+    let mut edit = setup.clone();
+    edit.http_config = "{ idle_timeout: 1s }".to_owned();
+    let yaml =
+        edit.both().replace("tunnel: api }", "tunnel: api, options: { HTTP: { nonsense: 1 } } }");
+    assert_ne!(yaml, edit.both());
+    sidelane.rewrite(&yaml);
+    sidelane.until_metric("sidelane_config_last_reload_successful", &[], |value| value == 0.0);
+    wait::until("the refusal", || sidelane.log().contains("nonsense").then_some(()));
+    // The file as it was is what runs: nothing is left to load.
+    sidelane.rewrite(&setup.both());
+    sidelane.until_metric("sidelane_config_last_reload_successful", &[], |value| value == 1.0);
+    assert!(sidelane.log().contains("nothing has changed"), "{}", sidelane.log());
+}

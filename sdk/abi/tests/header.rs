@@ -272,7 +272,9 @@ fn compile(compiler: &str, standard: &str, source: &Path) -> Option<Output> {
 
 fn assert_compiles(compiler: &str, standard: &str, source: &Path) {
     let Some(output) = compile(compiler, standard, source) else {
-        eprintln!("SKIPPED: no {compiler} on this machine");
+        // Past the test harness's capture: a skipped test shows even where it passes.
+        let skipped = format!("SKIPPED header by {compiler}: not installed\n");
+        let _ = std::io::Write::write_all(&mut std::io::stderr(), skipped.as_bytes());
         assert!(std::env::var_os("CI").is_none(), "CI skips nothing: install {compiler}");
         return;
     };
