@@ -142,8 +142,9 @@ impl<'a> Delivery<'a> {
         recv: RecvHalf,
     ) -> Result<(Self, Request<Upload>), Failed> {
         let end = first.end;
-        let payload = first.body.clone().into_bytes();
-        let head = decode(&payload)?;
+        let payload = first.body.to_bytes();
+        let read = payload.clone();
+        let head = decode(&read)?;
         let body = first.body.slice(head.body.clone());
         let announced = head.headers.iter().any(|(name, _)| name == TRAILER.as_str().as_bytes());
         let come = body.len() as u64;
@@ -182,7 +183,7 @@ impl<'a> Delivery<'a> {
             expects_continue,
             dispatched: false,
         };
-        let request = delivery.request(upload)?;
+        let request = delivery.request(&head, upload)?;
         Ok((delivery, request))
     }
 
@@ -218,7 +219,7 @@ impl<'a> Delivery<'a> {
                     pool.count_repeated();
                     request = match back {
                         Some(request) => *request,
-                        None => self.request(self.whole())?,
+                        None => self.request(&decode(&self.payload)?, self.whole())?,
                     };
                 }
                 Err(NoHead::Stop(stop)) => return Err(stop),
@@ -232,12 +233,15 @@ impl<'a> Delivery<'a> {
     }
 
     /// Makes the request for the service.
-    fn request(&self, upload: Upload) -> Result<Request<Upload>, Failed> {
-        let head = decode(&self.payload)?;
-        let headers = self.fields(&head, &upload)?;
+    fn request(
+        &self,
+        head: &RequestPayload<'_>,
+        upload: Upload,
+    ) -> Result<Request<Upload>, Failed> {
+        let headers = self.fields(head, &upload)?;
         let mut request = Request::new(upload);
         *request.method_mut() = self.method.clone();
-        *request.uri_mut() = self.target(&head)?;
+        *request.uri_mut() = self.target(head)?;
         *request.headers_mut() = headers;
         Ok(request)
     }
@@ -396,7 +400,7 @@ impl<'a> Delivery<'a> {
     /// Checks the response's head.
     fn download(
         &self,
-        connection: Connection,
+        connection: Box<Connection>,
         head: &http::response::Parts,
         body: Incoming,
         place: Place,
@@ -419,14 +423,18 @@ impl<'a> Delivery<'a> {
         let bodiless = self.method == Method::HEAD
             || matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
         let length = if bodiless { None } else { body.size_hint().exact() };
-        Ok(Download { connection, body, bodiless, length, place, peeked: None })
+        let mut size = FieldsSize::default();
+        for (name, value) in &head.headers {
+            size.add(name.as_str().len(), value.len());
+        }
+        Ok(Download { connection, body, bodiless, length, size, place, peeked: None })
     }
 
     /// Lets the request end after the response has.
     async fn finish(
         &self,
         pool: &Arc<Pool>,
-        mut connection: Connection,
+        mut connection: Box<Connection>,
         send: &mut SendHalf,
         service: &Service,
         keep: bool,
@@ -579,24 +587,22 @@ impl Place {
         message.head.len() + message.body.len() <= self.bytes_max()
     }
 
-    /// Returns how many bytes of body go with `head`.
-    fn room(self, head: &http::response::Parts) -> usize {
-        let mut size = FieldsSize::default();
-        for (name, value) in &head.headers {
-            size.add(name.as_str().len(), value.len());
-        }
+    /// Returns how many bytes of body go with a head of fields of that size.
+    fn room(self, size: FieldsSize) -> usize {
         self.bytes_max().saturating_sub(size.response_bytes_max()).min(BODY_BYTES_MAX)
     }
 }
 
 /// A response on its way back.
 struct Download {
-    connection: Connection,
+    connection: Box<Connection>,
     body: Incoming,
     /// An answer without a body, whatever its fields say.
     bodiless: bool,
     /// Exact length of the body, where known.
     length: Option<u64>,
+    /// Of the head's fields.
+    size: FieldsSize,
     place: Place,
     /// What was read ahead, to know whether a chunk is the last.
     peeked: Option<Item>,
@@ -672,7 +678,7 @@ impl Download {
                         Poll::Pending => quiet = true,
                     }
                 }
-                let room = if begun { BODY_BYTES_MAX } else { self.place.room(head) };
+                let room = if begun { BODY_BYTES_MAX } else { self.place.room(self.size) };
                 let part = if chunk.len() > room {
                     chunk.split_to(room)
                 } else {
@@ -741,11 +747,14 @@ impl Download {
             b"via",
             forwarded::via(if head.version == Version::HTTP_10 { 10 } else { 11 }).as_bytes(),
         );
-        let nominated = Nominated::scan(fields());
-        let mut size = FieldsSize::default();
-        for (name, value) in fields().chain([via]) {
-            size.add(name.len(), value.len());
-        }
+        let nominated = Nominated::scan(
+            head.headers
+                .get_all(CONNECTION)
+                .iter()
+                .map(|value| (&b"connection"[..], value.as_bytes())),
+        );
+        let mut size = self.size;
+        size.add(via.0.len(), via.1.len());
         let passing = fields()
             .filter(|(name, value)| {
                 fields::passes(name, &nominated)
