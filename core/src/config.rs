@@ -327,7 +327,7 @@ impl Route {
     /// Returns the options for this protocol as JSON, or empty text.
     #[must_use]
     pub fn options_for(&self, protocol_type: &str) -> Arc<str> {
-        self.options.get(protocol_type).map_or_else(|| Arc::from(""), |block| block.text.clone())
+        self.options.get(protocol_type).map(|block| block.text.clone()).unwrap_or_default()
     }
 }
 

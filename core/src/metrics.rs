@@ -4,6 +4,7 @@
 //! names from the configuration, types, codes; never a path or a free host. What the hot path
 //! touches is looked up once per exchange and is an atomic from there on.
 
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -470,23 +471,72 @@ impl Record {
         };
         self.by_type.in_flight.dec();
         self.by_type.duration.observe(self.began.elapsed());
-        let (route, tunnel) = self.routed.get().cloned().unwrap_or_else(|| ("".into(), "".into()));
+        let (route, tunnel) = self.routed.get().cloned().unwrap_or_default();
+        let code = failure::name(code);
+        let counted = RECENT.try_with(|recent| {
+            let recent = recent.borrow();
+            recent.iter().find(|known| known.is_of(self, &route, &tunnel, code)).map(|known| {
+                known.counter.inc();
+            })
+        });
+        if matches!(counted, Ok(Some(()))) {
+            return;
+        }
+        let counter = self.counter(Arc::clone(&route), Arc::clone(&tunnel), code);
+        counter.inc();
+        let by_type = Arc::clone(&self.by_type);
+        let row = Row { by_type, route, tunnel, code, counter };
+        // An error means that the thread ends.
+        let _ = RECENT.try_with(|recent| {
+            let mut recent = recent.borrow_mut();
+            recent.truncate(RECENT_MAX - 1);
+            recent.insert(0, row);
+        });
+    }
+
+    fn counter(&self, route: Arc<str>, tunnel: Arc<str>, code: &'static str) -> Counter {
         let mut labels = ExchangeLabels {
             role: self.by_type.labels.role,
             route,
             tunnel,
             protocol_type: Arc::clone(&self.by_type.labels.protocol_type),
-            code: failure::name(code),
+            code,
         };
         let exchanges = &self.metrics.exchanges;
         if let Some(counter) = exchanges.get(&labels) {
-            counter.inc();
-            return;
+            return counter.clone();
         }
         labels.route = self.metrics.name(&labels.route);
         labels.tunnel = self.metrics.name(&labels.tunnel);
-        exchanges.get_or_create(&labels).inc();
+        exchanges.get_or_create_owned(&labels)
     }
+}
+
+/// A row of the exchanges that have ended, by the very texts that its exchanges share.
+struct Row {
+    by_type: Arc<TypeMetrics>,
+    route: Arc<str>,
+    tunnel: Arc<str>,
+    code: &'static str,
+    counter: Counter,
+}
+
+impl Row {
+    fn is_of(&self, record: &Record, route: &Arc<str>, tunnel: &Arc<str>, code: &str) -> bool {
+        Arc::ptr_eq(&self.route, route)
+            && Arc::ptr_eq(&self.tunnel, tunnel)
+            && Arc::ptr_eq(&self.by_type, &record.by_type)
+            && self.code == code
+    }
+}
+
+/// Rows that a thread keeps at hand: enough for the few routes that are busy at a time, few enough
+/// to look through.
+const RECENT_MAX: usize = 16;
+
+thread_local! {
+    /// The rows that this thread last looked up, the latest first.
+    static RECENT: RefCell<Vec<Row>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Drop for Record {

@@ -19,7 +19,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::config::{self, Route};
 use crate::front::{self, ConnectionInfo, Dispatch, FrontConfig};
 use crate::metrics::{Flows, Metrics, Record};
-use crate::plugin::lend::{self, Failure, Meta};
+use crate::plugin::lend::{self, Failure, Meta, Text};
 use crate::plugin::{Call, CallEnd, Plugins, PreparedHead, Protocol};
 use crate::shard::Shard;
 use crate::tunnel::accept::HandshakeLimits;
@@ -55,7 +55,6 @@ pub struct Relay {
     stopping: watch::Sender<bool>,
     connections: AtomicUsize,
     flows: Flows,
-    texts: Texts,
 }
 
 /// What the routing is made of. Whoever changes it makes the routing anew before letting go.
@@ -66,11 +65,6 @@ struct Sources {
     documents: BTreeMap<u64, Document>,
     /// Documents of sidecars that are gone, newest last, and since when.
     lost: VecDeque<(Instant, Document)>,
-}
-
-/// Texts that every exchange carries, made once.
-struct Texts {
-    empty: Arc<str>,
 }
 
 /// A client listener that is bound: one socket per thread.
@@ -107,7 +101,6 @@ impl Relay {
             stopping: watch::Sender::new(false),
             connections: AtomicUsize::new(0),
             flows: Flows::new("relay"),
-            texts: Texts { empty: "".into() },
         })
     }
 
@@ -318,15 +311,15 @@ impl Relay {
         listener: &Arc<str>,
         scheme: &Arc<str>,
     ) -> Meta {
-        let empty = || Arc::clone(&self.texts.empty);
+        let empty = Text::default;
         Meta {
             request_id: empty(),
             protocol_type: Arc::clone(plugin.name()),
             route: empty(),
             tunnel: empty(),
-            client_address: Arc::clone(client_address),
-            listener: Arc::clone(listener),
-            scheme: Arc::clone(scheme),
+            client_address: Arc::clone(client_address).into(),
+            listener: Arc::clone(listener).into(),
+            scheme: Arc::clone(scheme).into(),
             tls_sni: empty(),
             tls_alpn: empty(),
             tls_client: empty(),
@@ -375,9 +368,9 @@ impl Dispatch for HttpEntry {
             &connection.scheme,
         );
         if let Some(tls) = &connection.tls {
-            meta.tls_sni = Arc::clone(&tls.sni);
-            meta.tls_alpn = Arc::clone(&tls.alpn);
-            meta.tls_client = Arc::clone(&tls.client);
+            meta.tls_sni = Arc::clone(&tls.sni).into();
+            meta.tls_alpn = Arc::clone(&tls.alpn).into();
+            meta.tls_client = Arc::clone(&tls.client).into();
         }
         let opener = RelayOpener::new(Arc::clone(relay), meta.clone(), Arc::clone(&record));
         HttpExchange::Runs(plugin.accept_http(head, meta, body, responder, opener), record)

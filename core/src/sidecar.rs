@@ -389,8 +389,9 @@ impl Sidecar {
         };
         tracing::info!(relay = peer.relay, lane = lane.number, "lane up");
         let lost = Reset::new(failure::TUNNEL_LOST);
+        let mut texts = Texts::default();
         drive(link, stream, lane.input, lost, |link: &Arc<Link>, event| {
-            self.handle_event(peer, session, link, event);
+            self.handle_event(peer, session, link, event, &mut texts);
         })
         .await
     }
@@ -401,10 +402,11 @@ impl Sidecar {
         session: &Session,
         link: &Arc<Link>,
         event: Event,
+        texts: &mut Texts,
     ) {
         match event {
             Event::Opened { key, id, protocol_type, open } => {
-                self.deliver(session, link, key, id, protocol_type, open);
+                self.deliver(session, link, key, id, protocol_type, &open, texts);
             }
             Event::Announced(announced) => answered(peer, &announced),
             Event::GoAway(go_away) => {
@@ -424,6 +426,7 @@ impl Sidecar {
     }
 
     /// Starts the plugin on an exchange that the relay opened, or refuses it.
+    #[allow(clippy::too_many_arguments, reason = "an event's fields, and whose they are")]
     fn deliver(
         self: &Arc<Self>,
         session: &Session,
@@ -431,7 +434,8 @@ impl Sidecar {
         key: Key,
         id: RequestId,
         protocol_type: u32,
-        open: proto::Open,
+        open: &proto::Open,
+        texts: &mut Texts,
     ) {
         let refuse = |code: u32| link.refuse(key, Reset::new(code));
         if self.is_stopping() {
@@ -444,18 +448,28 @@ impl Sidecar {
         }
         let services = self.services.load();
         let Some(service) = services.find(&open.tunnel) else { return refuse(failure::NO_ROUTE) };
+        let route = texts.shared(&open.route);
+        let record = self.metrics.exchange("sidecar", plugin.name());
+        record.routed(&route, &service.tunnel);
+        let tls = open.tls.as_ref();
         let meta = Meta {
-            request_id: id.to_string().into(),
+            request_id: Arc::<str>::from(id).into(),
             protocol_type: Arc::clone(plugin.name()),
-            tunnel: Arc::clone(&service.tunnel),
+            route: route.into(),
+            tunnel: Arc::clone(&service.tunnel).into(),
+            client_address: open.client_address.as_str().into(),
+            listener: texts.shared(&open.listener).into(),
+            scheme: texts.shared(&open.scheme).into(),
+            tls_sni: tls.map_or("", |tls| &tls.sni).into(),
+            tls_alpn: tls.map_or("", |tls| &tls.alpn).into(),
+            tls_client: tls.map_or("", |tls| &tls.client_subject).into(),
+            trace_parent: open.trace_parent.as_str().into(),
+            options: texts.shared(&open.options).into(),
             deadline: (open.timeout_ns > 0)
                 .then(|| Instant::now() + Duration::from_nanos(open.timeout_ns)),
-            ..meta_of(open)
         };
         let flow = self.flows.of(&self.metrics, plugin.name());
         let (send, recv) = link.halves(key, flow);
-        let record = self.metrics.exchange("sidecar", &meta.protocol_type);
-        record.routed(&meta.route, &meta.tunnel);
         let call = plugin.deliver(meta, send, recv, service);
         tokio::spawn(async move {
             let end = call.await;
@@ -477,6 +491,10 @@ impl Sidecar {
         }
     }
 }
+
+/// Texts that a lane keeps: enough for the few routes that are busy at a time, few enough to look
+/// through. None is longer than an open record.
+const TEXTS_MAX: usize = 16;
 
 /// A lane that was let in, not driven yet.
 struct NewLane {
@@ -528,21 +546,31 @@ fn answered(peer: &Peer, announced: &proto::Announced) {
     });
 }
 
-fn meta_of(open: proto::Open) -> Meta {
-    let tls = open.tls.unwrap_or_default();
-    Meta {
-        request_id: Arc::default(),
-        protocol_type: Arc::default(),
-        route: open.route.into(),
-        tunnel: Arc::default(),
-        client_address: open.client_address.into(),
-        listener: open.listener.into(),
-        scheme: open.scheme.into(),
-        tls_sni: tls.sni.into(),
-        tls_alpn: tls.alpn.into(),
-        tls_client: tls.client_subject.into(),
-        trace_parent: open.trace_parent.into(),
-        options: open.options.into(),
-        deadline: None,
+/// Texts kept of a lane's exchanges: names that come again and again are made once.
+#[derive(Default)]
+struct Texts {
+    /// Invariant: at most [`TEXTS_MAX`].
+    kept: Vec<Arc<str>>,
+    /// The next to go where there are as many.
+    oldest: usize,
+}
+
+impl Texts {
+    /// Returns the text, shared with the last exchanges that had it.
+    fn shared(&mut self, text: &str) -> Arc<str> {
+        if text.is_empty() {
+            return Arc::default();
+        }
+        if let Some(kept) = self.kept.iter().find(|kept| ***kept == *text) {
+            return Arc::clone(kept);
+        }
+        let made: Arc<str> = text.into();
+        if self.kept.len() < TEXTS_MAX {
+            self.kept.push(Arc::clone(&made));
+        } else {
+            self.kept[self.oldest] = Arc::clone(&made);
+            self.oldest = (self.oldest + 1) % TEXTS_MAX;
+        }
+        made
     }
 }

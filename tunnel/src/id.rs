@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// Longest text of an id: `u64::MAX` in base62.
 pub const REQUEST_ID_BYTES_MAX: usize = 11;
@@ -66,6 +67,13 @@ impl fmt::Display for RequestId {
         let mut buffer = [0; REQUEST_ID_BYTES_MAX];
         let text = std::str::from_utf8(self.write(&mut buffer)).expect("base62 is ASCII");
         f.pad(text)
+    }
+}
+
+impl From<RequestId> for Arc<str> {
+    fn from(id: RequestId) -> Self {
+        let mut buffer = [0; REQUEST_ID_BYTES_MAX];
+        std::str::from_utf8(id.write(&mut buffer)).expect("base62 is ASCII").into()
     }
 }
 

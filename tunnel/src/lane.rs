@@ -658,6 +658,12 @@ impl Lane {
         self.control.len() > 0 || !self.outbox.is_empty()
     }
 
+    /// Returns whether [`Lane::take_wakes`] has any.
+    #[must_use]
+    pub const fn has_wakes(&self) -> bool {
+        !self.wakes.is_empty()
+    }
+
     /// Takes the wakers of all who can go on. The caller wakes them after releasing the lane's lock.
     pub fn take_wakes(&mut self) -> Wakes {
         std::mem::take(&mut self.wakes)

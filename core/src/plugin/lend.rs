@@ -26,33 +26,64 @@ pub struct Failure {
     pub detail: String,
 }
 
+/// Text that many exchanges share. The empty one, which most are, costs nothing to make, share and
+/// drop: a count of owners that all threads write would be the slowest part of a small exchange.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Text(Option<Arc<str>>);
+
+impl std::ops::Deref for Text {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        self.0.as_deref().unwrap_or_default()
+    }
+}
+
+impl From<Arc<str>> for Text {
+    fn from(text: Arc<str>) -> Self {
+        if text.is_empty() { Self(None) } else { Self(Some(text)) }
+    }
+}
+
+impl From<&str> for Text {
+    fn from(text: &str) -> Self {
+        if text.is_empty() { Self(None) } else { Self(Some(text.into())) }
+    }
+}
+
+impl std::fmt::Debug for Text {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        (**self).fmt(f)
+    }
+}
+
 /// What core knows of an exchange; owned, so that the ABI's record can point into it.
 #[derive(Clone, Debug)]
 pub struct Meta {
     /// Unique in its session; empty before `open`.
-    pub request_id: Arc<str>,
+    pub request_id: Text,
     /// `protocol_type`.
     pub protocol_type: Arc<str>,
     /// Route's name; empty before `open`.
-    pub route: Arc<str>,
+    pub route: Text,
     /// Tunnel's name; empty before `open`.
-    pub tunnel: Arc<str>,
+    pub tunnel: Text,
     /// `192.0.2.1:4711`, `[2001:db8::1]:4711`.
-    pub client_address: Arc<str>,
+    pub client_address: Text,
     /// The listener's name at the relay.
-    pub listener: Arc<str>,
+    pub listener: Text,
     /// `http`, `https`, or empty.
-    pub scheme: Arc<str>,
+    pub scheme: Text,
     /// TLS server name, or empty.
-    pub tls_sni: Arc<str>,
+    pub tls_sni: Text,
     /// TLS application protocol, or empty.
-    pub tls_alpn: Arc<str>,
+    pub tls_alpn: Text,
     /// Subject of the client's certificate, or empty.
-    pub tls_client: Arc<str>,
+    pub tls_client: Text,
     /// `traceparent`, or empty.
-    pub trace_parent: Arc<str>,
+    pub trace_parent: Text,
     /// The route's options for this protocol as JSON, or empty.
-    pub options: Arc<str>,
+    pub options: Text,
     /// The client's deadline.
     pub deadline: Option<std::time::Instant>,
 }

@@ -166,7 +166,7 @@ async fn serve_stream(
         );
         return;
     };
-    let meta = relay.meta(&plugin, &client.to_string().into(), &listener.name, &relay.texts.empty);
+    let meta = relay.meta(&plugin, &client.to_string().into(), &listener.name, &Arc::default());
     if plugin.quarantined() {
         let failure = Failure {
             code: failure::PLUGIN_FAILED,

@@ -19,24 +19,28 @@ const RETRY_AFTER_S: u32 = 1;
 /// The host's side of one `open`.
 pub(super) struct RelayOpener {
     relay: Arc<Relay>,
-    meta: Meta,
+    /// None once it has gone with the exchange.
+    meta: Option<Meta>,
     record: Arc<Record>,
 }
 
 impl RelayOpener {
     pub(super) fn new(relay: Arc<Relay>, meta: Meta, record: Arc<Record>) -> Self {
-        Self { relay, meta, record }
+        Self { relay, meta: Some(meta), record }
     }
 
-    fn open(&self, key: RouteKey<'_>) -> Result<Opened<SendHalf, RecvHalf>, Failure> {
-        let protocol_type = &*self.meta.protocol_type;
+    fn open(&mut self, key: RouteKey<'_>) -> Result<Opened<SendHalf, RecvHalf>, Failure> {
+        let Some(known) = &self.meta else {
+            return Err(failed(failure::INTERNAL, "the exchange was opened before".into()));
+        };
+        let protocol_type = &*known.protocol_type;
         let routing = self.relay.routing.load();
         let query = match key {
             RouteKey::Listener => {
-                Query { host: None, path: "/", listener: &self.meta.listener, protocol_type }
+                Query { host: None, path: "/", listener: &known.listener, protocol_type }
             }
             RouteKey::Host { host, path } => {
-                Query { host: Some(host), path, listener: &self.meta.listener, protocol_type }
+                Query { host: Some(host), path, listener: &known.listener, protocol_type }
             }
         };
         let route = router::find(&routing.table, &query)
@@ -51,30 +55,28 @@ impl RelayOpener {
             let Some(number) = serving.carries(protocol_type) else { continue };
             let options = route.options_for(protocol_type);
             let open = proto::Open {
-                tunnel: route.tunnel.to_string(),
-                route: route.name.to_string(),
-                client_address: self.meta.client_address.to_string(),
-                scheme: self.meta.scheme.to_string(),
+                tunnel: String::from(&*route.tunnel),
+                route: String::from(&*route.name),
+                client_address: String::from(&*known.client_address),
+                scheme: String::from(&*known.scheme),
                 tls: None,
-                trace_parent: self.meta.trace_parent.to_string(),
-                options: options.to_string(),
-                listener: self.meta.listener.to_string(),
+                trace_parent: String::from(&*known.trace_parent),
+                options: String::from(&*options),
+                listener: String::from(&*known.listener),
                 ..proto::Open::default()
             };
             let shard = plugin::current_shard().map(|shard| shard as usize);
-            let flow = self.relay.flows.of(&self.relay.metrics, &self.meta.protocol_type);
+            let flow = self.relay.flows.of(&self.relay.metrics, &known.protocol_type);
             match serving.session.open(shard, number, open, flow) {
                 Ok((id, send, recv, is_crossing)) => {
                     if is_crossing {
                         self.relay.metrics.exchange_crosses_threads();
                     }
-                    let meta = Meta {
-                        request_id: id.to_string().into(),
-                        route: Arc::clone(&route.name),
-                        tunnel: Arc::clone(&route.tunnel),
-                        options,
-                        ..self.meta.clone()
-                    };
+                    let mut meta = self.meta.take().expect("looked at above");
+                    meta.request_id = Arc::<str>::from(id).into();
+                    meta.route = Arc::clone(&route.name).into();
+                    meta.tunnel = Arc::clone(&route.tunnel).into();
+                    meta.options = options.into();
                     return Ok(Opened { send, recv, meta });
                 }
                 Err(error) => worst = worst_of(&error),

@@ -49,12 +49,13 @@ impl Link {
     /// Runs `f` under the lock and calls the wakers that it made ready after it: a waker may run a
     /// plugin's code, and that may come back here.
     pub fn with<T>(&self, f: impl FnOnce(&mut Lane) -> T) -> T {
-        let (result, wakes) = {
-            let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
-            let result = f(&mut lane);
-            (result, lane.take_wakes())
-        };
-        wakes.wake();
+        let mut lane = self.lane.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = f(&mut lane);
+        if lane.has_wakes() {
+            let wakes = lane.take_wakes();
+            drop(lane);
+            wakes.wake();
+        }
         result
     }
 

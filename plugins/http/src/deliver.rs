@@ -142,8 +142,9 @@ impl<'a> Delivery<'a> {
         recv: RecvHalf,
     ) -> Result<(Self, Request<Upload>), Failed> {
         let end = first.end;
-        let payload = first.body.clone().into_bytes();
-        let head = decode(&payload)?;
+        let payload = first.body.to_bytes();
+        let read = payload.clone();
+        let head = decode(&read)?;
         let body = first.body.slice(head.body.clone());
         let announced = head.headers.iter().any(|(name, _)| name == TRAILER.as_str().as_bytes());
         let come = body.len() as u64;
@@ -182,7 +183,7 @@ impl<'a> Delivery<'a> {
             expects_continue,
             dispatched: false,
         };
-        let request = delivery.request(upload)?;
+        let request = delivery.request(&head, upload)?;
         Ok((delivery, request))
     }
 
@@ -218,7 +219,7 @@ impl<'a> Delivery<'a> {
                     pool.count_repeated();
                     request = match back {
                         Some(request) => *request,
-                        None => self.request(self.whole())?,
+                        None => self.request(&decode(&self.payload)?, self.whole())?,
                     };
                 }
                 Err(NoHead::Stop(stop)) => return Err(stop),
@@ -232,12 +233,15 @@ impl<'a> Delivery<'a> {
     }
 
     /// Makes the request for the service.
-    fn request(&self, upload: Upload) -> Result<Request<Upload>, Failed> {
-        let head = decode(&self.payload)?;
-        let headers = self.fields(&head, &upload)?;
+    fn request(
+        &self,
+        head: &RequestPayload<'_>,
+        upload: Upload,
+    ) -> Result<Request<Upload>, Failed> {
+        let headers = self.fields(head, &upload)?;
         let mut request = Request::new(upload);
         *request.method_mut() = self.method.clone();
-        *request.uri_mut() = self.target(&head)?;
+        *request.uri_mut() = self.target(head)?;
         *request.headers_mut() = headers;
         Ok(request)
     }
@@ -387,7 +391,7 @@ impl<'a> Delivery<'a> {
     /// Checks the response's head.
     fn download(
         &self,
-        connection: Connection,
+        connection: Box<Connection>,
         head: &http::response::Parts,
         body: Incoming,
     ) -> Result<Download, Failed> {
@@ -416,7 +420,7 @@ impl<'a> Delivery<'a> {
     async fn finish(
         &self,
         pool: &Arc<Pool>,
-        mut connection: Connection,
+        mut connection: Box<Connection>,
         send: &mut SendHalf,
         service: &Service,
         keep: bool,
@@ -521,7 +525,7 @@ impl Limits {
 
 /// A response on its way back.
 struct Download {
-    connection: Connection,
+    connection: Box<Connection>,
     body: Incoming,
     /// An answer without a body, whatever its fields say.
     bodiless: bool,
@@ -669,7 +673,12 @@ impl Download {
             b"via",
             forwarded::via(if head.version == Version::HTTP_10 { 10 } else { 11 }).as_bytes(),
         );
-        let nominated = Nominated::scan(fields());
+        let nominated = Nominated::scan(
+            head.headers
+                .get_all(CONNECTION)
+                .iter()
+                .map(|value| (&b"connection"[..], value.as_bytes())),
+        );
         let mut size = FieldsSize::default();
         for (name, value) in fields().chain([via]) {
             size.add(name.len(), value.len());

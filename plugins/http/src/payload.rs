@@ -48,6 +48,11 @@ const BODY_DATA: u32 = 1;
 const HEADER_NAME: u32 = 1;
 const HEADER_VALUE: u32 = 2;
 
+/// Tags as they are written: one byte, since the numbers are small.
+const SHORT_HEADERS: u8 = (HEADERS << 3 | WIRE_BYTES) as u8;
+const SHORT_HEADER_NAME: u8 = (HEADER_NAME << 3 | WIRE_BYTES) as u8;
+const SHORT_HEADER_VALUE: u8 = (HEADER_VALUE << 3 | WIRE_BYTES) as u8;
+
 /// Bytes that frame one field besides its name and value: three tags and three lengths of at most
 /// three bytes, since no field is longer than a message.
 const HEADER_FRAMING_MAX: usize = 3 + 3 * 3;
@@ -352,6 +357,21 @@ const fn non_zero(value: u32, default: u32) -> u32 {
 }
 
 fn read_header(bytes: &[u8]) -> Result<Field<'_>, PayloadError> {
+    match read_short_header(bytes) {
+        Some(field) => Ok(field),
+        None => read_any_header(bytes),
+    }
+}
+
+/// Reads a field in the form that [`put_header`] gives short ones, which nearly all are.
+fn read_short_header(bytes: &[u8]) -> Option<Field<'_>> {
+    let [SHORT_HEADER_NAME, name_len @ ..=0x7f, rest @ ..] = bytes else { return None };
+    let (name, rest) = rest.split_at_checked(usize::from(*name_len))?;
+    let [SHORT_HEADER_VALUE, value_len @ ..=0x7f, value @ ..] = rest else { return None };
+    (value.len() == usize::from(*value_len)).then_some((name, value))
+}
+
+fn read_any_header(bytes: &[u8]) -> Result<Field<'_>, PayloadError> {
     let mut field: Field<'_> = (&[], &[]);
     let mut reader = Reader::new(bytes);
     while let Some((number, value)) = reader.next()? {
@@ -415,6 +435,7 @@ impl<'a> Reader<'a> {
         Self { bytes, at: 0 }
     }
 
+    #[inline]
     fn next(&mut self) -> Result<Option<(u32, Value<'a>)>, PayloadError> {
         if self.at == self.bytes.len() {
             return Ok(None);
@@ -449,7 +470,19 @@ impl<'a> Reader<'a> {
         Ok(bytes)
     }
 
+    #[inline]
     fn varint(&mut self) -> Result<u64, PayloadError> {
+        // Tags, and nearly all lengths, are of one byte.
+        match self.bytes.get(self.at) {
+            Some(byte @ ..=0x7f) => {
+                self.at += 1;
+                Ok(u64::from(*byte))
+            }
+            _ => self.long_varint(),
+        }
+    }
+
+    fn long_varint(&mut self) -> Result<u64, PayloadError> {
         let mut value = 0u64;
         for shift in (0..70).step_by(7) {
             let byte = *self.bytes.get(self.at).ok_or(PayloadError::Truncated)?;
@@ -519,9 +552,19 @@ fn put_body_prefix(out: &mut BufBuilder, number: u32, len: usize) {
     }
 }
 
+#[allow(clippy::cast_possible_truncation, reason = "lengths below 128")]
 fn put_header(out: &mut BufBuilder, name: &[u8], value: &[u8]) {
     let (name_len, value_len) = (name.len() as u64, value.len() as u64);
     let inner = 2 + varint_len(name_len) + name_len + varint_len(value_len) + value_len;
+    if let Ok(short @ ..=0x7f) = u8::try_from(inner) {
+        // Shorter than `inner`, so of one byte too.
+        let [name_len, value_len] = [name.len() as u8, value.len() as u8];
+        out.extend_from_slice(&[SHORT_HEADERS, short, SHORT_HEADER_NAME, name_len]);
+        out.extend_from_slice(name);
+        out.extend_from_slice(&[SHORT_HEADER_VALUE, value_len]);
+        out.extend_from_slice(value);
+        return;
+    }
     out.extend_from_slice(Prefix::new().key(HEADERS, WIRE_BYTES).varint(inner).as_slice());
     out.extend_from_slice(Prefix::new().key(HEADER_NAME, WIRE_BYTES).varint(name_len).as_slice());
     out.extend_from_slice(name);

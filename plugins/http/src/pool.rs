@@ -90,7 +90,8 @@ struct Shard {
 struct Parked {
     version: u64,
     /// Oldest first; taken from the back, so that what is not needed grows old.
-    connections: Vec<Connection>,
+    #[allow(clippy::vec_box, reason = "a connection is large, and moves from hand to hand")]
+    connections: Vec<Box<Connection>>,
 }
 
 /// Counts an open connection while it lives.
@@ -107,7 +108,8 @@ impl Drop for Slot {
     }
 }
 
-/// A connection to a service.
+/// A connection to a service. Kept in a box: hyper's part is large, and futures that hold it are
+/// moved.
 #[derive(Debug)]
 pub(crate) struct Connection {
     pub(crate) sender: http1::SendRequest<Upload>,
@@ -268,7 +270,7 @@ impl Pool {
     }
 
     /// Takes an unused connection to the service.
-    pub(crate) fn take(&self, service: &Service) -> Option<Connection> {
+    pub(crate) fn take(&self, service: &Service) -> Option<Box<Connection>> {
         let (connection, stale) = self.shards.with(|shard| {
             let stale = match shard.services.get(&service.id()) {
                 Some(parked) if parked.version != service.version() => shard
@@ -295,7 +297,7 @@ impl Pool {
         &self,
         service: &Service,
         send: &mut SendHalf,
-    ) -> Result<Connection, Connecting> {
+    ) -> Result<Box<Connection>, Connecting> {
         let slot = self.slot().ok_or(Connecting::Failed(PoolError::Full))?;
         let mut connect = service.connect();
         let stream = poll_fn(|cx| {
@@ -317,7 +319,7 @@ impl Pool {
             .await
             .map_err(|error| Connecting::Failed(PoolError::Handshake(error)))?;
         self.metrics.opened.add(1);
-        Ok(Connection {
+        Ok(Box::new(Connection {
             sender,
             driver: Some(driver),
             watch,
@@ -325,7 +327,7 @@ impl Pool {
             reused: false,
             idle_since: Host::current().now(),
             _slot: slot,
-        })
+        }))
     }
 
     /// Counts a request that is repeated.
@@ -334,7 +336,7 @@ impl Pool {
     }
 
     /// Keeps a connection for the next request, or closes it where there are enough.
-    pub(crate) fn park(self: &Arc<Self>, service: &Service, mut connection: Connection) {
+    pub(crate) fn park(self: &Arc<Self>, service: &Service, mut connection: Box<Connection>) {
         if self.draining.load(Ordering::Relaxed) || self.config.idle_per_service == 0 {
             return;
         }
@@ -440,7 +442,7 @@ pub(crate) enum Connecting {
 
 impl Shard {
     /// Takes the connection that was unused for longest.
-    fn take_oldest(&mut self) -> Option<Connection> {
+    fn take_oldest(&mut self) -> Option<Box<Connection>> {
         let parked = self
             .services
             .values_mut()
@@ -451,7 +453,8 @@ impl Shard {
     }
 
     /// Takes what the service has closed, and what was unused for `idle_timeout`.
-    fn take_ended(&mut self, now: Instant, idle_timeout: Duration) -> Vec<Connection> {
+    #[allow(clippy::vec_box, reason = "as in `Parked`")]
+    fn take_ended(&mut self, now: Instant, idle_timeout: Duration) -> Vec<Box<Connection>> {
         // Nobody waits for these connections; looking is enough.
         let mut cx = Context::from_waker(Waker::noop());
         let mut ended = Vec::new();

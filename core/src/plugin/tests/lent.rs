@@ -216,13 +216,13 @@ impl lend::Service for Service {
 }
 
 pub(super) fn meta() -> lend::Meta {
-    let none: Arc<str> = Arc::from("");
+    let none = lend::Text::default();
     lend::Meta {
-        request_id: Arc::from("7"),
+        request_id: "7".into(),
         protocol_type: Arc::from("PROBE"),
         route: none.clone(),
-        tunnel: Arc::from("api"),
-        client_address: Arc::from("192.0.2.1:4711"),
+        tunnel: "api".into(),
+        client_address: "192.0.2.1:4711".into(),
         listener: none.clone(),
         scheme: none.clone(),
         tls_sni: none.clone(),

@@ -25,7 +25,7 @@ impl Meta {
     /// Makes the record. The view's pointers lead into reference-counted text, which stays where it
     /// is when the record moves.
     pub(super) fn new(owned: lend::Meta) -> Self {
-        let text = |text: &Arc<str>| str_of(text.as_bytes());
+        let text = |text: &str| str_of(text.as_bytes());
         let view = abi::Meta {
             size: size_of::<abi::Meta>(),
             deadline_ns: owned.deadline.map_or(0, crate::plugin::host::clock_ns),

@@ -140,6 +140,16 @@ impl Buf {
         }
     }
 
+    /// As [`Self::into_bytes`] of a clone, which is only made where it is kept.
+    #[must_use]
+    pub fn to_bytes(&self) -> Bytes {
+        let is_host_made = !self.raw.vt.is_null() && !ptr::eq(self.raw.vt, &raw const BYTES_VT.vt);
+        if is_host_made && self.raw.len < COPY_BYTES_MAX {
+            return Bytes::copy_from_slice(self);
+        }
+        self.clone().into_bytes()
+    }
+
     /// Takes over a buffer from the host.
     ///
     /// # Safety

@@ -427,12 +427,20 @@ fn handle<F>(
 where
     F: Future<Output = Result<(), Error>> + Send,
 {
-    let made = context::poll_handler(host, make, |made| {
-        made.is_err().then_some(Reset::new(failure::PLUGIN_FAILED))
-    });
+    // Made where it stays: a handler's future may be several KiB.
+    let mut handler = Box::<Handler<F>>::new_uninit();
+    let room = &mut handler;
+    let made = context::poll_handler(
+        host,
+        move || {
+            room.write(Handler { host, name, end, future: make(), _refusal: refusal });
+        },
+        |made| made.is_err().then_some(Reset::new(failure::PLUGIN_FAILED)),
+    );
     match made {
-        Ok(future) => {
-            let handler = Box::new(Handler { host, name, end, future, _refusal: refusal });
+        Ok(()) => {
+            // SAFETY: written by the closure, which has ended well.
+            let handler = unsafe { handler.assume_init() };
             abi::Future { data: Box::into_raw(handler).cast(), vt: const { &Handler::<F>::VT } }
         }
         Err(Panicked) => panicked(),
