@@ -23,6 +23,7 @@ use crate::random;
 use crate::shard::Shard;
 use crate::tunnel::backoff::{Backoff, SETTLED, jitter};
 use crate::tunnel::dial::{self, DialError};
+use crate::tunnel::pressure;
 use crate::tunnel::session::FEATURE_ANNOUNCE;
 use crate::tunnel::{LaneEnd, Link, drive};
 
@@ -47,6 +48,8 @@ pub struct Settings {
     pub lanes: u32,
     /// How each lane is set up, but for what the relay's welcome says.
     pub lane: LaneConfig,
+    /// How long a relay may take to let us in.
+    pub timeouts: dial::Timeouts,
 }
 
 /// The sidecar's role of this process.
@@ -164,6 +167,13 @@ impl Sidecar {
         }
     }
 
+    /// Bounds what all sessions have queued; called every [`PRESSURE_TICK`].
+    ///
+    /// [`PRESSURE_TICK`]: crate::tunnel::pressure::PRESSURE_TICK
+    pub fn balance(&self, queued_max: u64) {
+        pressure::balance(&self.links(), queued_max);
+    }
+
     /// Exchanges that run.
     pub fn exchanges(&self) -> usize {
         self.links().iter().map(|link| link.load()).sum()
@@ -224,7 +234,8 @@ impl Sidecar {
     async fn begin_session(&self, peer: &Peer) -> Result<(Session, NewLane), DialError> {
         let protocols = self.protocols();
         let hello = self.hello(&protocols);
-        let (stream, welcome, input) = dial::dial(&peer.relay, &hello).await?;
+        let (stream, welcome, input) =
+            dial::dial(&peer.relay, &hello, self.settings.timeouts).await?;
         let session = Session {
             id: welcome.session,
             secret: welcome.secret,
@@ -255,7 +266,8 @@ impl Sidecar {
             secret: session.secret.clone(),
             ..self.hello(&session.protocols)
         };
-        let (stream, welcome, input) = dial::dial(&peer.relay, &hello).await?;
+        let (stream, welcome, input) =
+            dial::dial(&peer.relay, &hello, self.settings.timeouts).await?;
         Ok(NewLane { stream, input, number: welcome.lane })
     }
 

@@ -10,11 +10,14 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-/// How long a connection to a relay may take to come up.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// How long the relay may take to answer a hello.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a relay may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// For the connection to come up.
+    pub connect: Duration,
+    /// For the answer to a hello.
+    pub answer: Duration,
+}
 
 /// Bytes the kernel keeps unsent before it says the socket is full. Low, so that what is written
 /// next is chosen late and a small message overtakes bulk.
@@ -33,10 +36,12 @@ pub enum DialError {
         source: io::Error,
     },
     /// No answer in time.
-    #[error("relay {relay} did not answer within {} s", ANSWER_TIMEOUT.as_secs())]
+    #[error("relay {relay} did not answer within {after:?}")]
     Timeout {
         /// Its address as configured.
         relay: String,
+        /// How long it had.
+        after: Duration,
     },
     /// The connection failed during the handshake.
     #[error("the handshake with relay {relay} failed")]
@@ -104,8 +109,9 @@ impl DialError {
 pub async fn dial(
     relay: &str,
     hello: &proto::Hello,
+    timeouts: Timeouts,
 ) -> Result<(TcpStream, proto::Welcome, BytesMut), DialError> {
-    let mut stream = connect(relay).await?;
+    let mut stream = connect(relay, timeouts.connect).await?;
     if hello.credential.is_empty() {
         let peer = stream.peer_addr().map_err(|source| io_error(relay, source))?.ip();
         if !peer.to_canonical().is_loopback() {
@@ -114,14 +120,15 @@ pub async fn dial(
     }
     let mut input = BytesMut::with_capacity(4096);
     let answer =
-        timeout(ANSWER_TIMEOUT, exchange_hello(relay, &mut stream, hello, &mut input)).await;
-    let welcome = answer.map_err(|_| DialError::Timeout { relay: relay.to_owned() })??;
+        timeout(timeouts.answer, exchange_hello(relay, &mut stream, hello, &mut input)).await;
+    let welcome = answer
+        .map_err(|_| DialError::Timeout { relay: relay.to_owned(), after: timeouts.answer })??;
     Ok((stream, welcome, input))
 }
 
-async fn connect(relay: &str) -> Result<TcpStream, DialError> {
+async fn connect(relay: &str, limit: Duration) -> Result<TcpStream, DialError> {
     let failed = |source| DialError::Connect { relay: relay.to_owned(), source };
-    let stream = timeout(CONNECT_TIMEOUT, TcpStream::connect(relay))
+    let stream = timeout(limit, TcpStream::connect(relay))
         .await
         .map_err(|_| failed(io::ErrorKind::TimedOut.into()))?
         .map_err(failed)?;
