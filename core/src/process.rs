@@ -14,6 +14,7 @@ use sidelane_tunnel::{LaneConfig, Side};
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
 
 use crate::admin::{self, AdminState, Readiness, ReloadRequest};
 use crate::config::watch::{Reload, Watcher};
@@ -25,7 +26,8 @@ use crate::plugin::{HostContext, Limits, LoadError, LoadFault, PluginSpec, Plugi
 use crate::relay::Relay;
 use crate::shard::Shards;
 use crate::sidecar::{self, Sidecar};
-use crate::tunnel::accept::HandshakeLimits;
+use crate::tunnel::accept::Bounds;
+use crate::tunnel::pressure::PRESSURE_TICK;
 use crate::tunnel::{dial, session};
 
 mod log;
@@ -130,7 +132,7 @@ pub fn run(file: &Path, ports_file: Option<&Path>) -> Result<(), RunError> {
         let relay = Relay::new(
             section.base_domains.clone(),
             session_settings(section, &plugins),
-            handshake_limits(section),
+            section.timeouts.open_wait,
             Arc::clone(&plugins),
             Arc::clone(&metrics),
         );
@@ -198,12 +200,34 @@ impl Process {
                 tunnel,
                 front_config(section),
                 section.limits.connections,
+                handshake_bounds(section),
             );
         }
         if let Some(sidecar) = &self.sidecar {
             sidecar.start();
         }
         Ok(())
+    }
+
+    /// Holds each role to its bound on queued bytes.
+    fn balance(&self) {
+        let config = self.config();
+        if let (Some(relay), Some(section)) = (&self.relay, &config.relay) {
+            relay.balance(section.limits.queued);
+        }
+        if let (Some(sidecar), Some(section)) = (&self.sidecar, &config.sidecar) {
+            sidecar.balance(section.limits.queued);
+        }
+    }
+
+    /// Whether the sidecar serves the relay of this process, and no other.
+    fn is_embedded(&self) -> bool {
+        let config = self.config();
+        self.relay.is_some()
+            && config
+                .sidecar
+                .as_ref()
+                .is_some_and(|section| matches!(section.relays, Relays::Embedded))
     }
 
     /// Reloads and waits for a signal; then ends what runs, in order.
@@ -222,6 +246,8 @@ impl Process {
         // Who asked, in order; each trigger yields one reload.
         let mut asked: Vec<ReloadRequest> = Vec::new();
         let mut tick = tokio::time::interval(EXPIRY_TICK);
+        let mut pressure_tick = tokio::time::interval(PRESSURE_TICK);
+        pressure_tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hangup = signal(SignalKind::hangup())?;
@@ -241,6 +267,7 @@ impl Process {
                         let _ = request.reply.send(result.clone());
                     }
                 }
+                _ = pressure_tick.tick() => self.balance(),
                 _ = tick.tick() => {
                     self.plugins.end_drained(self.config().drain_timeout);
                     if let Some(relay) = &self.relay {
@@ -269,13 +296,17 @@ impl Process {
         if let Some(relay) = &self.relay {
             relay.drain();
         }
+        let at_relay =
+            || self.relay.as_ref().map_or(0, |relay| relay.exchanges() + relay.connections());
         if let Some(sidecar) = &self.sidecar {
+            if self.is_embedded() {
+                // What the relay of this process has accepted is still to be delivered.
+                wait_until(deadline, || at_relay() == 0).await;
+            }
             sidecar.drain();
         }
-        let running = || {
-            self.relay.as_ref().map_or(0, |relay| relay.exchanges() + relay.connections())
-                + self.sidecar.as_ref().map_or(0, |sidecar| sidecar.exchanges())
-        };
+        let running =
+            || at_relay() + self.sidecar.as_ref().map_or(0, |sidecar| sidecar.exchanges());
         wait_until(deadline, || running() == 0).await;
         let left = running();
         if left > 0 {
@@ -343,6 +374,12 @@ impl Process {
         if changes.is_empty() && loaded.is_empty() {
             return Ok("nothing has changed".to_owned());
         }
+        if let Err(error) = load_plugins(&self.plugins, &config) {
+            if changes.plugins {
+                self.restore_plugins(&old);
+            }
+            return Err(error);
+        }
         for what in &changes.needs_restart {
             tracing::warn!(setting = what, "changed, and takes effect only after a restart");
         }
@@ -355,6 +392,15 @@ impl Process {
         log.update(&config.log);
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
         Ok(summary(&changes, &loaded))
+    }
+
+    /// Takes the last good configuration's plugins again: those of a faulty one may be in force
+    /// where they loaded and then refused a route's options.
+    fn restore_plugins(&self, old: &Config) {
+        let specs: Vec<PluginSpec> = old.plugins.libraries.iter().map(spec).collect();
+        for error in self.plugins.apply(&specs).err().into_iter().flatten() {
+            tracing::error!(error = chain(&error), "a plugin of the last good configuration");
+        }
     }
 
     fn config(&self) -> Arc<Config> {
@@ -479,8 +525,7 @@ fn session_settings(section: &config::Relay, plugins: &Plugins) -> session::Sett
         lanes_max: u32::try_from(limits.lanes_per_session).unwrap_or(u32::MAX),
         lane: LaneConfig {
             exchanges_max: limits.exchanges_per_session,
-            window_max: limits.window,
-            ..LaneConfig::new(Side::Relay)
+            ..windows(LaneConfig::new(Side::Relay), limits.window)
         },
         protocols: plugins.types(),
     }
@@ -501,13 +546,25 @@ fn sidecar_settings(section: &config::Sidecar) -> sidecar::Settings {
         lanes: u32::try_from(section.lanes).unwrap_or(u32::MAX),
         lane: LaneConfig {
             exchanges_max: section.limits.exchanges_per_session,
-            window_max: section.limits.window,
-            ..LaneConfig::new(Side::Sidecar)
+            ..windows(LaneConfig::new(Side::Sidecar), section.limits.window)
         },
         timeouts: dial::Timeouts {
             connect: section.timeouts.dial,
             answer: section.timeouts.handshake,
         },
+    }
+}
+
+/// Bounds an exchange's credit, that which it begins with too.
+fn windows(lane: LaneConfig, max: u64) -> LaneConfig {
+    LaneConfig { receive_window: lane.receive_window.min(max), window_max: max, ..lane }
+}
+
+fn handshake_bounds(section: &config::Relay) -> Bounds {
+    Bounds {
+        timeout: section.timeouts.handshake,
+        per_second: section.limits.handshakes_per_second,
+        per_second_and_address: section.limits.handshakes_per_second_per_address,
     }
 }
 

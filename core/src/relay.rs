@@ -22,7 +22,8 @@ use crate::metrics::{Flows, Metrics, Record};
 use crate::plugin::lend::{self, Failure, Meta, Text};
 use crate::plugin::{Call, CallEnd, Plugins, PreparedHead, Protocol};
 use crate::shard::Shard;
-use crate::tunnel::accept::HandshakeLimits;
+use crate::tunnel::accept::Bounds;
+use crate::tunnel::pressure;
 use crate::tunnel::session::{Session, Sessions, Settings};
 
 mod document;
@@ -53,6 +54,9 @@ pub struct Relay {
     routing: ArcSwap<Routing>,
     sources: Mutex<Sources>,
     stopping: watch::Sender<bool>,
+    /// Told whenever an exchange that could not be opened might be now.
+    changes: watch::Sender<()>,
+    open_wait: Duration,
     connections: AtomicUsize,
     flows: Flows,
 }
@@ -63,8 +67,47 @@ struct Sources {
     own: Vec<Arc<Route>>,
     /// By epoch: the older document wins where two take the same.
     documents: BTreeMap<u64, Document>,
+    /// Documents that are not in force because an older session holds what they take, by epoch.
+    /// They come into force when nobody does any more.
+    waiting: BTreeMap<u64, Document>,
     /// Documents of sidecars that are gone, newest last, and since when.
     lost: VecDeque<(Instant, Document)>,
+}
+
+impl Sources {
+    /// What older sessions hold of what `document` takes, one line each.
+    fn conflicts(&self, document: &Document) -> Vec<String> {
+        let others = self.documents.range(..document.session.epoch);
+        document.conflicts(others.map(|(_, other)| other))
+    }
+
+    fn put_in_force(&mut self, document: Document) {
+        let session = Arc::clone(&document.session);
+        // A sidecar that is back says anew what it serves.
+        self.lost.retain(|(_, lost)| lost.session.name != session.name);
+        self.waiting.remove(&session.epoch);
+        self.documents.insert(session.epoch, document);
+    }
+
+    /// Puts waiting documents in force, the oldest first, where nothing stands in their way any
+    /// more. Returns whose, and which version.
+    fn take_waiting(&mut self) -> Vec<(Arc<Session>, u64)> {
+        let mut accepted = Vec::new();
+        for (epoch, document) in std::mem::take(&mut self.waiting) {
+            if self.conflicts(&document).is_empty() {
+                accepted.push((Arc::clone(&document.session), document.version));
+                self.put_in_force(document);
+            } else {
+                self.waiting.insert(epoch, document);
+            }
+        }
+        accepted
+    }
+}
+
+/// Texts that every exchange carries, made once.
+struct Texts {
+    empty: Arc<str>,
 }
 
 /// A client listener that is bound: one socket per thread.
@@ -82,7 +125,7 @@ impl Relay {
     pub fn new(
         base_domains: Vec<Arc<str>>,
         settings: Settings,
-        handshakes: HandshakeLimits,
+        open_wait: Duration,
         plugins: Arc<Plugins>,
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
@@ -96,9 +139,12 @@ impl Relay {
                 base_domains,
                 own: Vec::new(),
                 documents: BTreeMap::new(),
+                waiting: BTreeMap::new(),
                 lost: VecDeque::new(),
             }),
             stopping: watch::Sender::new(false),
+            changes: watch::Sender::new(()),
+            open_wait,
             connections: AtomicUsize::new(0),
             flows: Flows::new("relay"),
         })
@@ -122,6 +168,7 @@ impl Relay {
         tunnel: std::net::TcpListener,
         front: FrontConfig,
         connections_max: usize,
+        handshakes: Bounds,
     ) {
         let front = Arc::new(front);
         let entry = Arc::new(HttpEntry { relay: Arc::clone(self) });
@@ -150,7 +197,7 @@ impl Relay {
             match TcpListener::from_std(tunnel) {
                 Ok(socket) => {
                     let stopping = relay.stopping.subscribe();
-                    tunnels::accept(relay, socket, threads, stopping).await;
+                    tunnels::accept(relay, socket, threads, handshakes, stopping).await;
                 }
                 Err(error) => tracing::error!(%error, "the tunnel's listener is lost"),
             }
@@ -174,6 +221,15 @@ impl Relay {
     pub fn exchanges(&self) -> usize {
         let sessions = self.sessions.all();
         sessions.iter().flat_map(|session| session.lanes().to_vec()).map(|link| link.load()).sum()
+    }
+
+    /// Bounds what all sessions have queued; called every [`PRESSURE_TICK`].
+    ///
+    /// [`PRESSURE_TICK`]: crate::tunnel::pressure::PRESSURE_TICK
+    pub fn balance(&self, queued_max: u64) {
+        let sessions = self.sessions.all();
+        let links: Vec<_> = sessions.iter().flat_map(|session| session.lanes().to_vec()).collect();
+        pressure::balance(&links, queued_max);
     }
 
     /// Clients' connections that are open.
@@ -235,6 +291,17 @@ impl Relay {
 
     fn reroute(&self, sources: &Sources) {
         self.routing.store(Arc::new(Routing::build(sources)));
+        self.notice();
+    }
+
+    /// Whether an exchange may wait for a session that is on its way.
+    fn waits_for_sessions(&self) -> bool {
+        !self.open_wait.is_zero() && !*self.stopping.borrow()
+    }
+
+    /// Lets exchanges that wait for a session look again.
+    fn notice(&self) {
+        self.changes.send_replace(());
     }
 
     fn session_begun(&self, session: &Arc<Session>) {
@@ -246,12 +313,33 @@ impl Relay {
         self.metrics.set_sessions(self.sessions.len());
         tracing::info!(sidecar = &*session.name, epoch = session.epoch, "session ended");
         let mut sources = self.lock_sources();
+        sources.waiting.remove(&session.epoch);
         if let Some(document) = sources.documents.remove(&session.epoch) {
             if sources.lost.len() >= LOST_DOCUMENTS_MAX {
                 sources.lost.pop_front();
             }
             sources.lost.push_back((Instant::now(), document));
+            let accepted = sources.take_waiting();
             self.reroute(&sources);
+            drop(sources);
+            self.tell_accepted(&accepted);
+        }
+    }
+
+    /// Tells sidecars whose documents waited that they are in force.
+    fn tell_accepted(&self, accepted: &[(Arc<Session>, u64)]) {
+        for (session, version) in accepted {
+            self.metrics.announced(true);
+            tracing::info!(
+                sidecar = &*session.name,
+                version,
+                "announcement accepted: what it takes is free now"
+            );
+            session.answer(proto::Announced {
+                version: *version,
+                accepted: true,
+                reasons: Vec::new(),
+            });
         }
     }
 
@@ -268,20 +356,23 @@ impl Relay {
     /// Takes a sidecar's document whole, or refuses it whole and keeps the one before.
     fn announce(&self, session: &Arc<Session>, announce: &proto::Announce) -> proto::Announced {
         let mut sources = self.lock_sources();
+        let mut freed = Vec::new();
         let reasons = match Document::parse(session, announce) {
             Ok(document) => {
-                let others = sources.documents.range(..session.epoch);
-                let conflicts = document.conflicts(others.map(|(_, other)| other));
+                let conflicts = sources.conflicts(&document);
                 if conflicts.is_empty() {
-                    // A sidecar that is back says anew what it serves.
-                    sources.lost.retain(|(_, lost)| lost.session.name != session.name);
-                    sources.documents.insert(session.epoch, document);
+                    sources.put_in_force(document);
+                    freed = sources.take_waiting();
                     self.reroute(&sources);
+                } else {
+                    sources.waiting.insert(session.epoch, document);
                 }
                 conflicts
             }
             Err(reasons) => reasons,
         };
+        drop(sources);
+        self.tell_accepted(&freed);
         let accepted = reasons.is_empty();
         self.metrics.announced(accepted);
         if accepted {

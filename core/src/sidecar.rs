@@ -23,6 +23,7 @@ use crate::random;
 use crate::shard::Shard;
 use crate::tunnel::backoff::{Backoff, SETTLED, jitter};
 use crate::tunnel::dial::{self, DialError};
+use crate::tunnel::pressure;
 use crate::tunnel::session::FEATURE_ANNOUNCE;
 use crate::tunnel::{LaneEnd, Link, drive};
 
@@ -47,7 +48,7 @@ pub struct Settings {
     pub lanes: u32,
     /// How each lane is set up, but for what the relay's welcome says.
     pub lane: LaneConfig,
-    /// For each dial.
+    /// How long a relay may take to let us in.
     pub timeouts: dial::Timeouts,
 }
 
@@ -164,6 +165,13 @@ impl Sidecar {
         for link in self.links() {
             link.go_away(failure::DRAINING, "the sidecar is shutting down");
         }
+    }
+
+    /// Bounds what all sessions have queued; called every [`PRESSURE_TICK`].
+    ///
+    /// [`PRESSURE_TICK`]: crate::tunnel::pressure::PRESSURE_TICK
+    pub fn balance(&self, queued_max: u64) {
+        pressure::balance(&self.links(), queued_max);
     }
 
     /// Exchanges that run.

@@ -9,6 +9,7 @@ pub mod dial;
 mod drive;
 mod exchange;
 mod link;
+pub mod pressure;
 pub mod session;
 
 pub use drive::{LaneEnd, drive};

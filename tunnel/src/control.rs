@@ -41,6 +41,13 @@ pub(crate) enum Control {
 }
 
 impl Control {
+    const fn document_bytes(&self) -> usize {
+        match self {
+            Self::Document { bytes, .. } => bytes.len(),
+            _ => 0,
+        }
+    }
+
     /// Returns whether both ends count it, so that it is replayed after a loss.
     pub(crate) const fn is_counted(&self) -> bool {
         match self {
@@ -53,30 +60,38 @@ impl Control {
     }
 }
 
+/// Bytes of announcements and of answers to them that may wait: a few of the longest.
+const DOCUMENT_BYTES_MAX: usize = 8 * 1024 * 1024;
+
 /// The queue of control messages.
 #[derive(Debug)]
 pub(crate) struct ControlQueue {
     queue: VecDeque<Control>,
     /// Bounds what a peer that asks and never reads can make us hold.
     max: usize,
+    /// Of the documents in the queue.
+    document_bytes: usize,
     overflowed: bool,
 }
 
 impl ControlQueue {
     pub(crate) const fn new(max: usize) -> Self {
-        Self { queue: VecDeque::new(), max, overflowed: false }
+        Self { queue: VecDeque::new(), max, document_bytes: 0, overflowed: false }
     }
 
     pub(crate) fn push(&mut self, control: Control) {
-        if self.queue.len() >= self.max {
+        let bytes = control.document_bytes();
+        if self.queue.len() >= self.max || self.document_bytes + bytes > DOCUMENT_BYTES_MAX {
             self.overflowed = true;
         } else {
+            self.document_bytes += bytes;
             self.queue.push_back(control);
         }
     }
 
     pub(crate) fn pop(&mut self) -> Option<Control> {
         let control = self.queue.pop_front();
+        self.document_bytes -= control.as_ref().map_or(0, Control::document_bytes);
         if self.queue.is_empty() && self.queue.capacity() > 64 {
             self.queue = VecDeque::new();
         }
@@ -98,6 +113,7 @@ impl ControlQueue {
 
     pub(crate) fn clear(&mut self) {
         self.queue = VecDeque::new();
+        self.document_bytes = 0;
     }
 }
 

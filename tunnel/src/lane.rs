@@ -104,6 +104,18 @@ impl Default for LaneConfig {
     }
 }
 
+/// How much is queued beside this lane, in all that shares a bound with it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+pub enum Pressure {
+    /// Little.
+    #[default]
+    None,
+    /// More than half of the bound: windows stop growing.
+    High,
+    /// All of it: opens are refused too.
+    Full,
+}
+
 /// Why an exchange could not be opened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum OpenError {
@@ -165,7 +177,7 @@ pub enum LaneError {
         before: u64,
     },
     /// The peer makes us answer faster than it reads.
-    #[error("more than {max} control messages wait for the peer")]
+    #[error("more than {max} control messages, or too long ones, wait for the peer")]
     ControlFlood {
         /// The bound.
         max: usize,
@@ -268,6 +280,7 @@ pub struct Lane {
     peer_draining: bool,
     /// Cost of all receive queues.
     receive_queued: u64,
+    pressure: Pressure,
     sent: u64,
     received: u64,
     acknowledged: u64,
@@ -301,6 +314,7 @@ impl Lane {
             draining: false,
             peer_draining: false,
             receive_queued: 0,
+            pressure: Pressure::None,
             sent: 0,
             received: 0,
             acknowledged: 0,
@@ -695,7 +709,8 @@ impl Lane {
     // --- inside -----------------------------------------------------------------------------------
 
     fn is_overloaded(&self) -> bool {
-        self.exchanges.len() >= self.config.exchanges_max
+        self.pressure == Pressure::Full
+            || self.exchanges.len() >= self.config.exchanges_max
             || self.receive_queued >= self.config.queued_bytes_max
             || self.outbox.queued() as u64 >= self.config.queued_bytes_max
     }
@@ -707,7 +722,8 @@ impl Lane {
         if first || payload.field == 0 || exchange.recv.ended || exchange.closed.is_some() {
             return;
         }
-        if self.receive_queued <= self.config.queued_bytes_max / 2 {
+        let has_room = self.receive_queued <= self.config.queued_bytes_max / 2;
+        if has_room && self.pressure == Pressure::None {
             exchange.recv.credit.tune(self.now, self.liveness.rtt(), self.config.window_max);
         }
         let due = exchange.recv.credit.consume(charge(payload.len()));
@@ -794,6 +810,11 @@ impl Lane {
             return Err(LaneError::ControlFlood { max: self.control.max() });
         }
         Ok(())
+    }
+
+    /// Says how much is queued beside this lane. Holds until it is said anew.
+    pub const fn set_pressure(&mut self, pressure: Pressure) {
+        self.pressure = pressure;
     }
 
     /// Wakes the driver though nothing new is to be sent.

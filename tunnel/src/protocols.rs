@@ -84,15 +84,12 @@ impl ProtocolTable {
         names: impl IntoIterator<Item = &'a str>,
     ) -> Result<Self, ProtocolTableError> {
         let mut table = Self::default();
-        let taken = self.entries.iter().map(|&(number, _)| number).max().unwrap_or(0);
-        let mut free = taken.saturating_add(1).max(PROTOCOL_NUMBER_NAMED_MIN);
+        // The other end may have taken any number, the largest too. Of a few hundred one is free.
+        let mut free = PROTOCOL_NUMBER_NAMED_MIN..;
         for name in names {
             let number = match self.number(name).or_else(|| fixed_number(name)) {
                 Some(number) => number,
-                None => {
-                    free += 1;
-                    free - 1
-                }
+                None => free.find(|number| self.name(*number).is_none()).unwrap_or(u32::MAX),
             };
             table.add(number, name)?;
         }
@@ -205,6 +202,13 @@ mod tests {
             answer.to_wire(),
             wire(&[(66, "REDIS"), (65, "ECHO"), (1, "HTTP"), (67, "SMTP")])
         );
+    }
+
+    #[test]
+    fn an_answer_finds_free_numbers_beside_the_largest() {
+        let hello = ProtocolTable::parse(&wire(&[(u32::MAX, "LAST"), (64, "ECHO")])).unwrap();
+        let answer = hello.answer(["REDIS", "LAST", "SMTP"]).unwrap();
+        assert_eq!(answer.to_wire(), wire(&[(65, "REDIS"), (u32::MAX, "LAST"), (66, "SMTP")]));
     }
 
     #[test]

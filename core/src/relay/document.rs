@@ -18,7 +18,10 @@ const TUNNELS_MAX: usize = 1_000;
 /// Reasons of a refusal that are told; the first ones suffice to mend the file.
 const REASONS_MAX: usize = 32;
 
-/// A document in force.
+/// Bytes of one reason: it quotes what a sidecar sent, which may be as long as a message.
+const REASON_BYTES_MAX: usize = 512;
+
+/// A document in force, or one that waits for another to go.
 pub(super) struct Document {
     pub(super) session: Arc<Session>,
     pub(super) version: u64,
@@ -70,7 +73,7 @@ impl Document {
             Ok(Self { session: Arc::clone(session), version: announce.version, tunnels, routes })
         } else {
             reasons.truncate(REASONS_MAX);
-            Err(reasons)
+            Err(reasons.into_iter().map(shorten).collect())
         }
     }
 
@@ -89,10 +92,20 @@ impl Document {
                 ))
             })
             .take(REASONS_MAX)
+            .map(shorten)
             .collect()
     }
 
     pub(super) fn tunnel_names(&self) -> Vec<&str> {
         self.tunnels.iter().map(|(name, _)| &**name).collect()
     }
+}
+
+fn shorten(mut reason: String) -> String {
+    if reason.len() > REASON_BYTES_MAX {
+        let cut = (0..=REASON_BYTES_MAX).rev().find(|at| reason.is_char_boundary(*at));
+        reason.truncate(cut.unwrap_or_default());
+        reason.push('…');
+    }
+    reason
 }

@@ -1,10 +1,15 @@
 //! Opens the exchange of one client request or connection: route, session, lane.
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use sidelane_abi::failure;
 use sidelane_tunnel::{OpenError, proto};
+use tokio::sync::watch;
+use tokio::time::Sleep;
 
 use super::Relay;
 use crate::metrics::Record;
@@ -22,11 +27,46 @@ pub(super) struct RelayOpener {
     /// None once it has gone with the exchange.
     meta: Option<Meta>,
     record: Arc<Record>,
+    /// Waits for a session that is on its way.
+    wait: Option<Wait>,
+}
+
+/// The time that an exchange may wait for a session, and what to look at meanwhile.
+struct Wait {
+    deadline: Pin<Box<Sleep>>,
+    change: Change,
+}
+
+/// The next change of what is served. Hands its receiver back, so that no change is missed.
+type Change = Pin<Box<dyn Future<Output = watch::Receiver<()>> + Send>>;
+
+fn next(mut changes: watch::Receiver<()>) -> Change {
+    Box::pin(async move {
+        // An error means that the relay is gone, and with it whoever waits.
+        let _ = changes.changed().await;
+        changes
+    })
+}
+
+impl Wait {
+    fn new(relay: &Relay, limit: Duration) -> Self {
+        let deadline = Box::pin(tokio::time::sleep(limit));
+        Self { deadline, change: next(relay.changes.subscribe()) }
+    }
+
+    /// True: look again. False: the time is up.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+        if let Poll::Ready(changes) = self.change.as_mut().poll(cx) {
+            self.change = next(changes);
+            return Poll::Ready(true);
+        }
+        self.deadline.as_mut().poll(cx).map(|()| false)
+    }
 }
 
 impl RelayOpener {
     pub(super) fn new(relay: Arc<Relay>, meta: Meta, record: Arc<Record>) -> Self {
-        Self { relay, meta: Some(meta), record }
+        Self { relay, meta, record, wait: None }
     }
 
     fn open(&mut self, key: RouteKey<'_>) -> Result<Opened<SendHalf, RecvHalf>, Failure> {
@@ -107,13 +147,29 @@ impl Opener for RelayOpener {
 
     fn poll_open(
         &mut self,
-        _cx: &mut Context<'_>,
+        cx: &mut Context<'_>,
         key: RouteKey<'_>,
     ) -> Poll<Result<Opened<SendHalf, RecvHalf>, Failure>> {
-        let opened = self.open(key);
-        if let Err(failure) = &opened {
-            self.record.unopened(failure.code);
+        loop {
+            let failure = match self.open(key) {
+                Ok(opened) => return Poll::Ready(Ok(opened)),
+                Err(failure) => failure,
+            };
+            let may_wait = failure.code == failure::NO_SIDECAR && self.relay.waits_for_sessions();
+            let look_again = match &mut self.wait {
+                _ if !may_wait => false,
+                Some(wait) => ready!(wait.poll(cx)),
+                None => {
+                    // Changes are seen from here on; one that came just before is seen by the
+                    // second look.
+                    self.wait = Some(Wait::new(&self.relay, self.relay.open_wait));
+                    true
+                }
+            };
+            if !look_again {
+                self.record.unopened(failure.code);
+                return Poll::Ready(Err(failure));
+            }
         }
-        Poll::Ready(opened)
     }
 }

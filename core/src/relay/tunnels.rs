@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 use sidelane_abi::failure;
 use sidelane_tunnel::{Event, proto};
+use tokio::io::AsyncReadExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
@@ -16,7 +17,7 @@ use super::Relay;
 use crate::error::chain;
 use crate::plugin::lend::Reset;
 use crate::shard::Shard;
-use crate::tunnel::accept::{self, Gate, HANDSHAKES_MAX, HelloError};
+use crate::tunnel::accept::{self, Bounds, Gate, HANDSHAKES_MAX, HelloError, RETRY_AFTER_RATE_MS};
 use crate::tunnel::session::{Admitted, Session, SessionId};
 use crate::tunnel::{Link, dial, drive};
 
@@ -24,14 +25,26 @@ use crate::tunnel::{Link, dial, drive};
 /// spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Diallers at once that are told to come back; further ones are closed unanswered.
+const TURNED_AWAY_MAX: usize = 64;
+
+/// How long one that was told so has to take it. Closing at once would make the kernel reset the
+/// connection, and the dialler could lose the answer.
+const TURNED_AWAY_TIME: Duration = Duration::from_millis(500);
+
+/// Most bytes thrown away meanwhile: a hello is shorter.
+const TURNED_AWAY_BYTES_MAX: usize = 64 * 1024;
+
 /// Lets sidecars in on `listener` until `stopping` turns true.
 pub(super) async fn accept(
     relay: Arc<Relay>,
     listener: TcpListener,
     shards: Arc<[Shard]>,
+    bounds: Bounds,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let gate = Gate::new(relay.handshakes);
+    let gate = Gate::new(bounds);
+    let turned_away = Arc::new(Semaphore::new(TURNED_AWAY_MAX));
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     loop {
         let accepted = tokio::select! {
@@ -49,11 +62,39 @@ pub(super) async fn accept(
         let permit = Arc::clone(&handshakes).try_acquire_owned();
         let (true, Ok(permit)) = (gate.enter(peer.ip(), Instant::now()), permit) else {
             relay.metrics.handshake_refused("rate");
-            tracing::debug!(%peer, "too many handshakes; connection closed");
+            tracing::debug!(%peer, "too many handshakes; turned away");
+            if let Ok(permit) = Arc::clone(&turned_away).try_acquire_owned() {
+                tokio::spawn(turn_away(stream, permit));
+            }
             continue;
         };
-        tokio::spawn(shake_hands(Arc::clone(&relay), stream, peer, Arc::clone(&shards), permit));
+        let (relay, shards) = (Arc::clone(&relay), Arc::clone(&shards));
+        tokio::spawn(shake_hands(relay, stream, peer, shards, bounds.timeout, permit));
     }
+}
+
+/// Tells a dialler that came too soon when to come back.
+async fn turn_away(mut stream: TcpStream, permit: OwnedSemaphorePermit) {
+    let refuse = proto::Refuse {
+        reason: proto::RefuseReason::Overloaded.into(),
+        detail: "too many sidecars dial at once".to_owned(),
+        retry_after_ms: RETRY_AFTER_RATE_MS,
+    };
+    let told = async {
+        accept::send_refuse(&mut stream, &refuse).await?;
+        let mut space = [0; 1024];
+        let mut thrown_away = 0;
+        while thrown_away < TURNED_AWAY_BYTES_MAX {
+            match stream.read(&mut space).await? {
+                0 => break,
+                read => thrown_away += read,
+            }
+        }
+        io::Result::Ok(())
+    };
+    // Whoever does not take the answer learns of it by the closed connection.
+    let _ = timeout(TURNED_AWAY_TIME, told).await;
+    drop(permit);
 }
 
 async fn shake_hands(
@@ -61,12 +102,12 @@ async fn shake_hands(
     mut stream: TcpStream,
     peer: SocketAddr,
     shards: Arc<[Shard]>,
+    limit: Duration,
     permit: OwnedSemaphorePermit,
 ) {
     let mut input = BytesMut::with_capacity(4096);
-    let limit = relay.handshakes.hello;
     let hello = timeout(limit, accept::read_hello(&mut stream, &mut input)).await;
-    let hello = match hello.unwrap_or(Err(HelloError::Timeout(limit))) {
+    let hello = match hello.unwrap_or(Err(HelloError::Timeout)) {
         Ok(hello) => hello,
         Err(error) => {
             relay.metrics.handshake_refused("hello");
@@ -110,6 +151,8 @@ async fn shake_hands(
         }
     };
     if !handed_over {
+        // Exchanges may have been opened on it already.
+        link.abandon(Reset::new(failure::TUNNEL_LOST));
         relay.sessions.lane_ended(&session, &link);
     }
 }
@@ -150,13 +193,17 @@ async fn run_lane(
         old.close();
     }
     tracing::info!(sidecar = &*session.name, peer = %session.peer, lane = link.number, "lane up");
+    relay.notice();
     let lost = Reset::new(failure::TUNNEL_LOST);
     let end = match TcpStream::from_std(stream) {
         Ok(stream) => {
             let on_event = |link: &Arc<Link>, event| handle_event(&relay, &session, link, event);
             chain(&drive(Arc::clone(&link), stream, input, lost, on_event).await)
         }
-        Err(error) => error.to_string(),
+        Err(error) => {
+            link.abandon(lost);
+            error.to_string()
+        }
     };
     tracing::info!(sidecar = &*session.name, lane = link.number, reason = end, "lane ended");
     if relay.sessions.lane_ended(&session, &link) {

@@ -11,19 +11,22 @@ use sidelane_tunnel::{Acceptor, HandshakeError, proto};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-/// What bounds handshakes in time and number.
+/// Handshakes under way at once. Bounds what silent connections cost.
+pub const HANDSHAKES_MAX: usize = 512;
+
+/// When a dialler that came too soon is asked to come back: the gate's count begins anew by then.
+pub const RETRY_AFTER_RATE_MS: u32 = 1_000;
+
+/// What handshakes are bounded by.
 #[derive(Clone, Copy, Debug)]
-pub struct HandshakeLimits {
-    /// How long a dialler may take from its connection to its whole hello.
-    pub hello: Duration,
-    /// Handshakes begun in one second, over all addresses; the rest is closed unanswered.
+pub struct Bounds {
+    /// From a dialler's connection to its whole hello, and for our answer to be taken.
+    pub timeout: Duration,
+    /// Handshakes begun in one second, over all addresses.
     pub per_second: u32,
     /// The same for one address.
     pub per_second_and_address: u32,
 }
-
-/// Handshakes under way at once. Bounds what silent connections cost.
-pub const HANDSHAKES_MAX: usize = 512;
 
 /// Why no hello came.
 #[derive(Debug, Error)]
@@ -31,9 +34,9 @@ pub enum HelloError {
     /// The connection closed first.
     #[error("the connection closed before a whole hello came")]
     Closed,
-    /// It took longer than [`HandshakeLimits::hello`].
-    #[error("no whole hello within {0:?}")]
-    Timeout(Duration),
+    /// It took longer than [`Bounds::timeout`].
+    #[error("no whole hello in time")]
+    Timeout,
     /// The transport failed.
     #[error("the connection failed")]
     Io(#[source] io::Error),
@@ -88,7 +91,7 @@ pub async fn send_refuse<S: AsyncWrite + Unpin>(
 
 /// Bounds handshakes per second, over all and per address.
 pub struct Gate {
-    limits: HandshakeLimits,
+    bounds: Bounds,
     window: Mutex<Window>,
 }
 
@@ -96,15 +99,15 @@ pub struct Gate {
 struct Window {
     began: Option<Instant>,
     total: u32,
-    /// Invariant: at most [`HandshakeLimits::per_second`] entries, emptied each second.
+    /// Invariant: at most [`Bounds::per_second`] entries, emptied each second.
     by_address: HashMap<IpAddr, u32>,
 }
 
 impl Gate {
-    /// Returns a gate that nobody has passed yet.
+    /// Returns a gate that nobody has passed.
     #[must_use]
-    pub fn new(limits: HandshakeLimits) -> Self {
-        Self { limits, window: Mutex::default() }
+    pub fn new(bounds: Bounds) -> Self {
+        Self { bounds, window: Mutex::default() }
     }
 
     /// Returns whether one more may begin.
@@ -114,11 +117,11 @@ impl Gate {
         if is_over {
             *window = Window { began: Some(now), ..Window::default() };
         }
-        if window.total >= self.limits.per_second {
+        if window.total >= self.bounds.per_second {
             return false;
         }
         let of_address = window.by_address.entry(address.to_canonical()).or_default();
-        if *of_address >= self.limits.per_second_and_address {
+        if *of_address >= self.bounds.per_second_and_address {
             return false;
         }
         *of_address += 1;
@@ -133,6 +136,9 @@ mod tests {
 
     use super::*;
 
+    const BOUNDS: Bounds =
+        Bounds { timeout: Duration::ZERO, per_second: 7, per_second_and_address: 3 };
+
     fn address(last: u8) -> IpAddr {
         Ipv4Addr::new(192, 0, 2, last).into()
     }
@@ -145,19 +151,19 @@ mod tests {
 
     #[test]
     fn one_address_cannot_take_all_handshakes() {
-        let gate = Gate::new(LIMITS);
+        let gate = Gate::new(BOUNDS);
         let now = Instant::now();
         let entered = (0..100).filter(|_| gate.enter(address(1), now)).count();
-        assert_eq!(entered, LIMITS.per_second_and_address as usize);
+        assert_eq!(entered, 3);
         assert!(gate.enter(address(2), now));
     }
 
     #[test]
     fn the_total_is_bounded_and_comes_back_after_a_second() {
-        let gate = Gate::new(LIMITS);
+        let gate = Gate::new(BOUNDS);
         let now = Instant::now();
         let entered = (0..=255).cycle().take(2000).filter(|n| gate.enter(address(*n), now)).count();
-        assert_eq!(entered, LIMITS.per_second as usize);
+        assert_eq!(entered, 7);
         assert!(gate.enter(address(1), now + Duration::from_secs(1)));
     }
 }

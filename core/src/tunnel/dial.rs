@@ -10,12 +10,12 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-/// How long a dial may take.
+/// How long a relay may take.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
     /// For the connection to come up.
     pub connect: Duration,
-    /// For the relay to answer the hello.
+    /// For the answer to a hello.
     pub answer: Duration,
 }
 
@@ -36,12 +36,12 @@ pub enum DialError {
         source: io::Error,
     },
     /// No answer in time.
-    #[error("relay {relay} did not answer within {limit:?}")]
+    #[error("relay {relay} did not answer within {after:?}")]
     Timeout {
         /// Its address as configured.
         relay: String,
-        /// The time it had.
-        limit: Duration,
+        /// How long it had.
+        after: Duration,
     },
     /// The connection failed during the handshake.
     #[error("the handshake with relay {relay} failed")]
@@ -119,9 +119,10 @@ pub async fn dial(
         }
     }
     let mut input = BytesMut::with_capacity(4096);
-    let limit = timeouts.answer;
-    let answer = timeout(limit, exchange_hello(relay, &mut stream, hello, &mut input)).await;
-    let welcome = answer.map_err(|_| DialError::Timeout { relay: relay.to_owned(), limit })??;
+    let answer =
+        timeout(timeouts.answer, exchange_hello(relay, &mut stream, hello, &mut input)).await;
+    let welcome = answer
+        .map_err(|_| DialError::Timeout { relay: relay.to_owned(), after: timeouts.answer })??;
     Ok((stream, welcome, input))
 }
 

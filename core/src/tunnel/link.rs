@@ -115,6 +115,12 @@ impl Link {
         self.with(|lane| lane.go_away(proto::GoAway { code, detail: detail.to_owned() }));
     }
 
+    /// Ends the lane and its exchanges where no driver will.
+    pub fn abandon(&self, lost: Reset) {
+        self.leave();
+        self.with(|lane| lane.close(lost));
+    }
+
     /// Asks the driver to end once everything queued is written.
     pub fn close(&self) {
         self.leave();

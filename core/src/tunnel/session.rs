@@ -106,6 +106,12 @@ impl Session {
         flow: Arc<Flow>,
     ) -> Result<(RequestId, SendHalf, RecvHalf, bool), OpenError> {
         let lanes = self.lanes.load();
+        // Each lane holds the limit too; of several lanes the sum counts.
+        if lanes.len() > 1
+            && lanes.iter().map(|link| link.load()).sum::<usize>() >= self.lane.exchanges_max
+        {
+            return Err(OpenError::Overloaded);
+        }
         let open_lanes = || lanes.iter().filter(|link| link.is_open());
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         let own = open_lanes().filter(|link| Some(link.shard) == shard);
@@ -280,6 +286,8 @@ impl Sessions {
             requests: AtomicU64::new(0),
             turn: AtomicUsize::new(0),
         });
+        // All that can be refused comes before the registry knows of the session.
+        let protocols = answer_protocols(settings, &session)?;
         let link = self.add_lane(settings, &session, shard_of)?;
         self.by_id.insert(id, Arc::clone(&session));
         let replaced = match self.by_instance.entry(instance) {
@@ -292,7 +300,7 @@ impl Sessions {
                 None
             }
         };
-        let welcome = self.welcome(settings, &session, &link)?;
+        let welcome = self.welcome(settings, &session, &link, &protocols);
         Ok(Admitted { session, link, welcome, replaced, is_first: true })
     }
 
@@ -315,8 +323,9 @@ impl Sessions {
         if !same_secret(&session.secret, &hello.secret) {
             return Err(unknown());
         }
+        let protocols = answer_protocols(settings, &session)?;
         let link = self.add_lane(settings, &session, shard_of)?;
-        let welcome = self.welcome(settings, &session, &link)?;
+        let welcome = self.welcome(settings, &session, &link, &protocols);
         Ok(Admitted { session, link, welcome, replaced: None, is_first: false })
     }
 
@@ -352,12 +361,9 @@ impl Sessions {
         settings: &Settings,
         session: &Session,
         link: &Link,
-    ) -> Result<proto::Welcome, proto::Refuse> {
-        let protocols = session
-            .protocols
-            .answer(settings.protocols.iter().map(AsRef::as_ref))
-            .map_err(|error| refuse(proto::RefuseReason::Malformed, error.to_string(), 0))?;
-        Ok(proto::Welcome {
+        protocols: &ProtocolTable,
+    ) -> proto::Welcome {
+        proto::Welcome {
             version: sidelane_tunnel::VERSION,
             features: FEATURE_ANNOUNCE,
             session: session.id.to_vec().into(),
@@ -373,7 +379,7 @@ impl Sessions {
             message_bytes_max: settings.lane.message_bytes_max,
             replay_bytes_max: 0,
             lanes_max: settings.lanes_max,
-        })
+        }
     }
 
     /// Takes a lane out; true where it was the session's last, which is over then.
@@ -390,6 +396,16 @@ impl Sessions {
 
 fn refuse(reason: proto::RefuseReason, detail: String, retry_after_ms: u32) -> proto::Refuse {
     proto::Refuse { reason: reason.into(), detail, retry_after_ms }
+}
+
+fn answer_protocols(
+    settings: &Settings,
+    session: &Session,
+) -> Result<ProtocolTable, proto::Refuse> {
+    session
+        .protocols
+        .answer(settings.protocols.iter().map(AsRef::as_ref))
+        .map_err(|error| refuse(proto::RefuseReason::Malformed, error.to_string(), 0))
 }
 
 fn check_credential(
@@ -509,6 +525,36 @@ mod tests {
         assert!(sessions.lane_ended(&new.session, &new.link));
         assert!(sessions.is_empty());
         assert!(sessions.by_instance.is_empty());
+    }
+
+    #[test]
+    fn a_session_has_no_more_exchanges_than_its_limit_over_all_lanes() {
+        let mut settings = settings(None);
+        settings.lane.exchanges_max = 2;
+        let sessions = Sessions::new(settings);
+        let first = admit(&sessions, &hello(1), LOOPBACK).unwrap();
+        let mut further = hello(1);
+        further.session = first.welcome.session.clone();
+        further.secret = first.welcome.secret.clone();
+        admit(&sessions, &further, LOOPBACK).unwrap();
+        let metrics = crate::metrics::Metrics::new();
+        let open = || {
+            let flow = crate::metrics::Flows::new("relay").of(&metrics, &"HTTP".into());
+            first.session.open(None, 1, proto::Open::default(), flow)
+        };
+        let held = [open().map(drop), open().map(drop)];
+        assert!(held.iter().all(Result::is_ok), "halves that are dropped free their place");
+        let _held = (open().unwrap(), open().unwrap());
+        assert_eq!(open().map(drop), Err(OpenError::Overloaded));
+    }
+
+    #[test]
+    fn a_refused_hello_leaves_no_session_behind() {
+        let mut settings = settings(None);
+        settings.protocols = vec!["HTTP".into(), "no name".into()];
+        let sessions = Sessions::new(settings);
+        assert_eq!(reason(admit(&sessions, &hello(1), LOOPBACK)), proto::RefuseReason::Malformed);
+        assert!(sessions.is_empty());
     }
 
     #[test]

@@ -116,3 +116,38 @@ fn sidecar_that_ends_finishes_what_it_carries() {
     assert_eq!(client.try_body("GET", head).unwrap().body, b"begun end");
     assert_eq!(sidecar.ended().code(), Some(0));
 }
+
+/// Relay and sidecar in one process: what the relay has accepted is still delivered.
+#[test]
+fn no_request_is_refused_because_of_the_shutdown_itself() {
+    let service = Service::ok();
+    let mut sidelane = Sidelane::both(&Setup::of(service.address()));
+    let web = sidelane.web();
+    let (begun, has_begun) = mpsc::channel::<()>();
+    let clients: Vec<_> = (0..8)
+        .map(|_| {
+            let begun = begun.clone();
+            std::thread::spawn(move || {
+                let mut client = sidelane_e2e::client::Client::connect(web);
+                loop {
+                    // The end of the connection is how a client learns of the shutdown.
+                    if client.try_send(get("/").as_ref()).is_err() {
+                        return;
+                    }
+                    let Ok(answer) = client.try_answer("GET") else { return };
+                    assert_eq!(answer.head.status, 200, "{answer:?}");
+                    // An error means that enough have begun.
+                    let _ = begun.send(());
+                }
+            })
+        })
+        .collect();
+    for _ in 0..500 {
+        has_begun.recv().expect("clients are served");
+    }
+    sidelane.signal("TERM");
+    assert_eq!(sidelane.ended().code(), Some(0));
+    for client in clients {
+        client.join().expect("every answer was 200");
+    }
+}
