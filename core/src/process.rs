@@ -374,12 +374,6 @@ impl Process {
         if changes.is_empty() && loaded.is_empty() {
             return Ok("nothing has changed".to_owned());
         }
-        if let Err(error) = load_plugins(&self.plugins, &config) {
-            if changes.plugins {
-                self.restore_plugins(&old);
-            }
-            return Err(error);
-        }
         for what in &changes.needs_restart {
             tracing::warn!(setting = what, "changed, and takes effect only after a restart");
         }
@@ -392,15 +386,6 @@ impl Process {
         log.update(&config.log);
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
         Ok(summary(&changes, &loaded))
-    }
-
-    /// Takes the last good configuration's plugins again: those of a faulty one may be in force
-    /// where they loaded and then refused a route's options.
-    fn restore_plugins(&self, old: &Config) {
-        let specs: Vec<PluginSpec> = old.plugins.libraries.iter().map(spec).collect();
-        for error in self.plugins.apply(&specs).err().into_iter().flatten() {
-            tracing::error!(error = chain(&error), "a plugin of the last good configuration");
-        }
     }
 
     fn config(&self) -> Arc<Config> {
@@ -528,14 +513,6 @@ fn session_settings(section: &config::Relay, plugins: &Plugins) -> session::Sett
             ..windows(LaneConfig::new(Side::Relay), limits.window)
         },
         protocols: plugins.types(),
-    }
-}
-
-fn handshake_limits(section: &config::Relay) -> HandshakeLimits {
-    HandshakeLimits {
-        hello: section.timeouts.handshake,
-        per_second: section.limits.handshakes_per_second,
-        per_second_and_address: section.limits.handshakes_per_second_per_address,
     }
 }
 

@@ -49,7 +49,6 @@ const LOST_DOCUMENTS_MAX: usize = 1024;
 pub struct Relay {
     plugins: Arc<Plugins>,
     metrics: Arc<Metrics>,
-    handshakes: HandshakeLimits,
     sessions: Sessions,
     routing: ArcSwap<Routing>,
     sources: Mutex<Sources>,
@@ -105,11 +104,6 @@ impl Sources {
     }
 }
 
-/// Texts that every exchange carries, made once.
-struct Texts {
-    empty: Arc<str>,
-}
-
 /// A client listener that is bound: one socket per thread.
 pub struct Bound {
     /// Its name.
@@ -132,7 +126,6 @@ impl Relay {
         Arc::new(Self {
             plugins,
             metrics,
-            handshakes,
             sessions: Sessions::new(settings),
             routing: ArcSwap::default(),
             sources: Mutex::new(Sources {

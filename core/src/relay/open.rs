@@ -66,7 +66,7 @@ impl Wait {
 
 impl RelayOpener {
     pub(super) fn new(relay: Arc<Relay>, meta: Meta, record: Arc<Record>) -> Self {
-        Self { relay, meta, record, wait: None }
+        Self { relay, meta: Some(meta), record, wait: None }
     }
 
     fn open(&mut self, key: RouteKey<'_>) -> Result<Opened<SendHalf, RecvHalf>, Failure> {

@@ -143,12 +143,6 @@ mod tests {
         Ipv4Addr::new(192, 0, 2, last).into()
     }
 
-    const LIMITS: HandshakeLimits = HandshakeLimits {
-        hello: Duration::from_secs(10),
-        per_second: 200,
-        per_second_and_address: 20,
-    };
-
     #[test]
     fn one_address_cannot_take_all_handshakes() {
         let gate = Gate::new(BOUNDS);
