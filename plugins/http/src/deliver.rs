@@ -315,7 +315,7 @@ impl<'a> Delivery<'a> {
     ) -> Result<(Response<Incoming>, Place), NoHead> {
         let watch = Arc::clone(&connection.watch);
         watch.begin();
-        watch.watch_interim(&mut request);
+        request.extensions_mut().clone_from(&connection.extensions);
         let mut limits = Limits::new(self.config, connection.timer.take(), self.expects_continue);
         let mut response = pin!(connection.sender.try_send_request(request));
         let mut interim = Vec::new().into_iter();
