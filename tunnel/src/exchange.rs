@@ -13,6 +13,9 @@ use crate::payload::{Payload, Reset};
 /// Receive queues whose capacity is above this give it back when they are empty.
 const QUEUE_KEPT_MAX: usize = 16;
 
+/// Receive queues kept: as many as small exchanges run at a time on a busy lane.
+const QUEUES_KEPT_MAX: usize = 64;
+
 /// Names an exchange of one lane at this end. A stale key, of an exchange whose slot was freed, is
 /// harmless: it names nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -147,6 +150,9 @@ impl Receiving {
 #[derive(Debug, Default)]
 pub(crate) struct Exchanges {
     slots: Slab<Exchange>,
+    /// Receive queues without anything in them, for the exchanges to come. Invariant: at most
+    /// [`QUEUES_KEPT_MAX`], none of a capacity above [`QUEUE_KEPT_MAX`].
+    queues: Vec<VecDeque<Payload>>,
     /// Of the slot filled last. Wraps after 2^32 exchanges: a key that old has no owner.
     generation: u32,
 }
@@ -159,6 +165,9 @@ impl Exchanges {
     pub(crate) fn insert(&mut self, mut exchange: Exchange) -> Key {
         self.generation = self.generation.wrapping_add(1);
         exchange.generation = self.generation;
+        if let Some(queue) = self.queues.pop() {
+            exchange.recv.queue = queue;
+        }
         let index = u32::try_from(self.slots.insert(exchange)).expect("exchanges_max is below");
         Key { index, generation: self.generation }
     }
@@ -179,7 +188,11 @@ impl Exchanges {
     }
 
     pub(crate) fn remove(&mut self, index: u32) {
-        self.slots.remove(index as usize);
+        let mut queue = self.slots.remove(index as usize).recv.queue;
+        if (1..=QUEUE_KEPT_MAX).contains(&queue.capacity()) && self.queues.len() < QUEUES_KEPT_MAX {
+            queue.clear();
+            self.queues.push(queue);
+        }
         if self.slots.is_empty() && self.slots.capacity() > 1024 {
             self.slots = Slab::new();
         }

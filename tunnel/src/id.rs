@@ -1,6 +1,7 @@
 //! The id of an exchange and its text on the wire.
 
 use std::fmt;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -82,6 +83,49 @@ impl FromStr for RequestId {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         Self::parse(text.as_bytes())
+    }
+}
+
+/// Hashes ids, by a key of each table so that a peer cannot choose ids that collide.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct IdHashes {
+    key: u64,
+}
+
+impl Default for IdHashes {
+    fn default() -> Self {
+        Self { key: RandomState::new().hash_one(0) | 1 }
+    }
+}
+
+impl BuildHasher for IdHashes {
+    type Hasher = IdHasher;
+
+    fn build_hasher(&self) -> IdHasher {
+        IdHasher { key: self.key, hash: 0 }
+    }
+}
+
+/// Hasher of [`IdHashes`]: both halves of a long product, since tables use high and low bits.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct IdHasher {
+    key: u64,
+    hash: u64,
+}
+
+impl Hasher for IdHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    #[allow(clippy::cast_possible_truncation, reason = "each half is meant")]
+    fn write_u64(&mut self, id: u64) {
+        let product = u128::from(self.hash ^ id ^ self.key.rotate_left(32)) * u128::from(self.key);
+        self.hash = product as u64 ^ (product >> 64) as u64;
+    }
+
+    fn finish(&self) -> u64 {
+        self.hash
     }
 }
 

@@ -17,7 +17,7 @@ use crate::control::{Control, ControlQueue};
 use crate::credit::{MESSAGE_CHARGE, charge};
 use crate::envelope::{DecodeError, field};
 use crate::exchange::{Exchange, Exchanges, Key, Opening, SendEnd};
-use crate::id::{RequestId, Side};
+use crate::id::{IdHashes, RequestId, Side};
 use crate::liveness::{Due, Liveness};
 use crate::outbox::{self, Outbox};
 use crate::payload::{Payload, Received, Reset};
@@ -261,7 +261,7 @@ pub struct Lane {
     config: LaneConfig,
     exchanges: Exchanges,
     /// Invariant: names exactly the exchanges that are not `closed`.
-    ids: HashMap<RequestId, u32>,
+    ids: HashMap<RequestId, u32, IdHashes>,
     outbox: Outbox,
     control: ControlQueue,
     events: VecDeque<Event>,
@@ -301,7 +301,7 @@ impl Lane {
         let control_max = config.exchanges_max.saturating_mul(2).saturating_add(CONTROL_SPARE);
         Self {
             exchanges: Exchanges::default(),
-            ids: HashMap::new(),
+            ids: HashMap::default(),
             outbox: Outbox::new(),
             control: ControlQueue::new(control_max),
             events: VecDeque::new(),

@@ -181,7 +181,11 @@ impl Outbox {
     /// Drops all that an exchange has queued.
     pub(crate) fn clear(&mut self, index: u32) {
         let Some(node) = self.nodes.get_mut(index as usize) else { return };
-        node.queue = VecDeque::new();
+        if node.queue.capacity() > QUEUE_KEPT_MAX {
+            node.queue = VecDeque::new();
+        } else {
+            node.queue.clear();
+        }
         self.queued -= node.queued;
         node.queued = 0;
         self.make_idle(index);

@@ -192,6 +192,11 @@ where
     }
 
     fn make_room(&mut self) {
+        if self.input.is_empty() && self.input.capacity() < READ_BYTES {
+            // From the front again, which the caches still hold. Changes nothing where somebody has
+            // a part of the buffer.
+            let _ = self.input.try_reclaim(READ_BYTES);
+        }
         if self.input.capacity() - self.input.len() >= READ_ROOM_MIN {
             return;
         }

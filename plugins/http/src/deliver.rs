@@ -315,7 +315,7 @@ impl<'a> Delivery<'a> {
     ) -> Result<Response<Incoming>, NoHead> {
         let watch = Arc::clone(&connection.watch);
         watch.begin();
-        watch.watch_interim(&mut request);
+        request.extensions_mut().clone_from(&connection.extensions);
         let sending = !self.expects_continue || !self.body.is_empty();
         let mut limits = Limits::new(self.config, connection.timer.take(), sending);
         let mut response = pin!(connection.sender.try_send_request(request));

@@ -17,7 +17,8 @@ pub(crate) fn write(
     authority: &HeaderValue,
 ) {
     let client = client_ip(client_address);
-    if let Some(value) = client.and_then(|ip| HeaderValue::from_str(ip).ok()) {
+    let forwarded = bytes::Bytes::from(forwarded(client, scheme, authority.as_bytes()));
+    if let Some(value) = client.and_then(|ip| client_value(&forwarded, ip)) {
         headers.insert(X_FORWARDED_FOR, value);
     }
     let scheme_value = match scheme {
@@ -29,11 +30,7 @@ pub(crate) fn write(
         headers.insert(X_FORWARDED_PROTO, value);
     }
     headers.insert(X_FORWARDED_HOST, authority.clone());
-    if let Ok(value) = HeaderValue::from_maybe_shared(bytes::Bytes::from(forwarded(
-        client,
-        scheme,
-        authority.as_bytes(),
-    ))) {
+    if let Ok(value) = HeaderValue::from_maybe_shared(forwarded) {
         headers.insert(FORWARDED, value);
     }
 }
@@ -50,6 +47,18 @@ pub(crate) const fn via(version: u32) -> &'static str {
         20 => "2.0 sidelane",
         _ => "1.1 sidelane",
     }
+}
+
+/// Returns the address as a value: the part of `forwarded` where it stands as it is.
+fn client_value(forwarded: &bytes::Bytes, ip: &str) -> Option<HeaderValue> {
+    let start = if ip.contains(':') { b"for=\"[".len() } else { b"for=".len() };
+    let range = start..start + ip.len();
+    let value = if forwarded.get(range.clone()) == Some(ip.as_bytes()) {
+        HeaderValue::from_maybe_shared(forwarded.slice(range))
+    } else {
+        HeaderValue::from_bytes(ip.as_bytes())
+    };
+    value.ok()
 }
 
 /// Returns the address without port and brackets.

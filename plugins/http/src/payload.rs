@@ -48,10 +48,16 @@ const BODY_DATA: u32 = 1;
 const HEADER_NAME: u32 = 1;
 const HEADER_VALUE: u32 = 2;
 
-/// Tags as they are written: one byte, since the numbers are small.
-const SHORT_HEADERS: u8 = (HEADERS << 3 | WIRE_BYTES).to_le_bytes()[0];
-const SHORT_HEADER_NAME: u8 = (HEADER_NAME << 3 | WIRE_BYTES).to_le_bytes()[0];
-const SHORT_HEADER_VALUE: u8 = (HEADER_VALUE << 3 | WIRE_BYTES).to_le_bytes()[0];
+const SHORT_HEADERS: u8 = tag(HEADERS);
+const SHORT_HEADER_NAME: u8 = tag(HEADER_NAME);
+const SHORT_HEADER_VALUE: u8 = tag(HEADER_VALUE);
+
+/// Returns the tag of a byte string as it is written: one byte, since the number is below 16.
+#[allow(clippy::cast_possible_truncation, reason = "checked")]
+const fn tag(number: u32) -> u8 {
+    assert!(number < 16, "longer tags have more bytes");
+    (number << 3 | WIRE_BYTES) as u8
+}
 
 /// Bytes that frame one field besides its name and value: three tags and three lengths of at most
 /// three bytes, since no field is longer than a message.

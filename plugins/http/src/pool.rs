@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use http::Request;
+use http::{Extensions, Request};
 use hyper::client::conn::http1;
 use hyper::rt::{Read, ReadBufCursor, Write};
 use sidelane_plugin::{
@@ -116,6 +116,8 @@ pub(crate) struct Connection {
     /// `None` once it has ended.
     driver: Option<http1::Connection<Counted, Upload>>,
     pub(crate) watch: Arc<Watch>,
+    /// For every request: made once, since the callback and its table are four allocations.
+    pub(crate) extensions: Extensions,
     /// Kept with the connection: setting a timer again is cheaper than making one.
     pub(crate) timer: Option<Timer>,
     /// Taken from the pool.
@@ -172,16 +174,18 @@ impl Watch {
         std::mem::take(&mut *self.interim.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Has hyper hand over the interim responses to `request`.
-    pub(crate) fn watch_interim(self: &Arc<Self>, request: &mut Request<Upload>) {
+    /// Returns what has hyper hand over the interim responses to a request that carries it.
+    fn extensions(self: &Arc<Self>) -> Extensions {
         let watch = Arc::clone(self);
-        hyper::ext::on_informational(request, move |response| {
+        let mut request = Request::new(());
+        hyper::ext::on_informational(&mut request, move |response| {
             let mut interim = watch.interim.lock().unwrap_or_else(PoisonError::into_inner);
             if interim.len() < INTERIM_MAX {
                 let head = encode_interim(response.status().as_u16(), response.headers());
                 interim.push(Message { field: FIELD_RESPONSE, end: false, head, body: Buf::new() });
             }
         });
+        std::mem::take(request.extensions_mut())
     }
 }
 
@@ -322,6 +326,7 @@ impl Pool {
         Ok(Box::new(Connection {
             sender,
             driver: Some(driver),
+            extensions: watch.extensions(),
             watch,
             timer: None,
             reused: false,
