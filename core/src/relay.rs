@@ -145,6 +145,7 @@ impl Relay {
 
     /// Takes a configuration's routes and base domains, for new exchanges.
     pub fn configure(&self, config: &config::Config) {
+        self.sessions.carry(&self.plugins.types());
         let mut sources = self.lock_sources();
         sources.own.clone_from(&config.routes);
         if let Some(section) = &config.relay {

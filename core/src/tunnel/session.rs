@@ -201,9 +201,12 @@ impl Sessions {
         }
     }
 
-    /// Replaces what new handshakes are held to; running sessions keep theirs.
-    pub fn configure(&self, settings: Settings) {
-        self.settings.store(Arc::new(settings));
+    /// Carries these protocol types from here on; running sessions keep theirs.
+    pub fn carry(&self, protocols: &[Arc<str>]) {
+        self.settings.rcu(|settings| Settings {
+            protocols: protocols.to_vec(),
+            ..Settings::clone(settings)
+        });
     }
 
     /// Sessions with at least one lane.
