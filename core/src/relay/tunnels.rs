@@ -107,7 +107,7 @@ async fn shake_hands(
 ) {
     let mut input = BytesMut::with_capacity(4096);
     let hello = timeout(limit, accept::read_hello(&mut stream, &mut input)).await;
-    let hello = match hello.unwrap_or(Err(HelloError::Timeout)) {
+    let hello = match hello.unwrap_or(Err(HelloError::Timeout(limit))) {
         Ok(hello) => hello,
         Err(error) => {
             relay.metrics.handshake_refused("hello");

@@ -35,8 +35,8 @@ pub enum HelloError {
     #[error("the connection closed before a whole hello came")]
     Closed,
     /// It took longer than [`Bounds::timeout`].
-    #[error("no whole hello in time")]
-    Timeout,
+    #[error("no whole hello within {0:?}")]
+    Timeout(Duration),
     /// The transport failed.
     #[error("the connection failed")]
     Io(#[source] io::Error),

@@ -59,6 +59,9 @@ fn silent_dialler_is_closed_after_the_files_timeout() {
     let yaml = in_relay(&setup.relay(), "timeouts: { handshake: 50ms }");
     let relay = Sidelane::spawn("relay", &yaml);
     assert_eq!(silent(&relay)(), b"");
+    wait::until("the log to name the limit", || {
+        relay.log().contains("no whole hello within 50ms").then_some(())
+    });
 }
 
 #[test]
@@ -135,14 +138,15 @@ fn opens_are_refused_above_the_files_bound_on_queued_bytes() {
     let yaml = in_relay(&Setup::of(service.address()).both(), "limits: { queued: 1MiB }");
     let sidelane = Sidelane::start("sidelane", &yaml);
     let ask = || request(sidelane.web(), "GET", get("/"));
+    // The bound may be reached before the last of them.
     let readers: Vec<_> = (0..16)
-        .map(|_| {
+        .map_while(|_| {
             let mut client = Client::connect(sidelane.web());
             client.send(get("/endless"));
-            assert_eq!(client.head().status, 200);
-            client
+            (client.head().status == 200).then_some(client)
         })
         .collect();
+    assert!(!readers.is_empty(), "the first one finds room");
     let refused = wait::until("the bound", || {
         let answer = ask();
         (answer.head.status == 503).then_some(answer)

@@ -186,17 +186,3 @@ fn tunnel_listener_survives_noise() {
     }
     assert_eq!(ask(&relay).head.status, 200);
 }
-
-#[test]
-fn configured_handshake_timeout_ends_a_silent_connection() {
-    let setup = Setup::of(([127, 0, 0, 1], 9).into());
-    let yaml =
-        setup.relay().replace("  tunnel: {", "  timeouts: { handshake: 200ms }\n  tunnel: {");
-    assert_ne!(yaml, setup.relay());
-    let relay = Sidelane::spawn("relay", &yaml);
-    let _silent = std::net::TcpStream::connect(relay.tunnel()).unwrap();
-    // Less than the default of 10 s.
-    wait::within(Duration::from_secs(5), "the refusal", || {
-        relay.log().contains("no whole hello within 200ms").then_some(())
-    });
-}
