@@ -15,12 +15,12 @@ use sidelane_plugin::{
     Request, RequestHead, Reset, Responder, ResponseHead, RouteKey, SendHalf, failure,
 };
 
-use crate::failure::{Told, answer, wants_json};
-use crate::fields::{self, Kind, Nominated};
-use crate::payload::{
-    self, BODY_BYTES_MAX, FIELD_BODY, FIELD_REQUEST, FIELD_RESPONSE, FIELD_TRAILERS, FieldsSize,
-    HEAD_BYTES_MAX,
-};
+use sidelane_http_born::body::{self, BODY_BYTES_MAX, FIELD_BODY, FIELD_TRAILERS, data_message};
+use sidelane_http_born::failure::{Told, respond_with};
+use sidelane_http_born::fields::{self, Kind, Nominated};
+use sidelane_http_born::wire::{Field, FieldsSize};
+
+use crate::payload::{self, FIELD_REQUEST, FIELD_RESPONSE, HEAD_BYTES_MAX};
 
 /// What `Allow` says where a method is not allowed (RFC 9110 §15.5.6).
 const METHODS: &[u8] = b"GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE";
@@ -173,31 +173,8 @@ fn respond(
     responder: &mut Responder,
     told: &Told<'_>,
 ) -> Result<(), Error> {
-    let answer = answer(told, wants_json(head.headers()));
-    let retry_after = answer.retry_after_s.map(|seconds| seconds.to_string());
-    let mut headers = HeaderList::with_capacity(5);
-    headers.push(b"content-type", answer.content_type.as_bytes());
-    headers.push(b"cache-control", b"no-store");
-    headers.push(b"x-sidelane-error", answer.error.as_bytes());
-    if let Some(seconds) = &retry_after {
-        headers.push(b"retry-after", seconds.as_bytes());
-    }
-    if answer.status == 405 {
-        headers.push(b"allow", METHODS);
-    }
-    let length = answer.body.len();
-    let length_text = length.to_string();
-    let is_head = head.method() == "HEAD";
-    if is_head {
-        headers.push(b"content-length", length_text.as_bytes());
-    }
-    let response = ResponseHead {
-        status: answer.status,
-        headers: &headers,
-        body_length: (!is_head).then_some(length as u64),
-    };
-    let body = (!is_head).then(|| Buf::from(answer.body));
-    responder.head(response, body, true)?;
+    let allow: &[Field<'_>] = if told.status == Some(405) { &[(b"allow", METHODS)] } else { &[] };
+    respond_with(head, responder, told, allow)?;
     Ok(())
 }
 
@@ -307,7 +284,7 @@ async fn upload(
             Ok(Some(Ok(Frame::Trailers(trailers)))) => {
                 let fields =
                     trailers.iter().filter(|(name, _)| fields::kind(name) == Kind::EndToEnd);
-                let head = payload::encode_trailers(fields);
+                let head = body::encode_trailers(fields);
                 if head.len() > OPEN_BYTES_MAX {
                     return Sent::TooLarge;
                 }
@@ -336,11 +313,6 @@ async fn send_data(send: &mut SendHalf, mut bytes: Buf, end: bool) -> Result<(),
         return Ok(());
     }
     send.send(data_message(bytes, end)).await
-}
-
-/// Returns the message for a chunk of a body, at most [`BODY_BYTES_MAX`] long.
-pub(crate) fn data_message(bytes: Buf, end: bool) -> Message {
-    Message { field: FIELD_BODY, end, head: payload::encode_body(bytes.len()), body: bytes }
 }
 
 /// The response's direction.
@@ -439,7 +411,7 @@ impl Download<'_> {
     }
 
     async fn data(&mut self, message: Message) -> Result<(), End> {
-        let range = payload::decode_body(&message.body).map_err(|_| invalid())?;
+        let range = body::decode_body(&message.body).map_err(|_| invalid())?;
         let chunk = message.body.slice(range);
         if chunk.is_empty() {
             return if message.end {
@@ -452,7 +424,7 @@ impl Download<'_> {
     }
 
     fn trailers(&mut self, payload: &[u8]) -> Result<(), End> {
-        let trailers = payload::decode_trailers(payload).map_err(|_| invalid())?;
+        let trailers = body::decode_trailers(payload).map_err(|_| invalid())?;
         let mut headers = HeaderList::with_capacity(trailers.count);
         headers.extend(trailers.iter().filter(|(name, _)| fields::kind(name) == Kind::EndToEnd));
         self.responder.finish(Some(&headers)).map_err(|_| gone())

@@ -24,13 +24,13 @@ use sidelane_plugin::{
     Timer, failure,
 };
 
-use crate::accept::data_message;
+use sidelane_http_born::body::{self, BODY_BYTES_MAX, FIELD_TRAILERS, data_message};
+use sidelane_http_born::fields::{self, Kind, Nominated};
+use sidelane_http_born::forwarded;
+use sidelane_http_born::wire::FieldsSize;
+
 use crate::config::Config;
-use crate::fields::{self, Kind, Nominated};
-use crate::forwarded;
-use crate::payload::{
-    self, BODY_BYTES_MAX, FIELD_REQUEST, FIELD_RESPONSE, FIELD_TRAILERS, FieldsSize, RequestPayload,
-};
+use crate::payload::{self, FIELD_REQUEST, FIELD_RESPONSE, RequestPayload};
 use crate::pool::{Connecting, Connection, Pool, PoolError};
 use crate::upload::{SharedSource, Upload};
 
@@ -702,6 +702,6 @@ fn trailers_message(trailers: &HeaderMap) -> Message {
         .iter()
         .map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))
         .filter(|(name, _)| fields::kind(name) == Kind::EndToEnd);
-    let head = payload::encode_trailers(fields);
+    let head = body::encode_trailers(fields);
     Message { field: FIELD_TRAILERS, end: true, head, body: Buf::new() }
 }

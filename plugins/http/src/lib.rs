@@ -8,9 +8,6 @@
 mod accept;
 mod config;
 mod deliver;
-mod failure;
-mod fields;
-mod forwarded;
 mod payload;
 mod pool;
 mod upload;

@@ -20,9 +20,10 @@ use sidelane_plugin::{
 };
 
 use crate::config::Config;
-use crate::fields::{self, Kind, Nominated};
-use crate::payload::{self, FIELD_RESPONSE, FieldsSize};
+use crate::payload::{self, FIELD_RESPONSE};
 use crate::upload::Upload;
+use sidelane_http_born::fields::{self, Kind, Nominated};
+use sidelane_http_born::wire::FieldsSize;
 
 /// Most fields in a response's head or trailers; one more is `service-invalid`. The same bound as the
 /// relay's fronts have.

@@ -11,8 +11,8 @@ use http::header::{HeaderMap, HeaderName, HeaderValue};
 use http_body::{Body, Frame, SizeHint};
 use sidelane_plugin::{Buf, Message, RecvHalf, Reset, failure};
 
-use crate::fields::{self, Kind};
-use crate::payload::{self, FIELD_BODY, FIELD_TRAILERS};
+use sidelane_http_born::body::{self, FIELD_BODY, FIELD_TRAILERS};
+use sidelane_http_born::fields::{self, Kind};
 
 /// Why a body broke off; [`Source::failed`] keeps it for the task that delivers the exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -104,7 +104,7 @@ impl Source {
         };
         let frame = match message.field {
             FIELD_BODY => {
-                let range = payload::decode_body(&message.body).map_err(|_| bad_request())?;
+                let range = body::decode_body(&message.body).map_err(|_| bad_request())?;
                 let data = message.body.slice(range);
                 if let Some(left) = &mut self.left {
                     *left = left.checked_sub(data.len() as u64).ok_or_else(bad_request)?;
@@ -137,7 +137,7 @@ const fn bad_request() -> Reset {
 }
 
 fn decode_trailers(payload: &[u8]) -> Option<HeaderMap> {
-    let fields = payload::decode_trailers(payload).ok()?;
+    let fields = body::decode_trailers(payload).ok()?;
     let mut trailers = HeaderMap::with_capacity(fields.count);
     for (name, value) in fields.iter() {
         if fields::kind(name) == Kind::EndToEnd {

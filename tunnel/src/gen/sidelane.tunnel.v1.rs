@@ -426,28 +426,48 @@ pub struct HttpTrailers {
     #[prost(message, repeated, tag = "5")]
     pub headers: ::prost::alloc::vec::Vec<Header>,
 }
+/// The handshake, as the client sent it (RFC 6455 §4.1, RFC 8441 §5).
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WebSocketRequest {
+    /// Path and query as sent.
     #[prost(string, tag = "1")]
     pub url: ::prost::alloc::string::String,
+    /// The effective authority.
     #[prost(string, tag = "2")]
     pub host: ::prost::alloc::string::String,
+    /// End-to-end fields, and sec-websocket-extensions. Not sec-websocket-key, -version and -accept,
+    /// which belong to one connection, nor sec-websocket-protocol.
     #[prost(message, repeated, tag = "3")]
     pub headers: ::prost::alloc::vec::Vec<Header>,
+    /// The subprotocols that the client offers: the values of sec-websocket-protocol, joined by ", ".
     #[prost(string, tag = "4")]
     pub subprotocol: ::prost::alloc::string::String,
+    /// 11 or 20; 0: 11.
+    #[prost(uint32, tag = "5")]
+    pub version: u32,
 }
+/// The service's answer. Not accepted: the head of the service's own refusal, whose body follows as
+/// HttpBody (and HttpTrailers) messages where this one does not end the direction.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WebSocketResponse {
     #[prost(int32, tag = "1")]
     pub status_code: i32,
     #[prost(message, repeated, tag = "2")]
     pub headers: ::prost::alloc::vec::Vec<Header>,
+    /// The subprotocol that the service chose; empty: none.
     #[prost(string, tag = "3")]
     pub subprotocol: ::prost::alloc::string::String,
     #[prost(bool, tag = "4")]
     pub accepted: bool,
+    /// Exact length of a refusal's body plus one; 0: not known.
+    #[prost(uint64, tag = "5")]
+    pub content_length: u64,
+    /// First bytes of a refusal's body, or all of it with the end flag.
+    #[prost(bytes = "bytes", tag = "15")]
+    pub body: ::prost::bytes::Bytes,
 }
+/// A frame (RFC 6455 §5.2), or a piece of one: frames beyond 32 KiB come in pieces, which follow one
+/// another in their direction with nothing between them.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WebSocketFrame {
     /// Empty: equal to request_id.
@@ -460,41 +480,75 @@ pub struct WebSocketFrame {
     pub opcode: u32,
     #[prost(bool, tag = "4")]
     pub masked: bool,
+    /// As it came: still masked where `masked`.
     #[prost(bytes = "bytes", tag = "5")]
     pub payload: ::prost::bytes::Bytes,
     #[prost(enumeration = "Direction", tag = "6")]
     pub frame_direction: i32,
+    /// RSV1, RSV2, RSV3 as the bits 4, 2, 1.
+    #[prost(uint32, tag = "7")]
+    pub reserved: u32,
+    /// Where `masked`: the key, its first byte in the lowest bits.
+    #[prost(fixed32, tag = "8")]
+    pub masking_key: u32,
+    /// On the first of several pieces: the length of the frame's whole payload. 0: the frame is whole.
+    #[prost(uint64, tag = "9")]
+    pub length: u64,
+    /// On later pieces: where in the frame's payload this one begins; nothing but `payload`,
+    /// `frame_direction` and `offset` is set. 0: the beginning of a frame.
+    #[prost(uint64, tag = "10")]
+    pub offset: u64,
 }
-/// Whole frames of one connection that waited together.
+/// Whole frames of one connection and direction that waited together.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WebSocketBatch {
     #[prost(message, repeated, tag = "1")]
     pub frames: ::prost::alloc::vec::Vec<WebSocketFrame>,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+/// A chunk of an RPC's request direction: a message, a piece of one beyond 32 KiB, or none.
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GrpcRequest {
     /// Empty: equal to request_id.
     #[prost(string, tag = "1")]
     pub grpc_stream_id: ::prost::alloc::string::String,
+    /// With the first chunk: the path is "/<service>/<method>".
     #[prost(string, tag = "2")]
     pub service: ::prost::alloc::string::String,
     #[prost(string, tag = "3")]
     pub method: ::prost::alloc::string::String,
+    /// A message as it came, behind its five-byte prefix (compressed flag, length), or a piece of that.
+    /// Empty: no message (an empty one has its prefix).
     #[prost(bytes = "bytes", tag = "4")]
     pub body: ::prost::bytes::Bytes,
     #[prost(bool, tag = "5")]
     pub is_first_chunk: bool,
     #[prost(bool, tag = "6")]
     pub is_last_chunk: bool,
+    /// Counts the direction's chunks from 0, each message of a batch as one; modulo 2^32.
     #[prost(uint32, tag = "7")]
     pub sequence_number: u32,
+    /// The message goes on in the next chunk.
+    #[prost(bool, tag = "8")]
+    pub is_partial: bool,
+    /// With the first chunk: the effective authority.
+    #[prost(string, tag = "9")]
+    pub authority: ::prost::alloc::string::String,
+    /// With the first chunk: the path as sent, where it is not what service and method say.
+    #[prost(string, tag = "10")]
+    pub path: ::prost::alloc::string::String,
+    /// With the first chunk: end-to-end fields in order, `te` and `content-type` included.
+    #[prost(message, repeated, tag = "11")]
+    pub metadata: ::prost::alloc::vec::Vec<Header>,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+/// A chunk of an RPC's response direction.
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct GrpcResponse {
     #[prost(string, tag = "1")]
     pub grpc_stream_id: ::prost::alloc::string::String,
+    /// With the last chunk: grpc-status as a number; what was sent stands in the trailers.
     #[prost(int32, tag = "2")]
     pub status_code: i32,
+    /// As in GrpcRequest.
     #[prost(bytes = "bytes", tag = "3")]
     pub body: ::prost::bytes::Bytes,
     #[prost(bool, tag = "4")]
@@ -503,16 +557,40 @@ pub struct GrpcResponse {
     pub is_last_chunk: bool,
     #[prost(uint32, tag = "6")]
     pub sequence_number: u32,
+    #[prost(bool, tag = "8")]
+    pub is_partial: bool,
+    /// With the first chunk: initial metadata; in a trailers-only answer (first and last) all of it.
+    #[prost(message, repeated, tag = "11")]
+    pub metadata: ::prost::alloc::vec::Vec<Header>,
+    /// With the last chunk: trailers.
+    #[prost(message, repeated, tag = "12")]
+    pub trailers: ::prost::alloc::vec::Vec<Header>,
+    /// With the first chunk: HTTP's status; 0: 200. Answers that are not gRPC's (a 4xx of some server
+    /// on the way) pass as they are, their bodies as HttpBody messages.
+    #[prost(uint32, tag = "13")]
+    pub http_status: u32,
 }
-#[derive(Clone, PartialEq, ::prost::Message)]
+/// Whole messages of one RPC and direction that waited together: the bytes as they came, each message
+/// behind its prefix. Never the first or last chunk of its direction.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GrpcRequestBatch {
-    #[prost(message, repeated, tag = "1")]
-    pub chunks: ::prost::alloc::vec::Vec<GrpcRequest>,
+    /// Of the first message.
+    #[prost(uint32, tag = "1")]
+    pub sequence_number: u32,
+    /// How many there are.
+    #[prost(uint32, tag = "2")]
+    pub count: u32,
+    #[prost(bytes = "bytes", tag = "15")]
+    pub messages: ::prost::bytes::Bytes,
 }
-#[derive(Clone, PartialEq, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GrpcResponseBatch {
-    #[prost(message, repeated, tag = "1")]
-    pub chunks: ::prost::alloc::vec::Vec<GrpcResponse>,
+    #[prost(uint32, tag = "1")]
+    pub sequence_number: u32,
+    #[prost(uint32, tag = "2")]
+    pub count: u32,
+    #[prost(bytes = "bytes", tag = "15")]
+    pub messages: ::prost::bytes::Bytes,
 }
 /// Protocols with a number of their own. 64 and above are bound to names in each session's hello.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]

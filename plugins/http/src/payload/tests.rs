@@ -1,6 +1,9 @@
 use proptest::prelude::*;
 use prost::Message;
 
+use sidelane_http_born::body::{decode_body, decode_trailers, encode_body, encode_trailers};
+use sidelane_http_born::wire::FIELDS_MAX;
+
 use super::*;
 
 /// The messages of `tunnel.proto` as prost derives them.
@@ -205,23 +208,23 @@ fn unknown_fields_are_skipped() {
     let mut wire = BufBuilder::new();
     put_uint(&mut wire, 90, 7);
     put_bytes(&mut wire, 91, b"later");
-    wire.extend_from_slice(Prefix::new().key(92, WIRE_FIXED32).as_slice());
+    wire.extend_from_slice(&[0xe5, 0x05]);
     wire.extend_from_slice(&[1, 2, 3, 4]);
-    wire.extend_from_slice(Prefix::new().key(93, WIRE_FIXED64).as_slice());
+    wire.extend_from_slice(&[0xe9, 0x05]);
     wire.extend_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8]);
-    put_header(&mut wire, b"a", b"b");
+    put_header(&mut wire, HEADERS, b"a", b"b");
     let read = decode_request(&wire).unwrap();
     assert_eq!(read.headers.iter().collect::<Vec<_>>(), [(&b"a"[..], &b"b"[..])]);
 }
 
 #[test]
 fn malformed_payloads_say_what_is_wrong() {
-    let cases: [(&[u8], PayloadError); 5] = [
-        (b"\x0a\x05ab", PayloadError::Truncated),
-        (b"\x20", PayloadError::Truncated),
-        (b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", PayloadError::Varint),
-        (b"\x08\x01", PayloadError::WireType(REQUEST_METHOD)),
-        (b"\x0a\x01\xff", PayloadError::Utf8(REQUEST_METHOD)),
+    let cases: [(&[u8], WireError); 5] = [
+        (b"\x0a\x05ab", WireError::Truncated),
+        (b"\x20", WireError::Truncated),
+        (b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01", WireError::Varint),
+        (b"\x08\x01", WireError::WireType(REQUEST_METHOD)),
+        (b"\x0a\x01\xff", WireError::Utf8(REQUEST_METHOD)),
     ];
     for (wire, error) in cases {
         assert_eq!(decode_request(wire), Err(error), "{wire:?}");
@@ -234,5 +237,5 @@ fn fields_are_bounded() {
     let most = encode_trailers(borrowed(&fields[..FIELDS_MAX].to_vec())).to_vec();
     assert_eq!(decode_trailers(&most).unwrap().count, FIELDS_MAX);
     let more = encode_trailers(borrowed(&fields)).to_vec();
-    assert_eq!(decode_trailers(&more), Err(PayloadError::Fields));
+    assert_eq!(decode_trailers(&more), Err(WireError::Fields));
 }

@@ -4,11 +4,11 @@
 //! `Proxy-Authenticate` and `Proxy-Authorization` pass: the RFC leaves them to intermediaries that
 //! ask for credentials themselves, and Sidelane does not. `Trailer` passes: it is end to end.
 
-use crate::payload::Field;
+use crate::wire::Field;
 
 /// What a field's name says about passing it on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub enum Kind {
     /// Passes, unless `Connection` names it.
     EndToEnd,
     /// Never passes.
@@ -26,7 +26,7 @@ pub(crate) enum Kind {
 }
 
 /// Returns what the lower-case `name` says about passing the field on.
-pub(crate) fn kind(name: &[u8]) -> Kind {
+pub fn kind(name: &[u8]) -> Kind {
     match name {
         b"connection" | b"proxy-connection" | b"keep-alive" | b"transfer-encoding" | b"upgrade"
         | b"http2-settings" => Kind::HopByHop,
@@ -42,7 +42,7 @@ pub(crate) fn kind(name: &[u8]) -> Kind {
 
 /// The names that a message's `Connection` fields make hop-by-hop.
 #[derive(Debug, Default)]
-pub(crate) struct Nominated<'a> {
+pub struct Nominated<'a> {
     /// Values that name something besides the usual `close` and `keep-alive`; empty, and so without
     /// an allocation, for nearly every message.
     values: Vec<&'a [u8]>,
@@ -50,7 +50,7 @@ pub(crate) struct Nominated<'a> {
 
 impl<'a> Nominated<'a> {
     /// Collects from all of a message's fields.
-    pub(crate) fn scan(fields: impl Iterator<Item = Field<'a>>) -> Self {
+    pub fn scan(fields: impl Iterator<Item = Field<'a>>) -> Self {
         let values = fields
             .filter(|(name, value)| {
                 *name == b"connection" && tokens(value).any(|token| !is_connection_option(token))
@@ -61,18 +61,18 @@ impl<'a> Nominated<'a> {
     }
 
     /// Whether `Connection` names the lower-case `name`.
-    pub(crate) fn contains(&self, name: &[u8]) -> bool {
+    pub fn contains(&self, name: &[u8]) -> bool {
         self.values.iter().any(|value| tokens(value).any(|token| token.eq_ignore_ascii_case(name)))
     }
 }
 
 /// Whether the field passes: end to end, and not named by `Connection`.
-pub(crate) fn passes(name: &[u8], nominated: &Nominated<'_>) -> bool {
+pub fn passes(name: &[u8], nominated: &Nominated<'_>) -> bool {
     matches!(kind(name), Kind::EndToEnd | Kind::Forwarded) && !nominated.contains(name)
 }
 
 /// Whether a `TE` value accepts trailers (RFC 9110 §10.1.4).
-pub(crate) fn te_trailers(value: &[u8]) -> bool {
+pub fn te_trailers(value: &[u8]) -> bool {
     tokens(value).any(|token| {
         let name = token.split(|byte| *byte == b';').next().unwrap_or(token);
         name.trim_ascii().eq_ignore_ascii_case(b"trailers")
@@ -80,12 +80,12 @@ pub(crate) fn te_trailers(value: &[u8]) -> bool {
 }
 
 /// Returns the members of a comma-separated list, without white space around them.
-pub(crate) fn tokens(value: &[u8]) -> impl Iterator<Item = &[u8]> {
+pub fn tokens(value: &[u8]) -> impl Iterator<Item = &[u8]> {
     value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii).filter(|token| !token.is_empty())
 }
 
 /// Reads a `Content-Length` (RFC 9110 §8.6): digits, or the same digits repeated as a list.
-pub(crate) fn content_length(value: &[u8]) -> Option<u64> {
+pub fn content_length(value: &[u8]) -> Option<u64> {
     let mut length = None;
     for token in tokens(value) {
         if !token.iter().all(u8::is_ascii_digit) {

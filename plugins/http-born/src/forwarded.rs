@@ -10,12 +10,7 @@ const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host")
 
 /// Adds the fields to `headers`. `client_address` is `192.0.2.1:4711` or `[2001:db8::1]:4711`, or
 /// empty where it is not known; `authority` is the `Host` that the client asked for.
-pub(crate) fn write(
-    headers: &mut HeaderMap,
-    client_address: &str,
-    scheme: &str,
-    authority: &HeaderValue,
-) {
+pub fn write(headers: &mut HeaderMap, client_address: &str, scheme: &str, authority: &HeaderValue) {
     let client = client_ip(client_address);
     let forwarded = bytes::Bytes::from(forwarded(client, scheme, authority.as_bytes()));
     if let Some(value) = client.and_then(|ip| client_value(&forwarded, ip)) {
@@ -36,12 +31,12 @@ pub(crate) fn write(
 }
 
 /// Adds a `Via` entry for a message that came in by `version` (10, 11 or 20), after those there are.
-pub(crate) fn add_via(headers: &mut HeaderMap, version: u32) {
+pub fn add_via(headers: &mut HeaderMap, version: u32) {
     headers.append(VIA, HeaderValue::from_static(via(version)));
 }
 
 /// Returns the `Via` entry for a message that came in by `version` (10, 11 or 20).
-pub(crate) const fn via(version: u32) -> &'static str {
+pub const fn via(version: u32) -> &'static str {
     match version {
         10 => "1.0 sidelane",
         20 => "2.0 sidelane",

@@ -1,13 +1,13 @@
 //! What a client is told when there is no answer of the service's own: one table from failure codes
 //! to statuses, and the words that go with them.
 
-use sidelane_plugin::failure;
+use sidelane_plugin::{Buf, Closed, HeaderList, RequestHead, Responder, ResponseHead, failure};
 
-use crate::payload::Field;
+use crate::wire::Field;
 
 /// Seconds of `Retry-After` where a row of the table has one and the host says no other: about what
 /// a sidecar takes to come back (`tunnel.md`: retries begin at 200 ms and grow to 20 s).
-pub(crate) const RETRY_AFTER_S: u32 = 5;
+pub const RETRY_AFTER_S: u32 = 5;
 
 struct Row {
     code: u32,
@@ -56,41 +56,41 @@ const TABLE: &[Row] = &[
 
 /// A failure in HTTP's words.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Answer {
+pub struct Answer {
     /// Status.
-    pub(crate) status: u16,
+    pub status: u16,
     /// `x-sidelane-error`.
-    pub(crate) error: &'static str,
+    pub error: &'static str,
     /// `Retry-After` in seconds.
-    pub(crate) retry_after_s: Option<u32>,
+    pub retry_after_s: Option<u32>,
     /// `content-type`.
-    pub(crate) content_type: &'static str,
+    pub content_type: &'static str,
     /// The body; not sent in answer to HEAD.
-    pub(crate) body: Vec<u8>,
+    pub body: Vec<u8>,
 }
 
 /// What is to be told.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Told<'a> {
+pub struct Told<'a> {
     /// One of [`failure`].
-    pub(crate) code: u32,
+    pub code: u32,
     /// Another status than the table's, where the code is told apart further.
-    pub(crate) status: Option<u16>,
+    pub status: Option<u16>,
     /// The host's `Retry-After`; 0: the table's.
-    pub(crate) retry_after_s: u32,
+    pub retry_after_s: u32,
     /// One line for people; empty: the table's.
-    pub(crate) detail: &'a str,
+    pub detail: &'a str,
 }
 
 impl Told<'_> {
     /// Tells a code in the table's words.
-    pub(crate) const fn code(code: u32) -> Self {
+    pub const fn code(code: u32) -> Self {
         Self { code, status: None, retry_after_s: 0, detail: "" }
     }
 }
 
 /// Returns the answer for `told`, as JSON where `json`.
-pub(crate) fn answer(told: &Told<'_>, json: bool) -> Answer {
+pub fn answer(told: &Told<'_>, json: bool) -> Answer {
     let row = TABLE.iter().find(|row| row.code == told.code);
     let (status, retries, text) = row.map_or((500, false, "failed for an unknown reason"), |row| {
         (row.status, row.retry, row.text)
@@ -114,8 +114,43 @@ pub(crate) fn answer(told: &Told<'_>, json: bool) -> Answer {
     Answer { status, error, retry_after_s, content_type, body }
 }
 
+/// Answers a request with `told` and the fields `extra`.
+///
+/// # Errors
+/// The client is gone.
+pub fn respond_with(
+    head: &RequestHead<'_>,
+    responder: &mut Responder,
+    told: &Told<'_>,
+    extra: &[Field<'_>],
+) -> Result<(), Closed> {
+    let answer = answer(told, wants_json(head.headers()));
+    let retry_after = answer.retry_after_s.map(|seconds| seconds.to_string());
+    let length = answer.body.len();
+    let length_text = length.to_string();
+    let is_head = head.method() == "HEAD";
+    let mut headers = HeaderList::with_capacity(5 + extra.len());
+    headers.push(b"content-type", answer.content_type.as_bytes());
+    headers.push(b"cache-control", b"no-store");
+    headers.push(b"x-sidelane-error", answer.error.as_bytes());
+    if let Some(seconds) = &retry_after {
+        headers.push(b"retry-after", seconds.as_bytes());
+    }
+    headers.extend(extra.iter().copied());
+    if is_head {
+        headers.push(b"content-length", length_text.as_bytes());
+    }
+    let response = ResponseHead {
+        status: answer.status,
+        headers: &headers,
+        body_length: (!is_head).then_some(length as u64),
+    };
+    let body = (!is_head).then(|| Buf::from(answer.body));
+    responder.head(response, body, true)
+}
+
 /// Whether the request asks for JSON by name: `application/json` in `Accept`, not with weight 0.
-pub(crate) fn wants_json<'a>(mut fields: impl Iterator<Item = Field<'a>>) -> bool {
+pub fn wants_json<'a>(mut fields: impl Iterator<Item = Field<'a>>) -> bool {
     fields.any(|(name, value)| {
         name == b"accept"
             && crate::fields::tokens(value).any(|range| {

@@ -1,0 +1,14 @@
+//! What the plugins of HTTP-born protocols share: which fields pass, what a service is told of the
+//! client, failures in HTTP's words, and protobuf's wire format.
+//!
+//! Knows HTTP's semantics for intermediaries (RFC 9110 §7). Knows no protocol's payloads but HTTP's
+//! bodies and trailers, and does no I/O.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod body;
+pub mod config;
+pub mod failure;
+pub mod fields;
+pub mod forwarded;
+pub mod wire;
