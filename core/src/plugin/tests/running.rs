@@ -11,6 +11,7 @@ use sidelane_abi::failure;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::mpsc;
 
+use super::DRAIN;
 use super::lent::{self, Body, Metrics, Opener, Responder, Service};
 use super::libraries::{c_plugin, probe_bytes, probe_http};
 use super::loading::spec;
@@ -29,7 +30,7 @@ fn probe(label: &str) -> PluginSpec {
 fn loaded(limits: Limits) -> (Plugins, Metrics) {
     let metrics = Metrics::default();
     let plugins = Plugins::new(metrics.host(), limits);
-    plugins.apply(&[probe("first")]).unwrap();
+    plugins.apply(&[probe("first")], DRAIN).unwrap();
     (plugins, metrics)
 }
 
@@ -188,9 +189,9 @@ fn too_many_panics_put_a_generation_in_quarantine() {
         let protocol = plugins.find("PROBE").unwrap();
         assert!(protocol.quarantined() && plugins.generations()[0].quarantined);
         // The same library and configuration stay in quarantine, another configuration is new.
-        plugins.apply(&[probe("first")]).unwrap();
+        plugins.apply(&[probe("first")], DRAIN).unwrap();
         assert!(plugins.find("PROBE").unwrap().quarantined());
-        plugins.apply(&[probe("second")]).unwrap();
+        plugins.apply(&[probe("second")], DRAIN).unwrap();
         assert!(!plugins.find("PROBE").unwrap().quarantined());
     });
 }
@@ -204,7 +205,7 @@ fn a_new_configuration_lets_running_exchanges_end_on_the_old_generation() {
         client.write_all(b"E").await.unwrap();
         echoes(&mut client, b"before").await;
 
-        let applied = plugins.apply(&[probe("second")]).unwrap();
+        let applied = plugins.apply(&[probe("second")], DRAIN).unwrap();
         assert_eq!((applied.loaded.len(), applied.drained.len(), plugins.libraries()), (1, 1, 1));
         assert_eq!(state(&plugins), [GenerationState::Draining, GenerationState::Current]);
         assert_eq!(
@@ -236,13 +237,13 @@ fn a_new_configuration_lets_running_exchanges_end_on_the_old_generation() {
 fn an_unchanged_plugin_is_not_touched() {
     on_shard(async {
         let (plugins, metrics) = loaded(Limits::default());
-        let applied = plugins.apply(&[probe("first")]).unwrap();
+        let applied = plugins.apply(&[probe("first")], DRAIN).unwrap();
         assert_eq!((applied.kept.len(), applied.loaded.len(), applied.drained.len()), (1, 0, 0));
         assert_eq!(
             (metrics.value("probe", "drains"), metrics.value("probe", "instances")),
             (0.0, 1.0)
         );
-        let applied = plugins.apply(&[]).unwrap();
+        let applied = plugins.apply(&[], DRAIN).unwrap();
         assert_eq!(applied.drained, ["probe"]);
         assert!(plugins.find("PROBE").is_none());
         assert_eq!(metrics.value("probe", "instances"), 0.0);
@@ -259,7 +260,7 @@ fn tasks_end_before_their_generation_is_destroyed() {
         assert_eq!(plugins.find("PROBE").unwrap().generation.tasks(), 1);
         assert_eq!(metrics.value("probe", "futures"), 1.0);
 
-        plugins.apply(&[probe("second")]).unwrap();
+        plugins.apply(&[probe("second")], DRAIN).unwrap();
         // Aborted, and gone once the runtime has looked at it.
         while metrics.value("probe", "instances") > 1.0 {
             tokio::task::yield_now().await;
@@ -297,7 +298,7 @@ fn exchanges_that_outlast_the_drain_deadline_are_ended() {
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished(), "a current generation is not ended");
 
-        plugins.apply(&[probe("second")]).unwrap();
+        plugins.apply(&[probe("second")], DRAIN).unwrap();
         plugins.end_drained(Duration::from_secs(3600));
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished(), "its deadline has not passed");
@@ -311,11 +312,30 @@ fn exchanges_that_outlast_the_drain_deadline_are_ended() {
 }
 
 #[test]
+fn running_exchanges_take_leave_when_their_generation_drains_or_the_process_ends() {
+    on_shard(async {
+        for ends_by_swap in [true, false] {
+            let (plugins, _metrics) = loaded(Limits::default());
+            let (call, _client) = accept(&plugins, b'L');
+            let waiting = tokio::spawn(call);
+            tokio::task::yield_now().await;
+            assert!(!waiting.is_finished());
+            if ends_by_swap {
+                plugins.apply(&[probe("second")], DRAIN).unwrap();
+            } else {
+                plugins.take_leave(std::time::Instant::now() + DRAIN);
+            }
+            assert_eq!(waiting.await.unwrap(), ENDED, "by swap: {ends_by_swap}");
+        }
+    });
+}
+
+#[test]
 fn a_plugin_knows_the_number_of_threads_when_it_is_made() {
     let metrics = Metrics::default();
     // On a thread that is none of them, as plugins are loaded.
     let plugins = Plugins::new(metrics.host().with_shards(3), Limits::default());
-    plugins.apply(&[probe("first")]).unwrap();
+    plugins.apply(&[probe("first")], DRAIN).unwrap();
     assert_eq!(metrics.value("probe", "shards"), 3.0);
 }
 
@@ -397,7 +417,7 @@ fn a_thousand_exchanges_leave_nothing() {
         assert_eq!(metrics.value("probe", "futures"), 0.0);
         assert_eq!(plugins.generations()[0].exchanges, 0);
         assert_eq!(plugins.generations()[0].panics, 100);
-        plugins.apply(&[]).unwrap();
+        plugins.apply(&[], DRAIN).unwrap();
         assert_eq!(metrics.value("probe", "instances"), 0.0);
     });
 }
@@ -406,7 +426,7 @@ fn a_thousand_exchanges_leave_nothing() {
 fn a_plugin_without_a_future_fails_its_exchange() {
     on_shard(async {
         let plugins = Plugins::new(Metrics::default().host(), Limits::default());
-        plugins.apply(&[spec("bare", &c_plugin("no-future.so", &[]))]).unwrap();
+        plugins.apply(&[spec("bare", &c_plugin("no-future.so", &[]))], DRAIN).unwrap();
         let protocol = plugins.find("BARE").unwrap();
         let (client, _theirs) = tokio::io::duplex(16);
         let call = protocol.accept_stream(lent::meta(), client, Opener { end: None });
@@ -473,7 +493,7 @@ fn no_route() -> lend::Failure {
 
 fn http_plugins() -> Plugins {
     let plugins = Plugins::new(Metrics::default().host(), Limits::default());
-    plugins.apply(&[spec("http", probe_http()), spec("bytes", probe_bytes())]).unwrap();
+    plugins.apply(&[spec("http", probe_http()), spec("bytes", probe_bytes())], DRAIN).unwrap();
     plugins
 }
 
@@ -605,7 +625,7 @@ fn apply_from_another_thread_swaps_under_running_exchanges() {
                 let mut swaps = 0_usize;
                 while !stop.is_completed() || swaps < 4 {
                     swaps += 1;
-                    plugins.apply(&[probe(&format!("label {swaps}"))]).unwrap();
+                    plugins.apply(&[probe(&format!("label {swaps}"))], DRAIN).unwrap();
                 }
             }
         });
