@@ -466,6 +466,10 @@ fn route_options_are_checked_by_the_plugin() {
 }
 
 fn head(target: &'static str, probe: Option<&'static str>) -> PreparedHead {
+    head_that(target, probe, false)
+}
+
+fn head_that(target: &'static str, probe: Option<&'static str>, can_upgrade: bool) -> PreparedHead {
     let mut headers = HeaderMap::new();
     headers.append("x-twice", HeaderValue::from_static("one"));
     headers.append("x-twice", HeaderValue::from_bytes(b"\xfftwo").unwrap());
@@ -482,7 +486,7 @@ fn head(target: &'static str, probe: Option<&'static str>) -> PreparedHead {
         headers,
         end: false,
         expect_continue: false,
-        can_upgrade: false,
+        can_upgrade,
     }))
 }
 
@@ -498,7 +502,10 @@ fn http_plugins() -> Plugins {
 }
 
 async fn request(plugins: &Plugins, target: &'static str) -> (CallEnd, lent::Response) {
-    let head = head(target, Some("yes"));
+    ask(plugins, head(target, Some("yes"))).await
+}
+
+async fn ask(plugins: &Plugins, head: PreparedHead) -> (CallEnd, lent::Response) {
     let protocol = plugins.claim(&head).unwrap();
     let mut trailers = HeaderMap::new();
     trailers.append("x-sum", HeaderValue::from_static("42"));
@@ -523,15 +530,19 @@ async fn request(plugins: &Plugins, target: &'static str) -> (CallEnd, lent::Res
 fn a_request_and_its_response_cross_whole() {
     on_shard(async {
         let plugins = http_plugins();
-        let (end, response) = request(&plugins, "/echo").await;
-        assert_eq!(end, ENDED);
-        let (status, headers) = response.head.unwrap();
-        assert_eq!((status, response.informational[0].0.as_u16()), (StatusCode::OK, 103));
-        let twice: Vec<&[u8]> = headers.get_all("x-twice").iter().map(|v| v.as_bytes()).collect();
-        assert_eq!(twice, [b"one".as_slice(), b"\xfftwo"]);
-        assert_eq!(response.body.iter().map(Bytes::len).collect::<Vec<_>>(), [5, 20_000]);
-        assert_eq!(response.trailers.unwrap()["x-sum"], "42");
-        assert!(response.ended && response.aborted.is_none());
+        for can_upgrade in [false, true] {
+            let head = head_that("/echo", Some("yes"), can_upgrade);
+            let (end, response) = ask(&plugins, head).await;
+            assert_eq!(end, ENDED);
+            let (status, headers) = response.head.unwrap();
+            assert_eq!((status, response.informational[0].0.as_u16()), (StatusCode::OK, 103));
+            let twice: Vec<&[u8]> =
+                headers.get_all("x-twice").iter().map(HeaderValue::as_bytes).collect();
+            assert_eq!(twice, [b"one".as_slice(), b"\xfftwo"]);
+            assert_eq!(response.body.iter().map(Bytes::len).collect::<Vec<_>>(), [5, 20_000]);
+            assert_eq!(response.trailers.unwrap()["x-sum"], "42");
+            assert!(response.ended && response.aborted.is_none());
+        }
     });
 }
 
