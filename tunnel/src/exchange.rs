@@ -9,12 +9,7 @@ use slab::Slab;
 use crate::credit::{RecvCredit, SendCredit};
 use crate::id::RequestId;
 use crate::payload::{Payload, Reset};
-
-/// Receive queues whose capacity is above this give it back when they are empty.
-const QUEUE_KEPT_MAX: usize = 16;
-
-/// Receive queues kept: as many as small exchanges run at a time on a busy lane.
-const QUEUES_KEPT_MAX: usize = 64;
+use crate::spare::SpareQueues;
 
 /// Names an exchange of one lane at this end. A stale key, of an exchange whose slot was freed, is
 /// harmless: it names nothing.
@@ -136,23 +131,12 @@ impl Exchange {
     }
 }
 
-impl Receiving {
-    pub(crate) fn pop(&mut self) -> Option<Payload> {
-        let payload = self.queue.pop_front();
-        if self.queue.is_empty() && self.queue.capacity() > QUEUE_KEPT_MAX {
-            self.queue = VecDeque::new();
-        }
-        payload
-    }
-}
-
 /// The exchanges of a lane at this end.
 #[derive(Debug, Default)]
 pub(crate) struct Exchanges {
     slots: Slab<Exchange>,
-    /// Receive queues without anything in them, for the exchanges to come. Invariant: at most
-    /// [`QUEUES_KEPT_MAX`], none of a capacity above [`QUEUE_KEPT_MAX`].
-    queues: Vec<VecDeque<Payload>>,
+    /// For the receive queues.
+    spare: SpareQueues,
     /// Of the slot filled last. Wraps after 2^32 exchanges: a key that old has no owner.
     generation: u32,
 }
@@ -165,9 +149,6 @@ impl Exchanges {
     pub(crate) fn insert(&mut self, mut exchange: Exchange) -> Key {
         self.generation = self.generation.wrapping_add(1);
         exchange.generation = self.generation;
-        if let Some(queue) = self.queues.pop() {
-            exchange.recv.queue = queue;
-        }
         let index = u32::try_from(self.slots.insert(exchange)).expect("exchanges_max is below");
         Key { index, generation: self.generation }
     }
@@ -187,12 +168,23 @@ impl Exchanges {
         self.slots.get_mut(index as usize).expect("tables name filled slots only")
     }
 
+    /// The same, with the spare queues for what it receives.
+    pub(crate) fn at_with_spare(&mut self, index: u32) -> (&mut Exchange, &mut SpareQueues) {
+        let exchange = self.slots.get_mut(index as usize).expect("tables name filled slots only");
+        (exchange, &mut self.spare)
+    }
+
+    /// Takes the next message that an exchange has received.
+    pub(crate) fn pop_received(&mut self, key: Key) -> Option<Payload> {
+        let exchange = self
+            .slots
+            .get_mut(key.index as usize)
+            .filter(|exchange| exchange.generation == key.generation)?;
+        self.spare.pop(&mut exchange.recv.queue)
+    }
+
     pub(crate) fn remove(&mut self, index: u32) {
-        let mut queue = self.slots.remove(index as usize).recv.queue;
-        if (1..=QUEUE_KEPT_MAX).contains(&queue.capacity()) && self.queues.len() < QUEUES_KEPT_MAX {
-            queue.clear();
-            self.queues.push(queue);
-        }
+        self.spare.keep(self.slots.remove(index as usize).recv.queue);
         if self.slots.is_empty() && self.slots.capacity() > 1024 {
             self.slots = Slab::new();
         }

@@ -499,14 +499,14 @@ impl Lane {
     /// Takes the next message, and returns its credit to the peer. What came before a reset is
     /// yielded before it.
     pub fn poll_recv(&mut self, key: Key, cx: &mut Context<'_>) -> Poll<Received> {
-        let Some(exchange) = self.exchanges.find_mut(key) else {
-            return Poll::Ready(Received::Reset(Reset::new(failure::CANCELLED)));
-        };
-        if let Some(payload) = exchange.recv.pop() {
+        if let Some(payload) = self.exchanges.pop_received(key) {
             self.receive_queued -= outbox::cost(&payload) as u64;
             self.return_credit(key, &payload);
             return Poll::Ready(Received::Message(payload));
         }
+        let Some(exchange) = self.exchanges.find_mut(key) else {
+            return Poll::Ready(Received::Reset(Reset::new(failure::CANCELLED)));
+        };
         if exchange.recv.ended {
             return Poll::Ready(Received::Finished);
         }

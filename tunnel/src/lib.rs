@@ -19,6 +19,7 @@ mod liveness;
 mod outbox;
 mod payload;
 mod protocols;
+mod spare;
 mod transmit;
 mod wakes;
 

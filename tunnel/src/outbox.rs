@@ -10,15 +10,13 @@ use std::collections::VecDeque;
 
 use crate::credit::MESSAGE_CHARGE;
 use crate::payload::Payload;
+use crate::spare::SpareQueues;
 
 /// Queued bytes up to which an exchange that becomes active is sparse.
 pub const SPARSE_BYTES_MAX: usize = 1024;
 
 /// What a bulk exchange may send in its turn, and all sparse ones together before it.
 pub const QUANTUM_BYTES: usize = 16 * 1024;
-
-/// Queues whose capacity is above this give it back when they are empty.
-const QUEUE_KEPT_MAX: usize = 16;
 
 /// Nodes kept when no exchange is left.
 const NODES_KEPT_MAX: usize = 1024;
@@ -114,6 +112,7 @@ pub(crate) struct Outbox {
     turn: bool,
     /// Cost of all queues.
     queued: usize,
+    spare: SpareQueues,
 }
 
 /// Returns what a queued message costs: its bytes and its place.
@@ -130,6 +129,7 @@ impl Outbox {
             sparse_left: QUANTUM_BYTES,
             turn: false,
             queued: 0,
+            spare: SpareQueues::new(),
         }
     }
 
@@ -160,7 +160,7 @@ impl Outbox {
         }
         let node = &mut self.nodes[position];
         let cost = cost(&payload);
-        node.queue.push_back(payload);
+        self.spare.push(&mut node.queue, payload);
         node.queued += cost;
         self.queued += cost;
         let small = node.queued <= SPARSE_BYTES_MAX;
@@ -181,11 +181,7 @@ impl Outbox {
     /// Drops all that an exchange has queued.
     pub(crate) fn clear(&mut self, index: u32) {
         let Some(node) = self.nodes.get_mut(index as usize) else { return };
-        if node.queue.capacity() > QUEUE_KEPT_MAX {
-            node.queue = VecDeque::new();
-        } else {
-            node.queue.clear();
-        }
+        self.spare.keep(std::mem::take(&mut node.queue));
         self.queued -= node.queued;
         node.queued = 0;
         self.make_idle(index);
@@ -256,13 +252,11 @@ impl Outbox {
 
     fn pop(&mut self, index: u32) -> (Payload, usize) {
         let node = &mut self.nodes[index as usize];
-        let payload = node.queue.pop_front().expect("a listed exchange has something queued");
+        let payload =
+            self.spare.pop(&mut node.queue).expect("a listed exchange has something queued");
         let cost = cost(&payload);
         node.queued -= cost;
         self.queued -= cost;
-        if node.queue.is_empty() && node.queue.capacity() > QUEUE_KEPT_MAX {
-            node.queue = VecDeque::new();
-        }
         (payload, cost)
     }
 

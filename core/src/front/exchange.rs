@@ -252,6 +252,8 @@ impl Exchange {
         let mut state = self.state();
         state.upgrade = Upgrade::Ready(stream);
         let waker = state.upgraded.take();
+        // Whoever carried the request is done; its task's memory lives as long as its waker.
+        state.connection = None;
         drop(state);
         wake(waker);
     }
@@ -494,12 +496,13 @@ impl Drop for Responder {
 /// that takes its time with the response does not hold up the request's body.
 pub(super) struct Rest<C> {
     call: C,
-    exchange: Arc<Exchange>,
+    /// `None` once the request has become a byte stream: the rest is between that and the plugin.
+    exchange: Option<Arc<Exchange>>,
 }
 
 impl<C: Future<Output = CallEnd> + Unpin> Rest<C> {
     pub(super) fn new(call: C, exchange: Arc<Exchange>) -> Self {
-        Self { call, exchange }
+        Self { call, exchange: Some(exchange) }
     }
 }
 
@@ -507,13 +510,24 @@ impl<C: Future<Output = CallEnd> + Unpin> Future for Rest<C> {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        keep(&mut self.exchange.state().rest, cx.waker());
-        if let Poll::Ready(end) = Pin::new(&mut self.call).poll(cx) {
-            self.exchange.call_ended(end);
+        let this = &mut *self;
+        let Some(exchange) = &this.exchange else {
+            return Pin::new(&mut this.call).poll(cx).map(drop);
+        };
+        keep(&mut exchange.state().rest, cx.waker());
+        if let Poll::Ready(end) = Pin::new(&mut this.call).poll(cx) {
+            exchange.call_ended(end);
             return Poll::Ready(());
         }
+        let state = exchange.state();
         // The call has had its chance to see it.
-        if self.exchange.state().gone.is_some() { Poll::Ready(()) } else { Poll::Pending }
+        let is_gone = state.gone.is_some();
+        let is_upgraded = matches!(state.upgrade, Upgrade::Taken);
+        drop(state);
+        if is_upgraded {
+            this.exchange = None;
+        }
+        if is_gone { Poll::Ready(()) } else { Poll::Pending }
     }
 }
 

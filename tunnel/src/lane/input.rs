@@ -218,7 +218,7 @@ impl Lane {
             self.late += 1;
             return;
         };
-        let exchange = self.exchanges.at(index);
+        let (exchange, spare) = self.exchanges.at_with_spare(index);
         let end = envelope.flags & FLAG_END != 0;
         if let Err(code) = admit(exchange, &envelope, end) {
             self.violations += 1;
@@ -232,7 +232,7 @@ impl Lane {
             let payload =
                 Payload { field: envelope.field, end, head: Bytes::new(), body: envelope.payload };
             self.receive_queued += outbox::cost(&payload) as u64;
-            exchange.recv.queue.push_back(payload);
+            spare.push(&mut exchange.recv.queue, payload);
         }
         if has_payload || end {
             self.wakes.push_from(&mut exchange.recv.waker);
