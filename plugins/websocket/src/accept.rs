@@ -98,7 +98,9 @@ pub(crate) async fn handshake<'a>(
         Ok(message) => message,
         Err(told) => {
             send.reset(Reset::new(told.code));
-            respond(plugin, &head, &mut responder, meta.route(), &told, &[])?;
+            if told.code != failure::CLIENT_GONE {
+                respond(plugin, &head, &mut responder, meta.route(), &told, &[])?;
+            }
             return Err(Error::new(told.code, "the handshake failed"));
         }
     };

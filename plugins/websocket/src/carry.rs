@@ -12,7 +12,7 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use sidelane_plugin::{ByteStream, Error, Instant, RecvHalf, Reset, SendHalf, failure};
+use sidelane_plugin::{ByteStream, Error, RecvHalf, Reset, SendHalf, failure};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::WebSocket;
@@ -194,11 +194,28 @@ impl<'a> Carrier<'a> {
                 if reset.code == failure::NONE { Ok(()) } else { Err(reset.into()) }
             }
             Ending::Leave { close, reset, readable } => {
-                self.send.reset(Reset::new(reset));
+                if reset == failure::DRAINING || !self.told_in_band(reset) {
+                    self.send.reset(Reset::new(reset));
+                }
                 self.leave(close, readable).await;
+                self.send.reset(Reset::new(failure::NONE));
                 Err(Error::new(reset, "ended here"))
             }
         }
+    }
+
+    /// Has the other side's close frame follow what was sent before it, where there is room for it: a
+    /// reset would overtake that.
+    fn told_in_band(&mut self, reset: u32) -> bool {
+        let (side, close) = match self.side {
+            Side::Client => (Side::Service, code::GOING_AWAY),
+            Side::Service => (Side::Client, code::UNEXPECTED),
+        };
+        if self.up.closed || reset == failure::NONE {
+            return true;
+        }
+        let (header, payload) = own_frame(side, opcode::CLOSE, close.to_be_bytes());
+        self.up.try_send(&mut self.send, self.side, &header, &payload)
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Ending> {
@@ -225,9 +242,14 @@ impl<'a> Carrier<'a> {
         // received is still to be written.
         if self.down.is_blocked()
             && let Poll::Ready(reset) = self.send.poll_closed(cx)
-            && reset.code != failure::NONE
         {
-            return Poll::Ready(Ending::Reset(reset));
+            if reset.code != failure::NONE {
+                return Poll::Ready(Ending::Reset(reset));
+            }
+            if self.down.done {
+                // The peer wants no more, and has said all.
+                return Poll::Ready(Ending::Complete);
+            }
         }
         if self.up.closed && self.down.closed {
             let (plugin, wait) = (self.plugin, self.plugin.config.close_timeout);
@@ -280,13 +302,13 @@ impl<'a> Carrier<'a> {
         if self.down.is_inside_frame() || self.down.broken || self.down.done {
             return;
         }
+        let close_timeout = self.plugin.config.close_timeout;
         self.up.discard();
         if !self.down.closed {
             self.put_close(close);
         }
-        let deadline: Instant = self.plugin.host.now() + self.plugin.config.close_timeout;
-        let mut timer = self.plugin.host.timer(deadline);
-        let mut written = false;
+        let mut timer = self.plugin.host.timer(self.plugin.host.now() + close_timeout);
+        let (mut readable, mut written, mut shut) = (readable, false, false);
         poll_fn(|cx| {
             if !written {
                 match self.poll_flushed(cx) {
@@ -295,16 +317,25 @@ impl<'a> Carrier<'a> {
                     Poll::Pending => {}
                 }
             }
-            let over = if readable { self.poll_up(cx) } else { self.poll_discard(cx) };
-            if over.is_ready() {
-                return Poll::Ready(());
+            let mut over = self.up.done;
+            if readable && !over {
+                match self.poll_up(cx) {
+                    Poll::Ready(Ok(())) => over = true,
+                    Poll::Ready(Err(_)) => readable = false,
+                    Poll::Pending => {}
+                }
+            }
+            if !readable && !over {
+                over = self.poll_discard(cx).is_ready();
+                self.up.done = over;
             }
             // The server closes first (RFC 6455 §7.1.1), once both have said so.
-            if written && self.side == Side::Client && (self.up.closed || !readable) {
-                let shut = Pin::new(&mut self.stream).poll_shutdown(cx);
-                if self.up.closed && shut.is_ready() {
-                    return Poll::Ready(());
-                }
+            let may_shut = self.side == Side::Client && (self.up.closed || !readable);
+            if written && may_shut && !shut {
+                shut = Pin::new(&mut self.stream).poll_shutdown(cx).is_ready();
+            }
+            if written && (over || (shut && self.up.closed)) {
+                return Poll::Ready(());
             }
             timer.poll_fired(cx)
         })
@@ -312,14 +343,14 @@ impl<'a> Carrier<'a> {
     }
 
     /// Reads and throws away; ready at the end.
-    fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Ending>> {
+    fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut scratch = Scratch::take();
         for _ in 0..ROUNDS_PER_POLL {
             let mut room = ReadBuf::new(scratch.room());
             match ready!(Pin::new(&mut self.stream).poll_read(cx, &mut room)) {
-                Ok(()) if room.filled().is_empty() => return Poll::Ready(Ok(())),
+                Ok(()) if room.filled().is_empty() => return Poll::Ready(()),
                 Ok(()) => {}
-                Err(_) => return Poll::Ready(Ok(())),
+                Err(_) => return Poll::Ready(()),
             }
         }
         cx.waker().wake_by_ref();
@@ -332,17 +363,8 @@ impl<'a> Carrier<'a> {
     }
 
     /// Puts a frame of ours behind what waits to be written, which ends with a whole frame.
-    fn put_frame<const N: usize>(&mut self, opcode: u8, mut payload: [u8; N]) {
-        let key = match self.side {
-            Side::Client => None,
-            // Without random bytes the frame is still a frame: the key protects what lies between,
-            // and our payloads say nothing that a third party chose.
-            Side::Service => Some(crate::handshake::random().unwrap_or_default()),
-        };
-        if let Some(key) = key {
-            frame::mask(&mut payload, key);
-        }
-        let header = Header { fin: true, reserved: 0, opcode, key, len: N as u64 };
+    fn put_frame<const N: usize>(&mut self, opcode: u8, payload: [u8; N]) {
+        let (header, payload) = own_frame(self.side, opcode, payload);
         self.down.put(frame::write(&header).as_slice(), &payload);
     }
 
@@ -371,6 +393,20 @@ impl<'a> Carrier<'a> {
             },
         }
     }
+}
+
+/// Makes a frame of ours for the stream of `side`.
+fn own_frame<const N: usize>(side: Side, opcode: u8, mut payload: [u8; N]) -> (Header, [u8; N]) {
+    let key = match side {
+        Side::Client => None,
+        // Without random bytes a frame is still a frame: the key protects what lies between from
+        // payloads that a third party chose, and ours are not.
+        Side::Service => Some(crate::handshake::random().unwrap_or_default()),
+    };
+    if let Some(key) = key {
+        frame::mask(&mut payload, key);
+    }
+    (Header { fin: true, reserved: 0, opcode, key, len: N as u64 }, payload)
 }
 
 /// The code of a close frame's payload, as the metrics name it; 1005: none.

@@ -210,3 +210,9 @@ pub(crate) fn mask(payload: &mut [u8], key: [u8; 4]) {
         *byte ^= key;
     }
 }
+
+#[cfg(test)]
+mod check;
+
+#[cfg(test)]
+mod tests;

@@ -2,10 +2,10 @@
 
 use std::io;
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
-use sidelane_plugin::{Buf, Host, Instant, Message, failure};
+use sidelane_plugin::{Buf, Host, Instant, Message, SendHalf, failure};
 use tokio::io::{AsyncRead, ReadBuf};
 
 use super::scratch::{READ_BYTES, Scratch};
@@ -105,6 +105,25 @@ impl Up {
             self.held = Buf::copy_from_slice(bytes);
             self.whole = true;
         }
+    }
+
+    /// Sends a frame of ours to the peer, behind what was sent; false: it would have to wait, or is
+    /// inside another.
+    pub(super) fn try_send(
+        &mut self,
+        send: &mut SendHalf,
+        side: Side,
+        header: &Header,
+        payload: &[u8],
+    ) -> bool {
+        if self.waiting.is_some() || self.piece_left > 0 {
+            return false;
+        }
+        let prefix = payload::frame_prefix(header, side == Side::Client, payload.len());
+        let head = payload::join(&prefix, payload);
+        let mut message = Some(Message { field: FIELD_FRAME, end: false, head, body: Buf::new() });
+        let mut cx = Context::from_waker(Waker::noop());
+        send.poll_send(&mut cx, &mut message).is_ready()
     }
 
     /// Throws away what comes from here on.
