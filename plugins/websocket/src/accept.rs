@@ -29,7 +29,7 @@ pub(crate) async fn handshake<'a>(
     request: Request<'_>,
     mut responder: Responder,
     mut opener: Opener<'_>,
-) -> Result<Option<Carrier<'a>>, Error> {
+) -> Result<Option<Box<Carrier<'a>>>, Error> {
     let Request { head, body, .. } = request;
     if !handshake::is_asked(&head) {
         let told = Told { detail: "not a WebSocket handshake", ..Told::code(failure::BAD_REQUEST) };

@@ -129,7 +129,7 @@ impl<'a> Carrier<'a> {
         extended: bool,
         options: Options,
         permit: Permit,
-    ) -> Self {
+    ) -> Box<Self> {
         let timed = side == Side::Client
             && !(plugin.config.idle_timeout.is_zero() && plugin.config.ping_interval.is_zero());
         let clock = timed.then(|| {
@@ -139,7 +139,7 @@ impl<'a> Carrier<'a> {
                 (!plugin.config.ping_interval.is_zero()).then(|| now + plugin.config.ping_interval);
             Box::new(Clock::new(plugin, idle, ping))
         });
-        Self {
+        Box::new(Self {
             plugin,
             side,
             stream,
@@ -151,7 +151,7 @@ impl<'a> Carrier<'a> {
             open: None,
             counted: false,
             _permit: permit,
-        }
+        })
     }
 
     /// Counts what passes from here on.
@@ -165,7 +165,7 @@ impl<'a> Carrier<'a> {
     }
 
     /// Carries frames until the connection ends.
-    pub(crate) async fn run(mut self) -> Result<(), Error> {
+    pub(crate) async fn run(mut self: Box<Self>) -> Result<(), Error> {
         let ending = poll_fn(|cx| self.poll(cx)).await;
         self.count_ending(ending);
         match ending {
@@ -416,4 +416,20 @@ fn close_code(header: &Header, payload: &[u8]) -> u16 {
         frame::mask(&mut bytes, key);
     }
     u16::from_be_bytes(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An idle connection is this future, at each end, beside what the host keeps of it.
+    #[test]
+    fn a_connection_at_rest_is_small() {
+        fn future_size<'a, F: Future>(_: impl FnOnce(Box<Carrier<'a>>) -> F) -> usize {
+            size_of::<F>()
+        }
+        let (state, future) = (size_of::<Carrier<'_>>(), future_size(Carrier::run));
+        assert!(state <= 448, "the state has {state} bytes");
+        assert!(future <= 256, "the future has {future} bytes");
+    }
 }

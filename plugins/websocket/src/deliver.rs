@@ -59,7 +59,7 @@ pub(crate) async fn handshake<'a>(
     plugin: &'a WebSocket,
     exchange: Exchange<'_>,
     service: Service,
-) -> Result<Option<Carrier<'a>>, Error> {
+) -> Result<Option<Box<Carrier<'a>>>, Error> {
     let (mut send, mut recv, meta) = exchange.split();
     let first = match recv.recv().await {
         Some(Ok(message)) if message.field == FIELD_REQUEST => message,

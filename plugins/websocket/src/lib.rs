@@ -79,7 +79,8 @@ impl Protocol for WebSocket {
         // What the handshake needs goes with it: the connection lives on without.
         let handshake = Box::pin(accept::handshake(self, request, responder, opener));
         async move {
-            match handshake.await? {
+            let carrier = handshake.await?;
+            match carrier {
                 Some(carrier) => carrier.run().await,
                 None => Ok(()),
             }
@@ -93,7 +94,8 @@ impl Protocol for WebSocket {
     ) -> impl Future<Output = Result<(), Error>> + Send {
         let handshake = Box::pin(deliver::handshake(self, exchange, service));
         async move {
-            match handshake.await? {
+            let carrier = handshake.await?;
+            match carrier {
                 Some(carrier) => carrier.run().await,
                 None => Ok(()),
             }

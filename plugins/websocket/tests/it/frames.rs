@@ -12,10 +12,10 @@ fn header(first: u8, masked: bool, len: usize) -> Vec<u8> {
     let mask = if masked { 0x80 } else { 0 };
     let mut out = vec![first];
     match len {
-        0..126 => out.push(mask | u8::try_from(len).unwrap()),
+        0..126 => out.push(mask | u8::try_from(len).expect("below 126")),
         126..=0xffff => {
             out.push(mask | 126);
-            out.extend_from_slice(&u16::try_from(len).unwrap().to_be_bytes());
+            out.extend_from_slice(&u16::try_from(len).expect("of 16 bits").to_be_bytes());
         }
         _ => {
             out.push(mask | 127);

@@ -132,7 +132,7 @@ impl Path {
             };
             service.write(&switching(&head, &more)).await;
             settle(kit, &accepted, &delivered).await;
-            assert_eq!(accepted.response.head().await.unwrap().status, 101);
+            assert_eq!(accepted.response.head().await.expect("a head").status, 101);
             Self { accepted, delivered, client, service }
         })
     }

@@ -108,8 +108,8 @@ fn bytes(messages: &[Sent], from_client: bool) -> Vec<u8> {
             };
             let fin = if index == last { 0x80 } else { 0 };
             let reserved = if index == 0 && sent.compressed { 0x40 } else { 0 };
-            let payload: Vec<u8> =
-                (0..*size).map(|at| sent.fill.wrapping_add((at % 251) as u8)).collect();
+            let pattern = (0..=250u8).cycle().map(|at| sent.fill.wrapping_add(at));
+            let payload: Vec<u8> = pattern.take(*size).collect();
             out.extend(frame(sent, fin | reserved | opcode, &payload));
             if sent.ping {
                 out.extend(frame(sent, PING, &[sent.fill; 5]));
