@@ -9,8 +9,12 @@ use sidelane_plugin::{Counter, Gauge, Histogram, Host};
 use crate::frame::opcode;
 use crate::options::Options;
 
-/// Routes whose series are kept at hand. The host bounds the series themselves.
-const ROUTES_MAX: usize = 10_000;
+/// Routes with series of their own; what passes others counts as [`OTHER`]. With some 25 series each
+/// they stay below the 8,192 that the host gives a plugin.
+const ROUTES_MAX: usize = 256;
+
+/// `route` beyond [`ROUTES_MAX`].
+const OTHER: &str = "other";
 
 /// Who ended a connection first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -266,16 +270,16 @@ impl Metrics {
         if let Some(route) = routes.get(name) {
             return Arc::clone(route);
         }
-        let route = Arc::new(Route::new(self.host, name));
-        if routes.len() < ROUTES_MAX {
-            routes.insert(name.to_owned(), Arc::clone(&route));
-        }
-        route
+        let name = if routes.len() < ROUTES_MAX { name } else { OTHER };
+        let new = || Arc::new(Route::new(self.host, name));
+        Arc::clone(routes.entry(name.to_owned()).or_insert_with(new))
     }
 
     /// Counts a handshake that was answered by anything but a WebSocket. `route` is empty where none
     /// was found.
     pub(crate) fn refused(&self, route: &str, status: u16) {
+        let known = (!route.is_empty()).then(|| self.route(route));
+        let route = known.as_ref().map_or("", |route| &route.name);
         self.host
             .counter_with(
                 "websocket_handshakes_refused_total",
@@ -288,6 +292,18 @@ impl Metrics {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn codes_are_a_bounded_set() {
+        let closes: BTreeSet<_> = (0..=u16::MAX).map(code_name).collect();
+        assert_eq!(closes.len(), 16);
+        let statuses: BTreeSet<_> = (0..=u16::MAX).map(status_name).collect();
+        assert_eq!(statuses.len(), 17);
+    }
+
     #[test]
     fn the_readme_and_the_operators_guide_name_every_metric() {
         let source = include_str!("metrics.rs");
