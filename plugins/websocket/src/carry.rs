@@ -190,6 +190,9 @@ impl<'a> Carrier<'a> {
             Ending::Reset(reset) => {
                 if let Some(close) = self.close_for(reset.code) {
                     self.leave(close, true).await;
+                } else if reset.code == failure::NONE && self.down.closed && !self.up.closed {
+                    // The peer has said all and gone; the answer to its close frame is for us to take.
+                    self.leave(code::GOING_AWAY, true).await;
                 }
                 if reset.code == failure::NONE { Ok(()) } else { Err(reset.into()) }
             }
@@ -295,7 +298,7 @@ impl<'a> Carrier<'a> {
         }
     }
 
-    /// Says `close` where no frame is half written, and lets the other end answer and hang up within
+    /// Says `close`, where no frame is half written and no close frame has passed, and lets the other end answer and hang up within
     /// `close_timeout`. What it still sends is thrown away; hanging up with it unread would have the
     /// kernel reset the connection, and the close frame with it.
     async fn leave(&mut self, close: u16, readable: bool) {

@@ -91,6 +91,27 @@ fn a_services_violation_is_told_to_it_masked_and_to_the_client_as_1011() {
 }
 
 #[test]
+fn a_close_frame_is_not_overtaken_by_the_end_of_the_connection() {
+    let kit = kit();
+    let mut path = Path::open(&kit, "", "");
+    kit.block_on(async {
+        path.service.write(&masked(TEXT, b"a violation")).await;
+        path.settle(&kit).await;
+        // The service hangs up, so that the sidecar's end is over at once.
+        path.service.shutdown().await;
+        path.settle(&kit).await;
+        assert!(path.delivered.running.ended().is_some());
+        assert!(path.accepted.running.ended().is_none());
+        path.client.write(&masked(TEXT, b"sent before the close frame was read")).await;
+        path.settle(&kit).await;
+        assert_eq!(written(&mut path.client), plain(CLOSE, &code(1011)));
+        path.client.write(&masked(CLOSE, &code(1011))).await;
+        path.settle(&kit).await;
+        path.client.closed().await;
+    });
+}
+
+#[test]
 fn reserved_bits_pass_where_an_extension_was_negotiated() {
     let kit = kit();
     let mut path = Path::open(&kit, "", "permessage-deflate");
