@@ -5,9 +5,10 @@ use sidelane_plugin::ffi::abi::claim;
 use sidelane_plugin::{Reset, failure};
 use sidelane_testkit::{Outcome, TestFailure, TestRequest, TestService};
 
+use crate::frames::{TEXT, plain};
 use crate::wire::{
     self, HttpBody, HttpTrailers, WebSocketRequest, WebSocketResponse, accepted, pairs,
-    read_request, read_response, send_response, texts,
+    read_frames, read_request, read_response, send_response, texts,
 };
 use crate::{ACCEPT, connect, kit, kit_with, meta, read_head, switching, upgrade, values};
 
@@ -249,6 +250,24 @@ fn the_service_gets_an_upgrade_of_its_own() {
                 ("via", "1.1 sidelane"),
             ])
         );
+        call.running.cancel();
+    });
+}
+
+#[test]
+fn frames_that_come_with_the_101_are_not_lost() {
+    let (kit, service) = (kit(), TestService::default());
+    kit.block_on(async {
+        let call = kit.deliver(&meta(), &service);
+        WebSocketRequest::new("/").send(&call.peer);
+        let mut stream = service.accept().await;
+        let head = read_head(&mut stream).await;
+        let frames = [plain(TEXT, b"early"), plain(TEXT, b"bird")[..3].to_vec()].concat();
+        stream.write(&[switching(&head, ""), frames].concat()).await;
+        assert!(read_response(&call.peer.message().await).accepted);
+        assert_eq!(read_frames(&call.peer.message().await)[0].payload, b"early");
+        stream.write(&plain(TEXT, b"bird")[3..]).await;
+        assert_eq!(read_frames(&call.peer.message().await)[0].payload, b"bird");
         call.running.cancel();
     });
 }
