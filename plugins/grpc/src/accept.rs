@@ -87,13 +87,14 @@ pub(crate) async fn accept(
         responder,
         rpc: &rpc,
         order: Incoming::new(message_max),
+        clean: true,
         begun: false,
         plain: false,
     };
+    let mut sending = true;
     let end = {
         let mut down = pin!(download.run());
         let mut up = pin!(upload(&head, body, &mut send, &rpc, message_max));
-        let mut sending = true;
         poll_fn(|cx| {
             if sending && let Poll::Ready(sent) = up.as_mut().poll(cx) {
                 sending = false;
@@ -108,6 +109,10 @@ pub(crate) async fn accept(
         })
         .await
     };
+    if sending && matches!(end, End::Complete) {
+        // The service has answered; the rest of the request is not wanted.
+        send.reset(Reset::new(failure::CANCELLED));
+    }
     conclude(end, download, &mut send)
 }
 
@@ -120,14 +125,9 @@ const fn reached(limit: Limit) -> u32 {
 
 /// Tells the client and the peer how the RPC ended.
 fn conclude(end: End, download: Download<'_, '_>, send: &mut SendHalf) -> Result<(), Error> {
-    let Download { mut responder, rpc, order, begun, plain, .. } = download;
+    let Download { mut responder, rpc, clean, begun, plain, .. } = download;
     let (reset, detail, from_peer) = match end {
-        End::Complete => {
-            // What is left of the request is not wanted. Where the peer has said so itself, or the
-            // request is through, this changes nothing.
-            send.reset(Reset::new(failure::CANCELLED));
-            return Ok(());
-        }
+        End::Complete => return Ok(()),
         End::ClientGone(reset) => {
             send.reset(reset);
             return Err(reset.into());
@@ -144,7 +144,7 @@ fn conclude(end: End, download: Download<'_, '_>, send: &mut SendHalf) -> Result
     if !begun {
         tell(rpc, u32::from(told.status));
         told.answer(&mut responder)?;
-    } else if !plain && order.at_boundary() && !as_sent {
+    } else if !plain && clean && !as_sent {
         tell(rpc, u32::from(told.status));
         told.finish(&mut responder)?;
     } else {
@@ -297,6 +297,8 @@ struct Download<'a, 'r> {
     responder: Responder,
     rpc: &'a SharedRpc<'r>,
     order: Incoming,
+    /// What the client was sent ends with a message's end: trailers may follow.
+    clean: bool,
     /// The response's head was sent.
     begun: bool,
     /// The answer is not gRPC's.
@@ -392,6 +394,7 @@ impl Download<'_, '_> {
         headers.extend(chunk.metadata.iter().filter(|(name, _)| fields::passes(name, &nominated)));
         let end = chunk.last && chunk.trailers.count == 0;
         self.begun = true;
+        self.clean = self.order.at_boundary();
         let head = ResponseHead { status, headers: &headers, body_length: None };
         self.responder.head(head, body, end).map_err(|_| gone())
     }
@@ -415,7 +418,9 @@ impl Download<'_, '_> {
     }
 
     async fn body(&mut self, body: sidelane_plugin::Buf, end: bool) -> Result<(), End> {
+        // Where a limit cuts this short the chunk is not sent, and the client has what it had.
         if self.responder.body(body, end).await.is_ok() {
+            self.clean = self.order.at_boundary();
             return Ok(());
         }
         // It says with which code the client broke off, if it did.

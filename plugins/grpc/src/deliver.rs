@@ -26,7 +26,9 @@ use crate::Shared;
 use crate::head;
 use crate::inflow::{Inflow, Item, Source, Tail, Taken};
 use crate::limits::{Limit, Limits, parse_timeout};
-use crate::payload::{self, FIELD_REQUEST, FIELD_REQUEST_BATCH, RequestChunk, Trailers};
+use crate::payload::{
+    self, FIELD_REQUEST, FIELD_REQUEST_BATCH, HEAD_BYTES_MAX, RequestChunk, Trailers,
+};
 use crate::pool::{Place, PoolError, Ticket};
 use crate::splitter::{Incoming, Outgoing, Piece, SplitError};
 use crate::status::{self, h2_code};
@@ -49,8 +51,9 @@ enum Stop {
     Gone(Reset),
     /// It failed here, or at the service.
     Failed(Reset, String),
-    /// The service has not processed it, and may on another connection.
-    NotProcessed(String),
+    /// The service has not processed it, and may on another connection. `closing`: this one takes no
+    /// more streams.
+    NotProcessed { why: String, closing: bool },
 }
 
 impl Stop {
@@ -85,10 +88,10 @@ pub(crate) async fn deliver(
             }
             Err(Error::new(reset.code, message))
         }
-        Err(Stop::NotProcessed(message)) => {
+        Err(Stop::NotProcessed { why, .. }) => {
             let protocol_code = Some(h2_code::REFUSED_STREAM);
             send.reset(Reset { code: failure::SERVICE_RESET, protocol_code });
-            Err(Error::new(failure::SERVICE_RESET, message))
+            Err(Error::new(failure::SERVICE_RESET, why))
         }
     }
 }
@@ -116,23 +119,27 @@ async fn run(
     let mut limits = Limits::new(&shared.drain, timeout.map(|timeout| start + timeout));
     let message = payload_bytes.slice(chunk.body.clone());
     let mut retried = false;
+    let mut ticket = Ticket::default();
     loop {
         let head = request(&payload_bytes, &chunk, meta)?;
-        let place = place(shared, service, send, &mut limits).await?;
+        let place = place(shared, service, send, &mut limits, &mut ticket).await?;
         if !*dispatched {
             send.dispatched();
             *dispatched = true;
         }
         let rpc = Rpc { send, recv: &mut recv, limits: &mut limits };
         match rpc.attempt(&place, head, message.clone(), end).await {
-            Err(Stop::NotProcessed(why)) => {
-                place.retire();
+            Err(Stop::NotProcessed { why, closing }) => {
+                if closing {
+                    place.retire();
+                }
                 // What came after the first chunk is not at hand any more.
                 if retried || recv.taken > 1 {
-                    return Err(Stop::NotProcessed(why));
+                    return Err(Stop::NotProcessed { why, closing });
                 }
                 retried = true;
                 shared.pool.count_retried();
+                ticket = Ticket::beside(&place);
             }
             ended => return ended,
         }
@@ -145,10 +152,10 @@ async fn place<'a>(
     service: &Service,
     send: &mut SendHalf,
     limits: &mut Limits<'_>,
+    ticket: &mut Ticket,
 ) -> Result<Place<'a>, Stop> {
-    let mut ticket = Ticket::default();
     poll_fn(|cx| {
-        if let Poll::Ready(place) = shared.pool.poll_place(cx, service, &mut ticket) {
+        if let Poll::Ready(place) = shared.pool.poll_place(cx, service, ticket) {
             return Poll::Ready(
                 place.map_err(|error: PoolError| Stop::failed(error.code(), error.to_string())),
             );
@@ -304,7 +311,7 @@ impl Rpc<'_, '_> {
         let (response, mut stream) = sender
             .send_request(head, bodiless)
             // Nothing was sent: the connection takes no more streams.
-            .map_err(|error| Stop::NotProcessed(error.to_string()))?;
+            .map_err(|error| Stop::NotProcessed { why: error.to_string(), closing: true })?;
         let ended = {
             let mut up = pin!(upload(&mut stream, recv, first, end));
             let mut down = pin!(download(response, send));
@@ -331,7 +338,7 @@ impl Rpc<'_, '_> {
             }
             Err(Stop::Failed(..)) => stream.send_reset(Reason::CANCEL),
             // Dropping the stream ends what is left of it.
-            Ok(()) | Err(Stop::NotProcessed(_)) => {}
+            Ok(()) | Err(Stop::NotProcessed { .. }) => {}
         }
         ended
     }
@@ -425,7 +432,8 @@ fn no_head(error: &h2::Error) -> Stop {
     let refused = error.is_reset() && error.reason() == Some(Reason::REFUSED_STREAM);
     if error.is_remote() && (refused || error.is_go_away()) {
         // h2 ends only those streams by a GOAWAY that are above the last one it names.
-        return Stop::NotProcessed(format!("the service refused the stream: {error}"));
+        let why = format!("the service refused the stream: {error}");
+        return Stop::NotProcessed { why, closing: !refused };
     }
     broken(error)
 }
@@ -530,8 +538,12 @@ async fn pass_messages(
         while let Some(piece) = outgoing.next(&mut bytes, ending).map_err(unfit)? {
             let len = piece.body.len();
             let last = piece.last;
-            let message = message(head.take().as_ref(), trailers.as_ref(), piece);
-            give(send, message).await?;
+            let (piece, rest) = fit(head.as_ref(), trailers.as_ref(), piece);
+            let first = message(head.take().as_ref(), trailers.as_ref(), piece);
+            give(send, first).await?;
+            if let Some(rest) = rest {
+                give(send, message(None, trailers.as_ref(), rest)).await?;
+            }
             if len > 0 {
                 inflow.source().release(len);
             }
@@ -540,6 +552,30 @@ async fn pass_messages(
             }
         }
     }
+}
+
+/// Splits what would be head, message and trailers in one, where that is more than one message may be.
+fn fit(
+    head: Option<&http::response::Parts>,
+    trailers: Option<&Option<HeaderMap>>,
+    piece: Piece,
+) -> (Piece, Option<Piece>) {
+    let (Some(head), Some(Some(trailers)), true) = (head, trailers, piece.last) else {
+        return (piece, None);
+    };
+    let fields = size_of(&head.headers).encoded_max() + size_of(trailers).encoded_max();
+    if fields + piece.body.len() <= HEAD_BYTES_MAX {
+        return (piece, None);
+    }
+    let rest = Piece {
+        body: Buf::new(),
+        sequence: piece.sequence.wrapping_add(1),
+        messages: 0,
+        first: false,
+        last: true,
+        partial: false,
+    };
+    (Piece { last: false, ..piece }, Some(rest))
 }
 
 fn answered(head: Option<&http::response::Parts>, error: &h2::Error) -> bool {

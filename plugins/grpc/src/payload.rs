@@ -34,8 +34,8 @@ const INLINE_BYTES_MAX: usize = 1024;
 /// Bytes of scalars, and of keys and lengths of strings, tags included.
 const SCALARS_MAX: usize = 64;
 
-const REQUEST_SERVICE: u32 = 1;
-const REQUEST_METHOD: u32 = 2;
+const REQUEST_SERVICE: u32 = 2;
+const REQUEST_METHOD: u32 = 3;
 const REQUEST_BODY: u32 = 4;
 const REQUEST_FIRST: u32 = 5;
 const REQUEST_LAST: u32 = 6;
@@ -319,3 +319,6 @@ pub(crate) fn decode_batch(payload: &[u8]) -> Result<Batch, WireError> {
     }
     Ok(batch)
 }
+
+#[cfg(test)]
+mod tests;

@@ -22,20 +22,21 @@ use sidelane_plugin::{
 
 use crate::config::Config;
 
-/// What a service may send on one stream before it has gone on through the tunnel: as much as one
-/// exchange's credit usually is.
-const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
+/// What a service may send on one stream before it has gone on through the tunnel. The way to it is
+/// short; the exchange's own credit is for the long one.
+const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
 
-/// What a service may send on all streams of a connection: a few stalled streams do not stop the rest.
-const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
+/// What a service may send on all streams of a connection: all that HTTP/2 can say (RFC 9113 §6.9.1).
+/// With less, a few streams that stall would stop all others on the connection.
+const CONNECTION_WINDOW_BYTES: u32 = (1 << 31) - 1;
 
 /// What h2 may hold of one stream's request: two chunks, one that is being written and the next.
 const SEND_BUFFER_BYTES: usize = 64 * 1024;
 
-/// What h2 lets pile up in small frames, at 256 bytes each, before it takes the service for an attacker
-/// and closes the connection: more than the connection's window can hold even in messages of a few
-/// bytes, since a stream that stalls must not end the others.
-const SMALL_FRAMES_BUDGET_BYTES: usize = 256 * CONNECTION_WINDOW_BYTES as usize;
+/// What h2 lets pile up in frames of less than 256 bytes before it takes the service for an attacker and
+/// closes the connection: without a bound. Streams that stall must not end the others, and their
+/// windows bound what they hold.
+const SMALL_FRAMES_BUDGET_BYTES: usize = usize::MAX / 2;
 
 /// Most bytes of a response's metadata or trailers: the bound that the relay's fronts have.
 const HEAD_BYTES_MAX: u32 = 64 * 1024;
@@ -164,6 +165,15 @@ pub(crate) struct Ticket {
     since: Option<u64>,
     /// Dials that had ended when its waker was left.
     waits: Option<u64>,
+    /// Refused a stream: another connection is better, if there may be one.
+    avoid: Option<Arc<Link>>,
+}
+
+impl Ticket {
+    /// Waits for a place on another connection than that of `place`.
+    pub(crate) fn beside(place: &Place<'_>) -> Self {
+        Self { avoid: Some(Arc::clone(&place.link)), ..Self::default() }
+    }
 }
 
 enum Turn {
@@ -279,7 +289,19 @@ impl Connections {
         let room = |pooled: &&Pooled| {
             pooled.link.active.load(Ordering::Relaxed) < pooled.sender.current_max_send_streams()
         };
-        if let Some(pooled) = self.open.iter().find(room) {
+        let avoided = |pooled: &&Pooled| {
+            ticket.avoid.as_ref().is_some_and(|link| Arc::ptr_eq(&pooled.link, link))
+        };
+        let more = self.dialling || self.open.len() < connections_max;
+        let mut places = self.open.iter().filter(room);
+        let place = match &ticket.avoid {
+            None => places.next(),
+            Some(_) => places
+                .clone()
+                .find(|pooled| !avoided(pooled))
+                .or_else(|| if more { None } else { places.next() }),
+        };
+        if let Some(pooled) = place {
             pooled.link.active.fetch_add(1, Ordering::Relaxed);
             pooled.link.used.fetch_add(1, Ordering::Relaxed);
             return Turn::Taken(pooled.sender.clone(), Arc::clone(&pooled.link));
