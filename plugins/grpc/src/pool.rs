@@ -54,7 +54,9 @@ pub(crate) enum PoolError {
     Full,
     /// The service cannot be reached.
     Connect(ServiceError),
-    /// It does not speak HTTP/2, or broke off before it did.
+    /// It closed the connection before it had said anything.
+    Closed,
+    /// It does not speak HTTP/2.
     Handshake,
     /// It did not say its settings in time.
     Slow,
@@ -66,6 +68,7 @@ impl PoolError {
         match self {
             Self::Full => failure::OVERLOADED,
             Self::Connect(error) => error.code,
+            Self::Closed => failure::SERVICE_UNREACHABLE,
             Self::Handshake => failure::SERVICE_INVALID,
             Self::Slow => failure::SERVICE_TIMEOUT,
         }
@@ -77,6 +80,7 @@ impl std::fmt::Display for PoolError {
         match self {
             Self::Full => f.write_str("all streams of all connections to the service are in use"),
             Self::Connect(error) => error.fmt(f),
+            Self::Closed => f.write_str("the service closed the connection at once"),
             Self::Handshake => f.write_str("the service does not speak HTTP/2"),
             Self::Slow => f.write_str("the service did not send its HTTP/2 settings in time"),
         }
@@ -346,7 +350,7 @@ impl Drop for Dialling {
     fn drop(&mut self) {
         // The host drops its tasks where nobody waits any more, perhaps outside of a call.
         if !self.ended && Host::try_current().is_some() {
-            self.end(Err(PoolError::Handshake));
+            self.end(Err(PoolError::Closed));
         }
     }
 }
@@ -374,7 +378,7 @@ async fn dial(pool: Arc<Pool>, service: u64, version: u64, connect: Connect) {
     let deadline = host.now() + SETTINGS_TIMEOUT;
     let (sender, connection) = match host.timeout(SETTINGS_TIMEOUT, handshake(stream)).await {
         Ok(Ok(connected)) => connected,
-        Ok(Err(_)) => return dialling.end(Err(PoolError::Handshake)),
+        Ok(Err(error)) => return dialling.end(Err(broken(&error))),
         Err(_) => return dialling.end(Err(PoolError::Slow)),
     };
     let link = Arc::new(Link::default());
@@ -385,9 +389,9 @@ async fn dial(pool: Arc<Pool>, service: u64, version: u64, connect: Connect) {
         link: Arc::clone(&link),
     };
     let mut sender = Some(sender);
-    poll_fn(|cx| {
-        if driver.poll_connection(cx).is_ready() {
-            return Poll::Ready(());
+    let ended = poll_fn(|cx| {
+        if let Poll::Ready(ended) = driver.poll_connection(cx) {
+            return Poll::Ready(ended);
         }
         if sender.is_some() && driver.connection.max_concurrent_send_streams() > 0 {
             // It has said its settings.
@@ -398,9 +402,9 @@ async fn dial(pool: Arc<Pool>, service: u64, version: u64, connect: Connect) {
         match driver.poll_clock(cx, &pool.config) {
             Poll::Ready(Time::Settings) => {
                 dialling.end(Err(PoolError::Slow));
-                Poll::Ready(())
+                Poll::Ready(PoolError::Slow)
             }
-            Poll::Ready(Time::Unanswered) => Poll::Ready(()),
+            Poll::Ready(Time::Unanswered) => Poll::Ready(PoolError::Slow),
             Poll::Ready(Time::Unused) => {
                 // Without a sender it says goodbye and ends.
                 pool.remove(service, &link);
@@ -410,7 +414,7 @@ async fn dial(pool: Arc<Pool>, service: u64, version: u64, connect: Connect) {
         }
     })
     .await;
-    dialling.end(Err(PoolError::Handshake));
+    dialling.end(Err(ended));
     pool.remove(service, &link);
 }
 
@@ -422,6 +426,10 @@ impl Pool {
                 shard.get(&service).is_none_or(|connections| connections.version <= version)
             })
     }
+}
+
+fn broken(error: &h2::Error) -> PoolError {
+    if error.is_io() { PoolError::Closed } else { PoolError::Handshake }
 }
 
 type Connected = (SendRequest<Bytes>, client::Connection<ByteStream, Bytes>);
@@ -459,8 +467,10 @@ enum Time {
 }
 
 impl Driver {
-    fn poll_connection(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        Pin::new(&mut self.connection).poll(cx).map(|_| ())
+    /// Ready once it has ended: what that means where it had not begun.
+    fn poll_connection(&mut self, cx: &mut Context<'_>) -> Poll<PoolError> {
+        let ended = Pin::new(&mut self.connection).poll(cx);
+        ended.map(|ended| ended.map_or_else(|error| broken(&error), |()| PoolError::Closed))
     }
 
     /// The service has said its settings.

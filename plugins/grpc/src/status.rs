@@ -49,7 +49,7 @@ const TABLE: &[Row] = &[
     row(failure::BAD_REQUEST, INTERNAL, "the request is not what gRPC allows"),
     row(failure::FLOW_CONTROL, INTERNAL, "a peer of the tunnel ignored its credit"),
     row(failure::PLUGIN_FAILED, INTERNAL, "the protocol plugin failed"),
-    row(failure::DRAINING, UNAVAILABLE, "draining: this end is going away"),
+    row(failure::DRAINING, UNAVAILABLE, "this end is going away"),
     row(failure::FORBIDDEN, PERMISSION_DENIED, "not allowed"),
     row(failure::INTERNAL, INTERNAL, "a defect on our side"),
     row(failure::UNSUPPORTED, UNIMPLEMENTED, "not supported"),

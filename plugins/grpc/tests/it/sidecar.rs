@@ -187,6 +187,13 @@ fn a_service_that_speaks_something_else_is_invalid() {
         let outcome = delivery.running.outcome().await;
         assert_eq!(outcome, Outcome::Ended(failure::SERVICE_INVALID));
 
+        // Nor does one that closes at once, which may be on its way up or down.
+        let delivery = kit.deliver(&meta(), &service);
+        GrpcRequest::call(&message(0, 1)).last().send(&delivery.peer);
+        drop(service.accept().await);
+        let outcome = delivery.running.outcome().await;
+        assert_eq!(outcome, Outcome::Ended(failure::SERVICE_UNREACHABLE));
+
         // Nor one that says nothing.
         let delivery = kit.deliver(&meta(), &service);
         GrpcRequest::call(&message(0, 1)).last().send(&delivery.peer);
