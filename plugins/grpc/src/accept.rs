@@ -13,13 +13,13 @@ use sidelane_http_born::failure::{self as http_failure, respond_with};
 use sidelane_http_born::fields::{self, Kind, Nominated};
 use sidelane_http_born::wire::Field;
 use sidelane_plugin::{
-    Body, Error, Failure, Frame, HeaderList, Host, Message, Opener, RecvHalf, Request, RequestHead,
-    Reset, Responder, ResponseHead, RouteKey, SendHalf, failure,
+    Body, Buf, Error, Failure, Frame, HeaderList, Host, Message, Opener, RecvHalf, Request,
+    RequestHead, Reset, Responder, ResponseHead, RouteKey, SendHalf, failure,
 };
 
 use crate::Shared;
 use crate::head;
-use crate::inflow::{Inflow, Item, Source, Tail, Taken};
+use crate::inflow::{Inflow, Item, ItemOf, Source, Tail, Taken};
 use crate::limits::{Limit, Limits, parse_timeout};
 use crate::metrics::{Direction, Rpc};
 use crate::payload::{self, FIELD_RESPONSE, FIELD_RESPONSE_BATCH, HEAD_BYTES_MAX, ResponseChunk};
@@ -195,11 +195,12 @@ fn refuse_no_rpc(head: &RequestHead<'_>, responder: &mut Responder) -> Option<Re
 }
 
 impl Source for Body {
+    type Data = Buf;
     /// A request of gRPC has none.
     type Trailers = ();
     type Error = Reset;
 
-    fn poll_item(&mut self, cx: &mut Context<'_>) -> Poll<Item<(), Reset>> {
+    fn poll_item(&mut self, cx: &mut Context<'_>) -> Poll<ItemOf<Self>> {
         self.poll_frame(cx).map(|frame| match frame {
             Some(Ok(Frame::Data { bytes, end })) => Item::Data { bytes, end },
             Some(Ok(Frame::Trailers(_))) | None => Item::End(Tail::Plain),
@@ -376,11 +377,7 @@ impl Download<'_, '_> {
         Ok(())
     }
 
-    fn head(
-        &mut self,
-        chunk: &ResponseChunk<'_>,
-        body: Option<sidelane_plugin::Buf>,
-    ) -> Result<(), End> {
+    fn head(&mut self, chunk: &ResponseChunk<'_>, body: Option<Buf>) -> Result<(), End> {
         let status = u16::try_from(chunk.http_status).map_err(|_| invalid())?;
         if !(200..=999).contains(&status) {
             return Err(invalid());
@@ -417,7 +414,7 @@ impl Download<'_, '_> {
         }
     }
 
-    async fn body(&mut self, body: sidelane_plugin::Buf, end: bool) -> Result<(), End> {
+    async fn body(&mut self, body: Buf, end: bool) -> Result<(), End> {
         // Where a limit cuts this short the chunk is not sent, and the client has what it had.
         if self.responder.body(body, end).await.is_ok() {
             self.clean = self.order.at_boundary();

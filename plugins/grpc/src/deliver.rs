@@ -24,7 +24,7 @@ use sidelane_plugin::{
 
 use crate::Shared;
 use crate::head;
-use crate::inflow::{Inflow, Item, Source, Tail, Taken};
+use crate::inflow::{Inflow, Item, ItemOf, Source, Tail, Taken};
 use crate::limits::{Limit, Limits, parse_timeout};
 use crate::payload::{
     self, FIELD_REQUEST, FIELD_REQUEST_BATCH, HEAD_BYTES_MAX, RequestChunk, Trailers,
@@ -39,10 +39,6 @@ const FIELDS_ADDED: usize = 5;
 /// Most fields in metadata or trailers; one more is `service-invalid`. The bound that the relay's
 /// fronts have.
 const FIELDS_MAX: usize = 128;
-
-/// Frames shorter than this are copied out of the connection's read buffer, which they would hold on
-/// to.
-const COPIED_BYTES_MAX: usize = 2 * 1024;
 
 /// How an exchange ends when it does not end well.
 #[derive(Debug)]
@@ -454,20 +450,16 @@ struct Frames {
 }
 
 impl Source for Frames {
+    type Data = Bytes;
     type Trailers = HeaderMap;
     type Error = h2::Error;
 
-    fn poll_item(&mut self, cx: &mut Context<'_>) -> Poll<Item<HeaderMap, h2::Error>> {
+    fn poll_item(&mut self, cx: &mut Context<'_>) -> Poll<ItemOf<Self>> {
         while !self.data_ended {
             match std::task::ready!(self.body.poll_data(cx)) {
                 Some(Ok(bytes)) if bytes.is_empty() && !self.body.is_end_stream() => {}
                 Some(Ok(bytes)) => {
                     let end = self.body.is_end_stream();
-                    let bytes = if bytes.len() < COPIED_BYTES_MAX {
-                        Buf::copy_from_slice(&bytes)
-                    } else {
-                        bytes.into()
-                    };
                     return Poll::Ready(Item::Data { bytes, end });
                 }
                 Some(Err(error)) => return Poll::Ready(Item::End(Tail::Failed(error))),

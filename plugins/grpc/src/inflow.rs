@@ -3,6 +3,7 @@
 
 use std::task::{Context, Poll};
 
+use bytes::Bytes;
 use sidelane_plugin::{Buf, BufBuilder};
 
 /// Frames up to this long are joined by copying: senders put each small message into a frame of its
@@ -14,11 +15,29 @@ const JOINED_BYTES_MAX: usize = 16 * 1024;
 
 /// A frame of a body.
 #[derive(Debug)]
-pub(crate) enum Item<T, E> {
+pub(crate) enum Item<D, T, E> {
     /// Bytes. `end`: nothing follows.
-    Data { bytes: Buf, end: bool },
+    Data { bytes: D, end: bool },
     /// The end.
     End(Tail<T, E>),
+}
+
+/// A frame's bytes. Those that are joined to others are copied once.
+pub(crate) trait Data: AsRef<[u8]> {
+    fn into_buf(self) -> Buf;
+}
+
+impl Data for Buf {
+    fn into_buf(self) -> Buf {
+        self
+    }
+}
+
+impl Data for Bytes {
+    fn into_buf(self) -> Buf {
+        // A short one would hold on to the whole of what was read with it.
+        if self.len() <= JOINED_FRAME_BYTES_MAX { Buf::copy_from_slice(&self) } else { self.into() }
+    }
 }
 
 /// How a body ends.
@@ -31,11 +50,15 @@ pub(crate) enum Tail<T, E> {
 
 /// Where frames come from.
 pub(crate) trait Source {
+    type Data: Data;
     type Trailers;
     type Error;
 
-    fn poll_item(&mut self, cx: &mut Context<'_>) -> Poll<Item<Self::Trailers, Self::Error>>;
+    fn poll_item(&mut self, cx: &mut Context<'_>) -> Poll<ItemOf<Self>>;
 }
+
+pub(crate) type ItemOf<S> =
+    Item<<S as Source>::Data, <S as Source>::Trailers, <S as Source>::Error>;
 
 /// What was there: bytes, and the end where it was there too.
 #[derive(Debug)]
@@ -45,11 +68,10 @@ pub(crate) struct Taken<T, E> {
 }
 
 /// Takes a body's frames.
-#[derive(Debug)]
 pub(crate) struct Inflow<S: Source> {
     source: S,
     /// Read and not taken yet.
-    ahead: Option<Item<S::Trailers, S::Error>>,
+    ahead: Option<ItemOf<S>>,
 }
 
 impl<S: Source> Inflow<S> {
@@ -69,14 +91,15 @@ impl<S: Source> Inflow<S> {
         };
         let first = match item {
             Item::Data { bytes, end: true } => {
-                return Poll::Ready(Taken { bytes, tail: Some(Tail::Plain) });
+                return Poll::Ready(Taken { bytes: bytes.into_buf(), tail: Some(Tail::Plain) });
             }
             Item::End(tail) => {
                 return Poll::Ready(Taken { bytes: Buf::new(), tail: Some(tail) });
             }
             Item::Data { bytes, end: false } => bytes,
         };
-        let joins = first.len() <= JOINED_FRAME_BYTES_MAX;
+        let first_len = first.as_ref().len();
+        let joins = first_len <= JOINED_FRAME_BYTES_MAX;
         let mut joined = None::<BufBuilder>;
         let tail = loop {
             match self.source.poll_item(cx) {
@@ -86,16 +109,17 @@ impl<S: Source> Inflow<S> {
                 }
                 Poll::Ready(Item::Data { bytes, end })
                     if joins
-                        && bytes.len() <= JOINED_FRAME_BYTES_MAX
-                        && joined.as_ref().map_or(first.len(), BufBuilder::len) + bytes.len()
+                        && bytes.as_ref().len() <= JOINED_FRAME_BYTES_MAX
+                        && joined.as_ref().map_or(first_len, BufBuilder::len)
+                            + bytes.as_ref().len()
                             <= JOINED_BYTES_MAX =>
                 {
                     let joined = joined.get_or_insert_with(|| {
                         let mut joined = BufBuilder::with_capacity(2 * JOINED_FRAME_BYTES_MAX);
-                        joined.extend_from_slice(&first);
+                        joined.extend_from_slice(first.as_ref());
                         joined
                     });
-                    joined.extend_from_slice(&bytes);
+                    joined.extend_from_slice(bytes.as_ref());
                     if end {
                         break Some(Tail::Plain);
                     }
@@ -106,7 +130,10 @@ impl<S: Source> Inflow<S> {
                 }
             }
         };
-        let bytes = joined.map_or(first, BufBuilder::freeze);
+        let bytes = match joined {
+            Some(joined) => joined.freeze(),
+            None => first.into_buf(),
+        };
         Poll::Ready(Taken { bytes, tail })
     }
 }

@@ -23,8 +23,9 @@ use sidelane_plugin::{
 use crate::config::Config;
 
 /// What a service may send on one stream before it has gone on through the tunnel. The way to it is
-/// short; the exchange's own credit is for the long one.
-const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
+/// short; the exchange's own credit is for the long one. Small frames that wait are kept in some 300
+/// bytes each: with four times as much, streams of small messages cost a sixth more, in cache misses.
+const STREAM_WINDOW_BYTES: u32 = 64 * 1024;
 
 /// What a service may send on all streams of a connection: all that HTTP/2 can say (RFC 9113 §6.9.1).
 /// With less, a few streams that stall would stop all others on the connection.
