@@ -80,6 +80,10 @@ pub(crate) async fn accept(
             };
         }
     };
+    if head.expects_continue() {
+        // No client of gRPC waits to be told, and no service of gRPC tells: `expect` does not pass.
+        let _ = responder.informational(100, &HeaderList::new());
+    }
     let message_max = shared.options.read(meta.options()).max_message_size;
     let rpc = Mutex::new(shared.metrics.begin(meta.route(), path, start));
     let mut download = Download {

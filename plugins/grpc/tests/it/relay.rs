@@ -107,6 +107,18 @@ fn heads_do_not_wait_for_messages() {
 }
 
 #[test]
+fn a_client_that_waits_to_be_told_is_told() {
+    let kit = kit();
+    kit.block_on(async {
+        let accepted = kit.accept_http(&call().expecting_continue());
+        assert_eq!(accepted.response.informational().await.status, 100);
+        let request = read_request(&accepted.peer.message().await);
+        assert!(values(&request.metadata, "expect").is_empty());
+        accepted.running.cancel();
+    });
+}
+
+#[test]
 fn frames_that_wait_together_are_one_batch() {
     let kit = kit();
     kit.block_on(async {
