@@ -106,13 +106,15 @@ pub(crate) struct Pool {
     draining: AtomicBool,
 }
 
-/// One thread's part, by service.
-type Shard = HashMap<u64, Connections>;
+/// A service's id and version.
+type Key = (u64, u64);
 
-/// The connections to one service.
+/// One thread's part.
+type Shard = HashMap<Key, Connections>;
+
+/// The connections to one version of a service.
 #[derive(Debug, Default)]
 struct Connections {
-    version: u64,
     open: Vec<Pooled>,
     dialling: bool,
     /// Dials that have ended.
@@ -142,14 +144,14 @@ struct Link {
 pub(crate) struct Place<'a> {
     pub(crate) sender: SendRequest<Bytes>,
     link: Arc<Link>,
-    service: u64,
+    key: Key,
     pool: &'a Pool,
 }
 
 impl Place<'_> {
     /// Keeps others from getting a place on this connection, which takes no more streams.
     pub(crate) fn retire(&self) {
-        self.pool.remove(self.service, &self.link);
+        self.pool.remove(self.key, &self.link);
     }
 }
 
@@ -158,7 +160,7 @@ impl Drop for Place<'_> {
         self.pool.metrics.streams.add(-1);
         let last = self.link.active.fetch_sub(1, Ordering::Relaxed) == 1;
         if last && self.pool.draining.load(Ordering::Relaxed) {
-            self.pool.remove(self.service, &self.link);
+            self.pool.remove(self.key, &self.link);
         }
     }
 }
@@ -217,14 +219,14 @@ impl Pool {
         service: &Service,
         ticket: &mut Ticket,
     ) -> Poll<Result<Place<'a>, PoolError>> {
+        let key = (service.id(), service.version());
         loop {
             let mut stale = Vec::new();
             let turn = self.shards.with(|shard| {
-                let connections = shard.entry(service.id()).or_default();
-                if connections.version < service.version() {
-                    connections.version = service.version();
-                    stale.append(&mut connections.open);
+                if !shard.contains_key(&key) {
+                    stale = shard.take_older(key);
                 }
+                let connections = shard.entry(key).or_default();
                 connections.turn(cx, ticket, self.config.connections_max)
             });
             // Their RPCs go on; they end with the last of them.
@@ -232,16 +234,14 @@ impl Pool {
             match turn {
                 Turn::Taken(sender, link) => {
                     self.metrics.streams.add(1);
-                    let (service, pool) = (service.id(), &**self);
-                    return Poll::Ready(Ok(Place { sender, link, service, pool }));
+                    return Poll::Ready(Ok(Place { sender, link, key, pool: self }));
                 }
                 Turn::Failed(error) => return Poll::Ready(Err(error)),
                 Turn::Wait => return Poll::Pending,
                 Turn::Dial => {
-                    let dial =
-                        dial(Arc::clone(self), service.id(), service.version(), service.connect());
+                    let dial = dial(Arc::clone(self), key, service.connect());
                     if !Host::current().try_spawn(dial) {
-                        self.dialled(service.id(), Err(PoolError::Full));
+                        self.dialled(key, Err(PoolError::Full));
                     }
                 }
             }
@@ -261,30 +261,47 @@ impl Pool {
     }
 
     /// A dial has ended; who waits looks again.
-    fn dialled(&self, service: u64, result: Result<Option<Pooled>, PoolError>) {
+    fn dialled(&self, key: Key, result: Result<Pooled, PoolError>) {
         let waiting = self.shards.with(|shard| {
-            let connections = shard.entry(service).or_default();
+            let connections = shard.entry(key).or_default();
             connections.dialling = false;
             connections.dials += 1;
-            connections.failed = result.as_ref().err().copied();
-            if let Ok(Some(pooled)) = result {
-                connections.open.push(pooled);
+            connections.failed = None;
+            match result {
+                Ok(pooled) => connections.open.push(pooled),
+                Err(error) => connections.failed = Some(error),
             }
             std::mem::take(&mut connections.waiting)
         });
         waiting.into_iter().for_each(Waker::wake);
     }
 
-    fn remove(&self, service: u64, link: &Arc<Link>) {
+    fn remove(&self, key: Key, link: &Arc<Link>) {
         let mut closing = Vec::new();
         self.shards.with(|shard| {
-            if let Some(connections) = shard.get_mut(&service) {
+            if let Some(connections) = shard.get_mut(&key) {
                 let is_it = |pooled: &mut Pooled| Arc::ptr_eq(&pooled.link, link);
                 closing.extend(connections.open.extract_if(.., is_it));
             }
         });
         // Outside the lock: the last sender that goes wakes the connection's task.
         drop(closing);
+    }
+}
+
+/// What is done with one thread's part.
+trait TakeOlder {
+    /// Takes the connections to older versions of a service.
+    fn take_older(&mut self, key: Key) -> Vec<Pooled>;
+}
+
+impl TakeOlder for Shard {
+    fn take_older(&mut self, (id, version): Key) -> Vec<Pooled> {
+        let older = |key: &Key| key.0 == id && key.1 < version;
+        let of_older = self.iter_mut().filter(|(key, _)| older(key));
+        let taken = of_older.flat_map(|(_, connections)| connections.open.drain(..)).collect();
+        self.retain(|key, connections| !older(key) || connections.dialling);
+        taken
     }
 }
 
@@ -335,14 +352,14 @@ impl Connections {
 /// Tells those who wait that a dial has ended, also where its task is dropped.
 struct Dialling {
     pool: Arc<Pool>,
-    service: u64,
+    key: Key,
     ended: bool,
 }
 
 impl Dialling {
-    fn end(&mut self, result: Result<Option<Pooled>, PoolError>) {
+    fn end(&mut self, result: Result<Pooled, PoolError>) {
         if !std::mem::replace(&mut self.ended, true) {
-            self.pool.dialled(self.service, result);
+            self.pool.dialled(self.key, result);
         }
     }
 }
@@ -366,8 +383,8 @@ impl Drop for Counted {
 }
 
 /// Dials a service, and then drives the connection to its end.
-async fn dial(pool: Arc<Pool>, service: u64, version: u64, connect: Connect) {
-    let mut dialling = Dialling { pool: Arc::clone(&pool), service, ended: false };
+async fn dial(pool: Arc<Pool>, key: Key, connect: Connect) {
+    let mut dialling = Dialling { pool: Arc::clone(&pool), key, ended: false };
     let stream = match connect.await {
         Ok(stream) => stream,
         Err(error) => return dialling.end(Err(PoolError::Connect(error))),
@@ -394,11 +411,12 @@ async fn dial(pool: Arc<Pool>, service: u64, version: u64, connect: Connect) {
         if let Poll::Ready(ended) = driver.poll_connection(cx) {
             return Poll::Ready(ended);
         }
-        if sender.is_some() && driver.connection.max_concurrent_send_streams() > 0 {
-            // It has said its settings.
+        // It is above 0 once the service has said its settings.
+        if driver.connection.max_concurrent_send_streams() > 0
+            && let Some(sender) = sender.take()
+        {
             driver.begin(&pool.config);
-            let pooled = sender.take().map(|sender| Pooled { sender, link: Arc::clone(&link) });
-            dialling.end(Ok(pooled.filter(|_| pool.takes(service, version))));
+            dialling.end(Ok(Pooled { sender, link: Arc::clone(&link) }));
         }
         match driver.poll_clock(cx, &pool.config) {
             Poll::Ready(Time::Settings) => {
@@ -408,7 +426,7 @@ async fn dial(pool: Arc<Pool>, service: u64, version: u64, connect: Connect) {
             Poll::Ready(Time::Unanswered) => Poll::Ready(PoolError::Slow),
             Poll::Ready(Time::Unused) => {
                 // Without a sender it says goodbye and ends.
-                pool.remove(service, &link);
+                pool.remove(key, &link);
                 driver.poll_connection(cx)
             }
             Poll::Pending => Poll::Pending,
@@ -416,17 +434,7 @@ async fn dial(pool: Arc<Pool>, service: u64, version: u64, connect: Connect) {
     })
     .await;
     dialling.end(Err(ended));
-    pool.remove(service, &link);
-}
-
-impl Pool {
-    /// Whether a connection to this version of the service is of use.
-    fn takes(&self, service: u64, version: u64) -> bool {
-        !self.draining.load(Ordering::Relaxed)
-            && self.shards.with(|shard| {
-                shard.get(&service).is_none_or(|connections| connections.version <= version)
-            })
-    }
+    pool.remove(key, &link);
 }
 
 fn broken(error: &h2::Error) -> PoolError {

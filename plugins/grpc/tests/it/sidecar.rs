@@ -345,6 +345,42 @@ fn another_version_of_the_service_is_dialled_anew() {
 }
 
 #[test]
+fn an_older_version_of_the_service_is_still_served() {
+    let (kit, mut service) = (kit(), TestService::default());
+    kit.block_on(async {
+        for version in [2, 1] {
+            service.version = version;
+            let delivery = kit.deliver(&meta(), &service);
+            GrpcRequest::call(&message(0, 1)).last().send(&delivery.peer);
+            let mut served = Served::accept(&service).await;
+            let (_request, mut respond) = served.request().await;
+            answer(&mut respond, message(1, 1));
+            let response = served.drive(delivery.peer.message()).await;
+            assert_eq!(read_response(&response).body, message(1, 1));
+        }
+        assert_eq!(service.connects(), 2);
+    });
+}
+
+#[test]
+fn what_comes_during_a_drain_is_served() {
+    let (kit, service) = (kit(), TestService::default());
+    kit.block_on(async {
+        kit.drain(Duration::from_secs(10));
+        let delivery = kit.deliver(&meta(), &service);
+        GrpcRequest::call(&message(0, 1)).last().send(&delivery.peer);
+        let mut served = Served::accept(&service).await;
+        let (_request, mut respond) = served.request().await;
+        answer(&mut respond, message(1, 1));
+        let response = served.drive(delivery.peer.message()).await;
+        assert_eq!(read_response(&response).body, message(1, 1));
+        drop(respond);
+        served.closed().await;
+        assert_eq!(service.connects(), 1);
+    });
+}
+
+#[test]
 fn unused_connections_end() {
     let config = serde_json::json!({ "idle_timeout": "10s" });
     let (kit, service) = (kit_with(&config), TestService::default());
