@@ -11,6 +11,9 @@ pub(crate) const PROGRAM_PACKAGES: &[&str] = &["sidelane", "sidelane-http-plugin
 /// The small service that `cargo demo` shows.
 pub(crate) const DEMO_PACKAGE: &str = "sidelane-demo-service";
 
+/// The head-to-head's own load and services.
+const LOAD_PACKAGE: &str = "sidelane-bench-load";
+
 /// Returns the workspace's root.
 pub(crate) fn root() -> PathBuf {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -61,7 +64,9 @@ pub(crate) fn has_program(name: &str) -> bool {
 
 /// Runs the head-to-head of bench/ on a release build.
 pub(crate) fn bench(arguments: &[String]) -> Result<()> {
-    build("release", PROGRAM_PACKAGES)?;
+    let mut packages = PROGRAM_PACKAGES.to_vec();
+    packages.push(LOAD_PACKAGE);
+    build("release", &packages)?;
     let mut command = Command::new("python3");
     command
         .current_dir(root())
