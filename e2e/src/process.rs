@@ -15,13 +15,14 @@ use crate::wait;
 
 /// The base domain of every test.
 pub const BASE_DOMAIN: &str = "localhost";
-/// What tests run and load: the program, its plugins, and a peer written in Rust.
+/// What tests run and load: the program, its plugins, the demo's service, and a peer written in Rust.
 const PACKAGES: &[&str] = &[
     "sidelane",
     "sidelane-http-plugin",
     "sidelane-websocket-plugin",
     "sidelane-grpc-plugin",
     "line-rust",
+    "sidelane-demo-service",
     "sidelane-e2e-tonic",
 ];
 /// How long the program may take to end after SIGTERM: its drain deadline in these tests, and room.

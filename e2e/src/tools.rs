@@ -32,7 +32,7 @@ pub struct Chromium(());
 #[derive(Debug)]
 pub struct Window {
     child: Child,
-    _profile: TempDir,
+    pub(crate) profile: TempDir,
 }
 
 /// Says that a test could not run, and why. Fails with `CI=true`, where nothing may be missing.
@@ -173,7 +173,7 @@ impl Chromium {
             .process_group(0)
             .spawn()
             .expect("chromium starts");
-        Window { child, _profile: profile }
+        Window { child, profile }
     }
 }
 
