@@ -27,7 +27,7 @@ use sidelane_abi as abi;
 
 pub use error::{ConfigFault, LoadError, LoadFault};
 pub use generation::GenerationState;
-pub use host::{HostContext, MetricSink, current_shard, enter_shard};
+pub use host::{HostContext, Labels, MetricSink, current_shard, enter_shard};
 pub use loader::LIBRARY_BYTES_MAX;
 pub use registry::{Applied, GenerationInfo, Plugins, SniffResult};
 pub use stamp::Stamp;

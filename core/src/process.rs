@@ -296,6 +296,8 @@ impl Process {
         if let Some(relay) = &self.relay {
             relay.drain();
         }
+        // Long-lived exchanges do not end by themselves: their plugins take leave in time.
+        self.plugins.take_leave(deadline);
         let at_relay =
             || self.relay.as_ref().map_or(0, |relay| relay.exchanges() + relay.connections());
         if let Some(sidecar) = &self.sidecar {
@@ -438,7 +440,8 @@ fn summary(changes: &Changes, loaded: &[String]) -> String {
 /// Loads what the file names. Returns the names of those that were not running before.
 fn load_plugins(plugins: &Plugins, config: &Config) -> Result<Vec<String>, RunError> {
     let specs: Vec<PluginSpec> = config.plugins.libraries.iter().map(spec).collect();
-    let applied = plugins.apply(&specs).map_err(|errors| refused(config, &errors))?;
+    let applied =
+        plugins.apply(&specs, config.drain_timeout).map_err(|errors| refused(config, &errors))?;
     for error in &applied.failed {
         tracing::error!(error = chain(error), "a plugin that is not required is left out");
     }

@@ -4,7 +4,7 @@
 #include "sidelane_plugin.h"
 
 _Static_assert(SIDELANE_ABI_MAJOR == 0u, "SIDELANE_ABI_MAJOR");
-_Static_assert(SIDELANE_ABI_MINOR == 1u, "SIDELANE_ABI_MINOR");
+_Static_assert(SIDELANE_ABI_MINOR == 2u, "SIDELANE_ABI_MINOR");
 _Static_assert(SIDELANE_PANIC_STRATEGY_UNWIND == 1u, "SIDELANE_PANIC_STRATEGY_UNWIND");
 _Static_assert(SIDELANE_PANIC_STRATEGY_ABORT == 2u, "SIDELANE_PANIC_STRATEGY_ABORT");
 _Static_assert(SIDELANE_PANIC_STRATEGY_NONE == 3u, "SIDELANE_PANIC_STRATEGY_NONE");
@@ -506,7 +506,7 @@ _Static_assert(_Generic(((sidelane_host_vt_t *)0)->log, void (*)(const sidelane_
 _Static_assert(offsetof(sidelane_host_vt_t, log_level) == 48, "offset of sidelane_host_vt_t.log_level");
 _Static_assert(_Generic(((sidelane_host_vt_t *)0)->log_level, uint32_t (*)(const sidelane_host_t *): 1, default: 0), "type of sidelane_host_vt_t.log_level");
 _Static_assert(offsetof(sidelane_host_vt_t, metric) == 56, "offset of sidelane_host_vt_t.metric");
-_Static_assert(_Generic(((sidelane_host_vt_t *)0)->metric, uint32_t (*)(const sidelane_host_t *, uint32_t, sidelane_borrowed_bytes_t, sidelane_borrowed_bytes_t): 1, default: 0), "type of sidelane_host_vt_t.metric");
+_Static_assert(_Generic(((sidelane_host_vt_t *)0)->metric, uint32_t (*)(const sidelane_host_t *, uint32_t, sidelane_borrowed_bytes_t, sidelane_borrowed_bytes_t, const sidelane_header_t *, size_t): 1, default: 0), "type of sidelane_host_vt_t.metric");
 _Static_assert(offsetof(sidelane_host_vt_t, metric_add) == 64, "offset of sidelane_host_vt_t.metric_add");
 _Static_assert(_Generic(((sidelane_host_vt_t *)0)->metric_add, void (*)(const sidelane_host_t *, uint32_t, double): 1, default: 0), "type of sidelane_host_vt_t.metric_add");
 _Static_assert(offsetof(sidelane_host_vt_t, shard) == 72, "offset of sidelane_host_vt_t.shard");
@@ -572,6 +572,6 @@ _Static_assert(_Generic(((sidelane_plugin_vt_t *)0)->refuse_http, sidelane_owned
 _Static_assert(offsetof(sidelane_plugin_vt_t, refuse_stream) == 88, "offset of sidelane_plugin_vt_t.refuse_stream");
 _Static_assert(_Generic(((sidelane_plugin_vt_t *)0)->refuse_stream, sidelane_owned_future_t (*)(void *, uint32_t, sidelane_owned_io_t, const sidelane_failure_t *): 1, default: 0), "type of sidelane_plugin_vt_t.refuse_stream");
 _Static_assert(offsetof(sidelane_plugin_vt_t, drain) == 96, "offset of sidelane_plugin_vt_t.drain");
-_Static_assert(_Generic(((sidelane_plugin_vt_t *)0)->drain, void (*)(void *): 1, default: 0), "type of sidelane_plugin_vt_t.drain");
+_Static_assert(_Generic(((sidelane_plugin_vt_t *)0)->drain, void (*)(void *, uint64_t): 1, default: 0), "type of sidelane_plugin_vt_t.drain");
 _Static_assert(offsetof(sidelane_plugin_vt_t, destroy) == 104, "offset of sidelane_plugin_vt_t.destroy");
 _Static_assert(_Generic(((sidelane_plugin_vt_t *)0)->destroy, void (*)(void *): 1, default: 0), "type of sidelane_plugin_vt_t.destroy");

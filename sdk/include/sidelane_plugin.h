@@ -86,7 +86,7 @@ typedef struct sidelane_plugin_vt sidelane_plugin_vt_t;
 
 /* Minor version. While the major is 0 it must match exactly; later it may not exceed the
  * host's. */
-#define SIDELANE_ABI_MINOR 1u
+#define SIDELANE_ABI_MINOR 2u
 
 /* First bytes of every sidelane_stamp_t. */
 #define SIDELANE_MAGIC "sidelane-plugin"
@@ -748,11 +748,15 @@ struct sidelane_host_vt {
         sidelane_borrowed_bytes_t text);
     /* Most verbose SIDELANE_LEVEL_* that is written. */
     uint32_t (*log_level)(const sidelane_host_t *host);
-    /* Registers a metric; the same name gives the same id. 0: refused (invalid name, too
-     * many). The exposed name is `sidelane_plugin_<name>` with the plugin's name as a label. */
+    /* Registers a series of a metric; the same name and labels give the same id. 0: refused
+     * (invalid name, other label names than the metric's first series has, too many). The exposed
+     * name is `sidelane_plugin_<name>`, with the plugin's name as the label `plugin` before the
+     * others. Values come from sets that are bounded (a route's name, never a path); each is cut
+     * at 128 bytes. A histogram whose name ends in `_bytes` has buckets from 16 B to 64 MiB, any
+     * other from 0.001 to about 4,000 of its unit. */
     uint32_t (*metric)(
         const sidelane_host_t *host, uint32_t kind, sidelane_borrowed_bytes_t name,
-        sidelane_borrowed_bytes_t help);
+        sidelane_borrowed_bytes_t help, const sidelane_header_t *labels, size_t labels_len);
     /* Adds to a counter or gauge, or observes in a histogram. */
     void (*metric_add)(const sidelane_host_t *host, uint32_t id, double value);
     /* Which data-path thread this is, from 0; SIDELANE_NO_SHARD elsewhere. */
@@ -874,8 +878,12 @@ struct sidelane_plugin_vt {
     sidelane_owned_future_t (*refuse_stream)(
         void *plugin, uint32_t protocol, sidelane_owned_io_t client,
         const sidelane_failure_t *failure);
-    /* No new exchanges will come; end idle connections, finish what runs. */
-    void (*drain)(void *plugin);
+    /* The end of this generation, or of the process, is near: end idle connections, finish what
+     * runs. What still runs at `deadline_ns` (on the clock of sidelane_host_vt_t.now) is cut. Few
+     * new exchanges come, or none. Each running call is polled once after this returns, so that it
+     * may take its leave in its protocol's words. May be called again; the earliest deadline
+     * counts. */
+    void (*drain)(void *plugin, uint64_t deadline_ns);
     /* Frees the instance. All its futures, exchanges and tasks are gone. */
     void (*destroy)(void *plugin);
 };

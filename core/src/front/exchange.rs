@@ -28,6 +28,8 @@ struct State {
     interim: VecDeque<(StatusCode, HeaderMap)>,
     head: Option<ResponseHead>,
     head_given: bool,
+    /// The head accepts the upgrade.
+    upgrading: bool,
     chunk: Option<Bytes>,
     trailers: Option<HeaderMap>,
     /// The client gets no more than it has; a body that the plugin puts is dropped.
@@ -63,13 +65,31 @@ enum Upgrade {
     Taken,
 }
 
+/// What accepts an upgrade.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum UpgradeBy {
+    /// 101, on HTTP/1.1 (RFC 9110 §7.8).
+    Switching,
+    /// A 2xx that does not end, on an extended CONNECT (RFC 8441 §5).
+    Success,
+}
+
+impl UpgradeBy {
+    fn accepts(self, status: StatusCode, end: bool) -> bool {
+        match self {
+            Self::Switching => status == StatusCode::SWITCHING_PROTOCOLS,
+            Self::Success => status.is_success() && !end,
+        }
+    }
+}
+
 /// What an exchange is born with.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Traits {
     /// The request's method is HEAD.
     pub(super) head_only: bool,
-    /// The request may be answered by 101.
-    pub(super) can_upgrade: bool,
+    /// How the request may become a byte stream, if it may.
+    pub(super) upgrade: Option<UpgradeBy>,
     /// The client understands interim responses: HTTP/1.0 has none (RFC 9110 §15.2).
     pub(super) interim: bool,
     /// The client waits for an interim 100 before it sends the request's body.
@@ -80,7 +100,11 @@ impl Traits {
     pub(super) fn of(head: &lend::RequestHead, interim: bool) -> Self {
         Self {
             head_only: head.method == Method::HEAD,
-            can_upgrade: head.can_upgrade,
+            upgrade: head.can_upgrade.then_some(if head.protocol.is_some() {
+                UpgradeBy::Success
+            } else {
+                UpgradeBy::Switching
+            }),
             interim,
             expect_continue: head.expect_continue,
         }
@@ -98,10 +122,12 @@ pub(super) struct Exchange {
 pub(super) enum Output {
     Interim(StatusCode, HeaderMap),
     /// `first` may follow at once; `end`: nothing follows `first`.
+    /// `upgrade`: the request becomes a byte stream; nothing else follows.
     Head {
         head: ResponseHead,
         first: Option<Bytes>,
         end: bool,
+        upgrade: bool,
     },
     Chunk {
         bytes: Bytes,
@@ -221,7 +247,7 @@ impl Exchange {
         }
     }
 
-    /// Hands over the client's bytes after a 101.
+    /// Hands over the client's bytes after a head that accepts the upgrade.
     pub(super) fn upgraded(&self, stream: Box<dyn lend::Stream>) {
         let mut state = self.state();
         state.upgrade = Upgrade::Ready(stream);
@@ -273,7 +299,7 @@ impl State {
             let first = self.chunk.take();
             let end = self.finished && self.trailers.is_none();
             self.taken = end;
-            return Some(Output::Head { head, first, end });
+            return Some(Output::Head { head, first, end, upgrade: self.upgrading });
         }
         if self.chunk.is_some() && !room {
             return None;
@@ -354,11 +380,11 @@ impl lend::Responder for Responder {
         if state.is_over() || state.head_given {
             return Err(Closed);
         }
-        let switching = head.status == StatusCode::SWITCHING_PROTOCOLS;
-        if head.status.is_informational() && !(switching && traits.can_upgrade) {
+        let upgrading = traits.upgrade.is_some_and(|by| by.accepts(head.status, end));
+        if head.status.is_informational() && !upgrading {
             state.aborted = Some(Reset::new(failure::PLUGIN_FAILED));
         } else {
-            if has_body(traits.head_only, head.status) {
+            if has_body(traits.head_only, head.status) && !upgrading {
                 state.chunk = first.filter(|chunk| !chunk.is_empty());
                 state.finished = end;
             } else {
@@ -367,6 +393,7 @@ impl lend::Responder for Responder {
             }
             state.head = Some(head);
             state.head_given = true;
+            state.upgrading = upgrading;
         }
         let refused = state.aborted.is_some();
         let waker = state.wake_connection();
@@ -434,7 +461,7 @@ impl lend::Responder for Responder {
     }
 
     fn upgrade(&mut self) -> lend::StreamFuture {
-        if !self.exchange.traits.can_upgrade {
+        if self.exchange.traits.upgrade.is_none() {
             let error = io::Error::other("the request does not upgrade");
             return Box::pin(std::future::ready(Err((failure::UNSUPPORTED, error))));
         }

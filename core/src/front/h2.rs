@@ -19,11 +19,14 @@ use sidelane_abi::failure;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, Sleep};
 
+use self::tunnel::Tunnel;
 use super::answer::{self, Refusal};
 use super::exchange::{DropInterim, Exchange, Output, Traits, has_body};
 use super::wire::{Signals, Wire};
 use super::{ConnectionError, Context, Dispatch, Event, FrontConfig, head};
 use crate::plugin::lend::{self, BodyFrame, Reset, ResponseHead};
+
+mod tunnel;
 
 /// How long a client may take to close after it was told to go away while at rest.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -101,7 +104,8 @@ fn builder(config: &FrontConfig) -> server::Builder {
         .max_concurrent_streams(config.h2_streams_max)
         .max_header_list_size(config.head_bytes_max)
         .max_send_buffer_size(config.h2_send_buffer)
-        .max_pending_accept_reset_streams(config.h2_pending_resets_max);
+        .max_pending_accept_reset_streams(config.h2_pending_resets_max)
+        .enable_connect_protocol();
     builder
 }
 
@@ -168,7 +172,7 @@ impl<D: Dispatch> Requests<D> {
         let (parts, recv) = request.into_parts();
         let context = &self.context;
         let end = recv.is_end_stream();
-        let length = if end { Some(0) } else { head::stated_length(&parts.headers) };
+        let stated = head::stated_length(&parts.headers);
         let head_only = parts.method == http::Method::HEAD;
         let scheme = Arc::clone(&context.info.scheme);
         let headers_max = context.config.headers_max;
@@ -188,6 +192,9 @@ impl<D: Dispatch> Requests<D> {
         self.authority = head.authority.clone();
         let traits = Traits::of(&head, true);
         let exchange = Exchange::new(traits);
+        let (recv, upgrade) =
+            if traits.upgrade.is_some() { (None, Some(recv)) } else { (Some(recv), None) };
+        let length = if end || recv.is_none() { Some(0) } else { stated };
         let body = RequestBody { recv, length, data_ended: false, ended: end };
         let responder = exchange.responder(Arc::clone(&self.dropped));
         let call = context.dispatch.accept(&context.info, Box::new(head), body, responder);
@@ -197,6 +204,7 @@ impl<D: Dispatch> Requests<D> {
             head_only,
             dispatch: Arc::clone(&context.dispatch),
             respond,
+            upgrade,
             send: None,
             done: false,
             sent: false,
@@ -206,7 +214,8 @@ impl<D: Dispatch> Requests<D> {
 
 /// A request's body as a plugin reads it. The client's window opens as it does.
 struct RequestBody {
-    recv: RecvStream,
+    /// `None`: the request upgrades, and has no body.
+    recv: Option<RecvStream>,
     length: Option<u64>,
     data_ended: bool,
     ended: bool,
@@ -228,12 +237,13 @@ impl lend::Body for RequestBody {
         if self.ended {
             return Poll::Ready(BodyFrame::End);
         }
+        let Some(recv) = &mut self.recv else { return Poll::Ready(BodyFrame::End) };
         while !self.data_ended {
-            match ready!(self.recv.poll_data(cx)) {
+            match ready!(recv.poll_data(cx)) {
                 Some(Ok(bytes)) => {
                     // Fails only where the stream is gone, which the next poll tells.
-                    let _ = self.recv.flow_control().release_capacity(bytes.len());
-                    if self.recv.is_end_stream() {
+                    let _ = recv.flow_control().release_capacity(bytes.len());
+                    if recv.is_end_stream() {
                         return self.end(BodyFrame::Data { bytes, end: true });
                     }
                     if !bytes.is_empty() {
@@ -244,7 +254,7 @@ impl lend::Body for RequestBody {
                 None => self.data_ended = true,
             }
         }
-        match ready!(self.recv.poll_trailers(cx)) {
+        match ready!(recv.poll_trailers(cx)) {
             Ok(Some(trailers)) => self.end(BodyFrame::Trailers(trailers)),
             Ok(None) => self.end(BodyFrame::End),
             Err(error) => self.end(BodyFrame::Failed(reset_of(&error))),
@@ -259,6 +269,8 @@ struct Stream<D: Dispatch> {
     head_only: bool,
     dispatch: Arc<D>,
     respond: SendResponse<Bytes>,
+    /// What the client sends, where the request may become a byte stream.
+    upgrade: Option<RecvStream>,
     /// Set once the response has begun and goes on.
     send: Option<SendStream<Bytes>>,
     /// The response has ended, one way or another.
@@ -311,7 +323,8 @@ impl<D: Dispatch> Stream<D> {
                 // Fails only where the stream is gone, which is told on its own.
                 let _ = self.respond.send_informational(response(status, headers));
             }
-            Output::Head { head, first, end } => self.begin(head, first, end),
+            Output::Head { head, upgrade: true, .. } => self.upgrade(head),
+            Output::Head { head, first, end, .. } => self.begin(head, first, end),
             Output::Chunk { bytes, end } => self.send(bytes, end),
             Output::End(trailers) => {
                 self.done = true;
@@ -341,6 +354,8 @@ impl<D: Dispatch> Stream<D> {
     }
 
     fn begin(&mut self, mut head: ResponseHead, first: Option<Bytes>, end: bool) {
+        // Refused: what the client has sent ahead is thrown away.
+        self.upgrade = None;
         let stated = match answer::check_response(&mut head) {
             Ok(stated) => stated,
             Err(reset) => {
@@ -370,6 +385,25 @@ impl<D: Dispatch> Stream<D> {
         self.sent = true;
         if let Some(first) = first {
             self.send(first, end);
+        }
+    }
+
+    /// Accepts an extended CONNECT: what follows both ways is the plugin's.
+    fn upgrade(&mut self, mut head: ResponseHead) {
+        self.done = true;
+        for name in CONNECTION_FIELDS {
+            head.headers.remove(name);
+        }
+        // A tunnel has no length (RFC 9110 §9.3.6).
+        head.headers.remove(http::header::CONTENT_LENGTH);
+        head.headers.entry(DATE).or_insert_with(date);
+        let recv = self.upgrade.take().expect("an exchange upgrades once, where it may");
+        match self.respond.send_response(response(head.status, head.headers), false) {
+            Ok(send) => self.exchange.upgraded(Box::new(Tunnel::new(send, recv))),
+            Err(error) => {
+                tracing::debug!(%error, "response could not be sent");
+                self.exchange.upgrade_failed();
+            }
         }
     }
 

@@ -81,7 +81,7 @@ pub(super) fn of_http2(
     headers_max: usize,
     known: &Bytes,
 ) -> Result<RequestHead, Refusal> {
-    let request::Parts { method, uri, version, mut headers, .. } = parts;
+    let request::Parts { method, uri, version, mut headers, extensions, .. } = parts;
     if headers.len() > headers_max {
         return Err(Refusal {
             code: failure::TOO_LARGE,
@@ -89,9 +89,12 @@ pub(super) fn of_http2(
             reason: "too many header fields",
         });
     }
-    if method == Method::CONNECT {
-        return Err(Refusal::unsupported("CONNECT is not supported"));
+    let protocol = extensions.get::<h2::ext::Protocol>();
+    if method == Method::CONNECT && protocol.is_none() {
+        return Err(Refusal::unsupported("CONNECT without :protocol is not supported"));
     }
+    let protocol = protocol.map(|protocol| Bytes::copy_from_slice(protocol.as_ref()));
+    let can_upgrade = protocol.is_some() && !end;
     let host = take_host(&mut headers)?;
     let authority = match (uri.authority(), &host) {
         (Some(authority), Some(host))
@@ -109,6 +112,8 @@ pub(super) fn of_http2(
     }
     let target = target(&method, &uri)?;
     join_cookies(&mut headers);
+    // What follows an extended CONNECT is no body but the stream that it asks for.
+    let end = end || can_upgrade;
     let expect_continue = !end
         && headers
             .get(EXPECT)
@@ -118,12 +123,12 @@ pub(super) fn of_http2(
         scheme,
         authority,
         target,
-        protocol: None,
+        protocol,
         version,
         headers,
         end,
         expect_continue,
-        can_upgrade: false,
+        can_upgrade,
     })
 }
 

@@ -18,6 +18,7 @@ use crate::plugin::lend::{Body, BodyFrame, Closed, RequestHead, Reset, Responder
 
 mod h1;
 mod h2;
+mod h2_tunnel;
 
 /// A request as a test's plugin gets it.
 struct Asked {

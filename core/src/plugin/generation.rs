@@ -6,7 +6,7 @@
 //! mapped. Knows nothing of the ABI's layouts.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::Waker;
 use std::time::{Duration, Instant};
@@ -64,7 +64,9 @@ pub(super) struct Record {
     in_flight: AtomicUsize,
     panics: AtomicU64,
     quarantined: AtomicBool,
-    must_end: AtomicBool,
+    /// How often running calls were to be polled on account of their generation; the last bit: they
+    /// must end.
+    calls: AtomicU32,
     limits: Limits,
     recent_panics: Mutex<VecDeque<Instant>>,
     draining_since: OnceLock<Instant>,
@@ -135,7 +137,7 @@ impl Record {
             in_flight: AtomicUsize::new(0),
             panics: AtomicU64::new(0),
             quarantined: AtomicBool::new(false),
-            must_end: AtomicBool::new(false),
+            calls: AtomicU32::new(0),
             limits,
             recent_panics: Mutex::default(),
             draining_since: OnceLock::new(),
@@ -293,8 +295,8 @@ impl Generation {
         self.anchor.instance.get().expect("installed before the generation is made")
     }
 
-    /// Begins to drain: no new exchanges, idle connections may go.
-    pub(super) fn drain(&self) {
+    /// Begins to drain: no new exchanges, idle connections may go; what runs at `deadline` is ended.
+    pub(super) fn drain(&self, deadline: Instant) {
         let record = &self.record;
         if record.draining_since.set(Instant::now()).is_err() {
             return;
@@ -307,19 +309,31 @@ impl Generation {
             exchanges,
             "plugin generation drains"
         );
-        self.instance().drain();
+        self.take_leave(deadline);
     }
 
-    /// Ends what is left: running calls resolve with `DRAINING`, tasks are aborted.
-    pub(super) fn end(&self) {
-        // SeqCst pairs with `park` followed by `must_end`: either the call sees the flag, or this
-        // sees the call's waker.
-        self.record.must_end.store(true, Ordering::SeqCst);
-        self.anchor.close_tasks();
+    /// Tells the plugin and its running calls that what runs at `deadline` is cut.
+    pub(super) fn take_leave(&self, deadline: Instant) {
+        self.instance().drain(deadline);
+        // SeqCst pairs with `park` followed by `called`: either the call sees the count change, or
+        // `wake_all` sees the call's waker.
+        self.record.calls.fetch_add(2, Ordering::SeqCst);
+        self.wake_all();
+    }
+
+    fn wake_all(&self) {
         for lot in &self.parked {
             let wakers: Vec<Waker> = lock(lot).iter().map(|(_, waker)| waker.clone()).collect();
             wakers.into_iter().for_each(Waker::wake);
         }
+    }
+
+    /// Ends what is left: running calls resolve with `DRAINING`, tasks are aborted.
+    pub(super) fn end(&self) {
+        // SeqCst as in `take_leave`.
+        self.record.calls.fetch_or(MUST_END, Ordering::SeqCst);
+        self.anchor.close_tasks();
+        self.wake_all();
     }
 
     /// How many tasks the plugin has running.
@@ -335,6 +349,20 @@ impl Drop for Generation {
     }
 }
 
+/// The bit of [`Record::calls`] that says that calls must end.
+const MUST_END: u32 = 1;
+
+/// What a generation has asked of its running calls so far.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Called(u32);
+
+impl Called {
+    /// Whether the drain deadline has passed.
+    pub(super) const fn must_end(self) -> bool {
+        self.0 & MUST_END != 0
+    }
+}
+
 /// An exchange's hold on its generation.
 pub(super) struct ExchangePin {
     generation: Arc<Generation>,
@@ -346,9 +374,9 @@ impl ExchangePin {
         Self { generation }
     }
 
-    /// Whether the drain deadline has passed.
-    pub(super) fn must_end(&self) -> bool {
-        self.generation.record.must_end.load(Ordering::SeqCst)
+    /// Changes when the call is to be polled on account of its generation.
+    pub(super) fn called(&self) -> Called {
+        Called(self.generation.record.calls.load(Ordering::SeqCst))
     }
 
     /// Leaves the waiting call's waker where [`Generation::end`] finds it. `place` is where it
@@ -395,7 +423,7 @@ mod tests {
             name: "line".to_owned(),
             version: "1.2.3".to_owned(),
             toolchain: "rustc".to_owned(),
-            abi: (0, 1),
+            abi: (0, 2),
         };
         Record::new(Arc::from("line"), &stamp, [0; 32], limits)
     }

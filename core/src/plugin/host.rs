@@ -40,8 +40,15 @@ const METRIC_HELP_BYTES_MAX: usize = 1024;
 /// Longest address that is dialled: a host name has at most 253 bytes, a socket's path 108.
 const ADDRESS_BYTES_MAX: usize = 512;
 
-/// Most metrics that one plugin may register. Bounds what a scrape costs.
-const METRICS_PER_PLUGIN_MAX: usize = 128;
+/// Most series that one plugin may register: some dozens for each of a few hundred routes or methods.
+/// Bounds what a scrape costs.
+const SERIES_PER_PLUGIN_MAX: usize = 8192;
+
+/// Most labels of a metric.
+const LABELS_MAX: usize = 8;
+
+/// Longest value of a label; the rest is cut. Names of routes have at most 63 bytes.
+const LABEL_VALUE_BYTES_MAX: usize = 128;
 
 /// Longest name of a metric.
 const METRIC_NAME_BYTES_MAX: usize = 64;
@@ -55,8 +62,16 @@ const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 10);
 /// Where plugins' metrics go.
 pub trait MetricSink: Send + Sync + 'static {
     /// Registers a metric of the plugin; `kind` is one of [`sidelane_abi::metric`], `name` without
-    /// the prefix `sidelane_plugin_`. The same plugin, name and kind come once. `None`: refused.
-    fn register(&self, plugin: &str, kind: u32, name: &str, help: &str) -> Option<u32>;
+    /// the prefix `sidelane_plugin_`; `labels` are names and values beside the plugin's. The same
+    /// plugin, name and labels come once. `None`: refused.
+    fn register(
+        &self,
+        plugin: &str,
+        kind: u32,
+        name: &str,
+        help: &str,
+        labels: &Labels,
+    ) -> Option<u32>;
     /// Adds to a counter or gauge, or observes in a histogram. `value` is finite.
     fn add(&self, id: u32, value: f64);
 }
@@ -68,8 +83,22 @@ pub struct HostContext {
     shards: u32,
 }
 
-/// By name: kind and the sink's id.
-type PluginMetrics = HashMap<String, (u32, u32)>;
+/// Labels of a series: names and values.
+pub type Labels = Vec<(String, String)>;
+
+/// A plugin's metrics by name.
+#[derive(Default)]
+struct PluginMetrics {
+    by_name: HashMap<String, Metric>,
+    /// Series of all of them.
+    series: usize,
+}
+
+struct Metric {
+    kind: u32,
+    /// By labels, all of the same names: the sink's id.
+    series: HashMap<Labels, u32>,
+}
 
 struct Shared {
     sink: Arc<dyn MetricSink>,
@@ -450,14 +479,35 @@ unsafe extern "C" fn metric(
     kind: u32,
     name: abi::Str,
     help: abi::Str,
+    labels: *const abi::Header,
+    labels_len: usize,
 ) -> u32 {
     // SAFETY: the plugin lends the text for the call. One byte more than allowed is read, so that a
     // longer name is refused rather than cut.
     let name = unsafe { text(name, METRIC_NAME_BYTES_MAX + 1) };
     // SAFETY: as above.
     let help = unsafe { text(help, METRIC_HELP_BYTES_MAX) };
+    let labels: Option<Labels> = if labels_len > LABELS_MAX {
+        None
+    } else {
+        (0..labels_len)
+            .map(|at| {
+                // SAFETY: the plugin lends `labels_len` of them for the call.
+                let label = unsafe { labels.add(at) };
+                // SAFETY: as above.
+                let label = unsafe { label.read() };
+                // SAFETY: as above.
+                let name = unsafe { text(label.name, METRIC_NAME_BYTES_MAX + 1) };
+                // SAFETY: as above.
+                let value = unsafe { text(label.value, LABEL_VALUE_BYTES_MAX) };
+                let valid = metric_name_is_valid(&name) && &*name != "plugin";
+                valid.then(|| (name.into_owned(), value.into_owned()))
+            })
+            .collect()
+    };
     let register = |host: &HostObject| {
-        let id = host.context.register(&host.plugin, kind, &name, &help);
+        let id = labels
+            .and_then(|labels| host.context.register(&host.plugin, kind, &name, &help, labels));
         if id.is_none() {
             tracing::warn!(plugin = &*host.plugin, kind, name = &*name, "metric refused");
         }
@@ -468,21 +518,44 @@ unsafe extern "C" fn metric(
 }
 
 impl HostContext {
-    fn register(&self, plugin: &Arc<str>, kind: u32, name: &str, help: &str) -> Option<u32> {
+    fn register(
+        &self,
+        plugin: &Arc<str>,
+        kind: u32,
+        name: &str,
+        help: &str,
+        labels: Labels,
+    ) -> Option<u32> {
         let known = (abi::metric::COUNTER..=abi::metric::HISTOGRAM).contains(&kind);
         if !known || !metric_name_is_valid(name) {
             return None;
         }
         let mut metrics = self.shared.metrics.lock().unwrap_or_else(PoisonError::into_inner);
         let metrics = metrics.entry(Arc::clone(plugin)).or_default();
-        if let Some(&(registered, id)) = metrics.get(name) {
-            return (registered == kind).then_some(id);
+        if let Some(metric) = metrics.by_name.get(name) {
+            if metric.kind != kind {
+                return None;
+            }
+            if let Some(&id) = metric.series.get(&labels) {
+                return Some(id);
+            }
+            let first = metric.series.keys().next().expect("a metric has a series");
+            let names = |labels: &Labels| labels.iter().map(|(name, _)| name.clone()).collect();
+            let (first, these): (Vec<String>, Vec<String>) = (names(first), names(&labels));
+            if first != these {
+                return None;
+            }
         }
-        if metrics.len() >= METRICS_PER_PLUGIN_MAX {
+        if metrics.series >= SERIES_PER_PLUGIN_MAX {
             return None;
         }
-        let id = self.shared.sink.register(plugin, kind, name, help)?;
-        metrics.insert(name.to_owned(), (kind, id));
+        let id = self.shared.sink.register(plugin, kind, name, help, &labels)?;
+        metrics.series += 1;
+        let metric = metrics
+            .by_name
+            .entry(name.to_owned())
+            .or_insert_with(|| Metric { kind, series: HashMap::new() });
+        metric.series.insert(labels, id);
         Some(id)
     }
 }

@@ -114,9 +114,10 @@ impl Plugins {
         Self { host, limits, current, loading }
     }
 
-    /// Makes `specs` the plugins: all of them, or, where a required one fails, nothing changes.
+    /// Makes `specs` the plugins: all of them, or, where a required one fails, nothing changes. What a
+    /// replaced one still runs after `drain` is ended (by [`Plugins::end_drained`]), and it is told so.
     /// Blocks: reads files, runs the plugins' constructors; not for a data-path thread.
-    pub fn apply(&self, specs: &[PluginSpec]) -> Result<Applied, Vec<LoadError>> {
+    pub fn apply(&self, specs: &[PluginSpec], drain: Duration) -> Result<Applied, Vec<LoadError>> {
         let mut loading = self.loading();
         let old = self.current.load_full();
         let mut applied = Applied::default();
@@ -145,11 +146,18 @@ impl Plugins {
             return Err(faults);
         }
         let new = Set::new(members);
-        self.swap(&mut loading, &old, new, &mut applied);
+        self.swap(&mut loading, &old, new, drain, &mut applied);
         Ok(applied)
     }
 
-    fn swap(&self, loading: &mut Loading, old: &Set, new: Set, applied: &mut Applied) {
+    fn swap(
+        &self,
+        loading: &mut Loading,
+        old: &Set,
+        new: Set,
+        drain: Duration,
+        applied: &mut Applied,
+    ) {
         let is_in = |set: &Set, generation: &Arc<Generation>| {
             set.members.iter().any(|member| Arc::ptr_eq(&member.generation, generation))
         };
@@ -178,7 +186,7 @@ impl Plugins {
         self.current.store(Arc::new(new));
         loading.draining.retain(|generation| generation.strong_count() > 0);
         for generation in replaced {
-            generation.drain();
+            generation.drain(Instant::now() + drain);
             applied.drained.push(generation.name.to_string());
             loading.draining.push(Arc::downgrade(&generation));
         }
@@ -315,6 +323,19 @@ impl Plugins {
         self.loading().libraries.len()
     }
 
+    /// Tells all plugins that the process ends, and that what runs at `deadline` is cut.
+    pub fn take_leave(&self, deadline: Instant) {
+        let draining: Vec<Arc<Generation>> = {
+            let loading = self.loading();
+            loading.draining.iter().filter_map(std::sync::Weak::upgrade).collect()
+        };
+        let current = self.current.load_full();
+        let current = current.members.iter().map(|member| &member.generation);
+        for generation in current.chain(&draining) {
+            generation.take_leave(deadline);
+        }
+    }
+
     /// Ends what generations that have drained for `deadline` still run: their exchanges resolve with
     /// `DRAINING`, their tasks are aborted. Core calls this from time to time.
     pub fn end_drained(&self, deadline: Duration) {
@@ -359,7 +380,7 @@ impl std::fmt::Debug for Plugins {
 impl Drop for Plugins {
     fn drop(&mut self) {
         for member in &self.current.load().members {
-            member.generation.drain();
+            member.generation.drain(Instant::now());
         }
     }
 }

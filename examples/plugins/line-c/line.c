@@ -459,8 +459,9 @@ static sidelane_owned_future_t refuse_stream(void *plugin, uint32_t protocol, si
     return future(NULL, &DONE_VT);
 }
 
-static void drain(void *plugin) {
+static void drain(void *plugin, uint64_t deadline_ns) {
     (void)plugin;
+    (void)deadline_ns;
 }
 
 static void destroy(void *plugin) {

@@ -56,6 +56,14 @@ pub(crate) async fn accept(
     mut opener: Opener<'_>,
 ) -> Result<(), Error> {
     let Request { head, mut body, .. } = request;
+    if head.protocol().is_some() {
+        // RFC 9220 §3. No plugin claims this protocol.
+        let told = Told {
+            detail: "no plugin serves the protocol of this extended CONNECT",
+            ..Told::code(failure::UNSUPPORTED)
+        };
+        return respond(&head, &mut responder, &told);
+    }
     if head.method() == "CONNECT" {
         let told = Told {
             status: Some(405),

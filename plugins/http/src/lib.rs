@@ -15,7 +15,7 @@ mod upload;
 use std::sync::Arc;
 
 use sidelane_plugin::{
-    Born, Claim, ConfigError, Error, Exchange, Failure, Host, Opener, Protocol, Request,
+    Born, Claim, ConfigError, Error, Exchange, Failure, Host, Instant, Opener, Protocol, Request,
     RequestHead, Responder, Service,
 };
 
@@ -68,7 +68,7 @@ impl Protocol for Http {
         accept::refuse(head, &mut responder, failure)
     }
 
-    fn drain(&self) {
+    fn drain(&self, _deadline: Instant) {
         self.pool.drain();
     }
 }

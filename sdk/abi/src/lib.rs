@@ -27,7 +27,7 @@ use core::ffi::c_void;
 /// Major version. Different majors do not load.
 pub const ABI_MAJOR: u32 = 0;
 /// Minor version. While the major is 0 it must match exactly; later it may not exceed the host's.
-pub const ABI_MINOR: u32 = 1;
+pub const ABI_MINOR: u32 = 2;
 /// First bytes of every [`Stamp`].
 pub const MAGIC: [u8; 16] = *b"sidelane-plugin\0";
 /// The one symbol a plugin exports: a [`Stamp`].
@@ -809,9 +809,20 @@ pub struct HostVt {
     pub log: unsafe extern "C" fn(host: *const Host, level: u32, target: Str, text: Str),
     /// Most verbose [`level`] that is written.
     pub log_level: unsafe extern "C" fn(host: *const Host) -> u32,
-    /// Registers a metric; the same name gives the same id. 0: refused (invalid name, too many).
-    /// The exposed name is `sidelane_plugin_<name>` with the plugin's name as a label.
-    pub metric: unsafe extern "C" fn(host: *const Host, kind: u32, name: Str, help: Str) -> u32,
+    /// Registers a series of a metric; the same name and labels give the same id. 0: refused (invalid
+    /// name, other label names than the metric's first series has, too many). The exposed name is
+    /// `sidelane_plugin_<name>`, with the plugin's name as the label `plugin` before the others.
+    /// Values come from sets that are bounded (a route's name, never a path); each is cut at 128 bytes.
+    /// A histogram whose name ends in `_bytes` has buckets from 16 B to 64 MiB, any other from 0.001
+    /// to about 4,000 of its unit.
+    pub metric: unsafe extern "C" fn(
+        host: *const Host,
+        kind: u32,
+        name: Str,
+        help: Str,
+        labels: *const Header,
+        labels_len: usize,
+    ) -> u32,
     /// Adds to a counter or gauge, or observes in a histogram.
     pub metric_add: unsafe extern "C" fn(host: *const Host, id: u32, value: f64),
     /// Which data-path thread this is, from 0; [`NO_SHARD`] elsewhere.
@@ -979,8 +990,11 @@ pub struct PluginVt {
             failure: *const Failure,
         ) -> Future,
     >,
-    /// No new exchanges will come; end idle connections, finish what runs.
-    pub drain: unsafe extern "C" fn(plugin: *mut c_void),
+    /// The end of this generation, or of the process, is near: end idle connections, finish what
+    /// runs. What still runs at `deadline_ns` (on the clock of [`HostVt::now`]) is cut. Few new
+    /// exchanges come, or none. Each running call is polled once after this returns, so that it may
+    /// take its leave in its protocol's words. May be called again; the earliest deadline counts.
+    pub drain: unsafe extern "C" fn(plugin: *mut c_void, deadline_ns: u64),
     /// Frees the instance. All its futures, exchanges and tasks are gone.
     pub destroy: unsafe extern "C" fn(plugin: *mut c_void),
 }

@@ -5,8 +5,8 @@ use std::future::Future;
 use serde::de::DeserializeOwned;
 
 use crate::{
-    Buf, ByteStream, ConfigError, Error, Exchange, Failure, HeaderList, Host, Opener, Request,
-    RequestHead, Responder, ResponseHead, Service, failure,
+    Buf, ByteStream, ConfigError, Error, Exchange, Failure, HeaderList, Host, Instant, Opener,
+    Request, RequestHead, Responder, ResponseHead, Service, failure,
 };
 
 /// How exchanges of a protocol come into being at the relay.
@@ -153,8 +153,13 @@ pub trait Protocol: Send + Sync + Sized + 'static {
         }
     }
 
-    /// No new exchanges will come: end idle connections, finish what runs.
-    fn drain(&self) {}
+    /// The end of this generation, or of the process, is near: end idle connections, finish what runs.
+    /// What still runs at `deadline` is cut. Few new exchanges come, or none. Each running handler is
+    /// polled once after this returns, so that it may take its leave in its protocol's words. May be
+    /// called again; the earliest deadline counts.
+    fn drain(&self, deadline: Instant) {
+        let _ = deadline;
+    }
 }
 
 /// Seconds of `Retry-After` where the failure passes by itself and the host names no time.

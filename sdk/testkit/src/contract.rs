@@ -2,6 +2,7 @@
 //! back. Loads the library as the host does, without the host.
 
 use std::path::Path;
+use std::time::Duration;
 
 use sidelane_plugin::ffi::abi;
 use sidelane_plugin::{Reset, failure};
@@ -130,8 +131,8 @@ impl Suite {
         self.case(("types", &check_types));
         let other = self.kit();
         self.case(("two instances", &|kit| {
-            kit.drain();
-            kit.drain();
+            kit.drain(Duration::from_secs(1));
+            kit.drain(Duration::ZERO);
             Ok(())
         }));
         drop(other);

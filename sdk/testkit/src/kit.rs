@@ -15,7 +15,7 @@ use crate::host::http::{BodySender, Response, owned};
 use crate::host::io::{self, TestStream};
 use crate::host::plugin::Instance;
 use crate::host::service::TestService;
-use crate::host::world::World;
+use crate::host::world::{Metric, World};
 
 /// A fake host with one instance of a plugin. Dropping it destroys the instance and panics where the
 /// plugin broke a rule of the ABI, leaked what it was lent, or dropped it twice.
@@ -443,9 +443,12 @@ impl Kit {
         Refuse { running: Running::new(&self.world, future), client }
     }
 
-    /// Tells the plugin that no new exchanges will come.
-    pub fn drain(&self) {
-        self.instance().drain();
+    /// Tells the plugin that what still runs after `within` is cut, and polls what runs once.
+    pub fn drain(&self, within: Duration) {
+        let within = u64::try_from(within.as_nanos()).unwrap_or(u64::MAX);
+        let deadline_ns = self.world.state().now.saturating_add(within);
+        self.instance().drain(deadline_ns);
+        self.world.wake_all();
     }
 
     /// The host's log so far.
@@ -454,11 +457,26 @@ impl Kit {
         self.world.state().logs.clone()
     }
 
-    /// The value of a metric; `None`: the plugin has not registered it.
+    /// The sum of a metric's series; `None`: the plugin has not registered it. Of a histogram, the sum
+    /// of what was observed.
     #[must_use]
     pub fn metric(&self, name: &str) -> Option<f64> {
+        self.metric_with(name, &[])
+    }
+
+    /// The sum of those of a metric's series that have all of `labels`.
+    #[must_use]
+    pub fn metric_with(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let state = self.world.state();
-        state.metrics.iter().find(|metric| metric.name == name).map(|metric| metric.value)
+        let fits = |metric: &&Metric| {
+            let has = |(name, value): &(&str, &str)| {
+                metric.labels.iter().any(|label| label.0 == *name && label.1 == *value)
+            };
+            metric.name == name && labels.iter().all(has)
+        };
+        let fitting: Vec<f64> =
+            state.metrics.iter().filter(fits).map(|metric| metric.value).collect();
+        (!fitting.is_empty()).then(|| fitting.iter().sum())
     }
 
     /// Destroys the instance and returns what the plugin did wrong, instead of panicking.

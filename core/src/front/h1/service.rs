@@ -143,7 +143,9 @@ impl<D: Dispatch> Running<D> {
             match ready!(self.exchange.poll_output(cx, true)) {
                 // hyper flushes before its turn ends, and with that what is put here.
                 Output::Interim(status, headers) => self.interim(status, &headers),
-                Output::Head { head, first, end } => break self.begin(head, first, end),
+                Output::Head { head, first, end, upgrade } => {
+                    break self.begin(head, first, end, upgrade);
+                }
                 Output::Aborted(reset) => break self.fail(reset),
                 Output::Chunk { .. } | Output::End(_) => unreachable!("the head comes first"),
             }
@@ -172,6 +174,7 @@ impl<D: Dispatch> Running<D> {
         mut head: ResponseHead,
         first: Option<Bytes>,
         end: bool,
+        upgrade: bool,
     ) -> Response<ResponseBody> {
         let busy = self.busy.take().expect("a response begins once");
         let signals = busy.signals();
@@ -183,7 +186,7 @@ impl<D: Dispatch> Running<D> {
                 return self.fail(reset);
             }
         };
-        if head.status == StatusCode::SWITCHING_PROTOCOLS {
+        if upgrade {
             let slot = &signals.upgrade;
             *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&self.exchange));
             let upgrade = HeaderValue::from_static("upgrade");

@@ -11,7 +11,7 @@ use http::{HeaderMap, StatusCode};
 use sidelane_abi::failure;
 
 use crate::plugin::lend::{self, Closed, Message, Received, Reset};
-use crate::plugin::{HostContext, MetricSink};
+use crate::plugin::{HostContext, Labels, MetricSink};
 
 /// One direction of an exchange, holding a few messages, so that senders feel backpressure.
 #[derive(Default)]
@@ -347,7 +347,7 @@ impl Metrics {
 }
 
 impl MetricSink for Metrics {
-    fn register(&self, plugin: &str, _: u32, name: &str, _: &str) -> Option<u32> {
+    fn register(&self, plugin: &str, _: u32, name: &str, _: &str, _: &Labels) -> Option<u32> {
         self.registered.fetch_add(1, Ordering::Relaxed);
         let mut names = self.names.lock().unwrap();
         names.push((plugin.to_owned(), name.to_owned()));

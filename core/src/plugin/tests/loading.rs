@@ -4,6 +4,7 @@ use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
+use super::DRAIN;
 use super::lent::Metrics;
 use super::libraries::{c_library, c_plugin, directory, file, probe_bytes};
 use crate::plugin::{
@@ -26,7 +27,7 @@ fn plugins() -> Plugins {
 }
 
 fn apply_one(spec: PluginSpec) -> LoadError {
-    let mut errors = plugins().apply(&[spec]).unwrap_err();
+    let mut errors = plugins().apply(&[spec], DRAIN).unwrap_err();
     assert_eq!(errors.len(), 1);
     errors.remove(0)
 }
@@ -93,11 +94,11 @@ fn a_library_without_a_stamp_is_refused() {
 #[test]
 fn other_versions_are_refused() {
     let major = c_plugin("major.so", &["ABI_MAJOR=3"]);
-    refused(&major, "speaks plugin ABI 3, this host speaks 0.1; rebuild it");
-    let newer = c_plugin("newer.so", &["ABI_MINOR=2"]);
-    refused(&newer, "speaks plugin ABI 0.2, newer than this host's 0.1");
-    let older = c_plugin("older.so", &["ABI_MINOR=0"]);
-    refused(&older, "speaks plugin ABI 0.0, this host speaks 0.1 only");
+    refused(&major, "speaks plugin ABI 3, this host speaks 0.2; rebuild it");
+    let newer = c_plugin("newer.so", &["ABI_MINOR=3"]);
+    refused(&newer, "speaks plugin ABI 0.3, newer than this host's 0.2");
+    let older = c_plugin("older.so", &["ABI_MINOR=1"]);
+    refused(&older, "speaks plugin ABI 0.1, this host speaks 0.2 only");
 }
 
 #[test]
@@ -167,7 +168,7 @@ fn a_pinned_hash_must_match() {
     let pinned = "07".repeat(32);
     let words = format!("has sha256 {}, the configuration pins {pinned}", loader::hex(&found));
     assert!(error.to_string().contains(&words), "{error}");
-    plugins().apply(&[PluginSpec { sha256: Some(found), ..spec("good", &path) }]).unwrap();
+    plugins().apply(&[PluginSpec { sha256: Some(found), ..spec("good", &path) }], DRAIN).unwrap();
 }
 
 #[test]
@@ -192,7 +193,7 @@ fn what_others_can_write_is_refused_unless_pinned() {
         .ok()
         .unwrap()
         .sha256;
-    plugins().apply(&[PluginSpec { sha256: Some(pin), ..spec("good", &inside) }]).unwrap();
+    plugins().apply(&[PluginSpec { sha256: Some(pin), ..spec("good", &inside) }], DRAIN).unwrap();
 }
 
 #[test]
@@ -229,7 +230,7 @@ fn a_refused_configuration_names_its_place() {
 #[test]
 fn two_plugins_for_one_type_are_refused_by_name() {
     let (first, second) = (spec("first", probe_bytes()), spec("second", probe_bytes()));
-    let errors = plugins().apply(&[first.clone(), second.clone()]).unwrap_err();
+    let errors = plugins().apply(&[first.clone(), second.clone()], DRAIN).unwrap_err();
     let text = errors[0].to_string();
     let words = "protocol type PROBE is served by plugin \"first\" already, \"second\" cannot";
     assert!(text.contains(words), "{text}");
@@ -237,7 +238,9 @@ fn two_plugins_for_one_type_are_refused_by_name() {
     let restricted =
         |spec: PluginSpec, name: &str| PluginSpec { types: Some(vec![name.to_owned()]), ..spec };
     let plugins = plugins();
-    plugins.apply(&[restricted(first.clone(), "PROBE"), restricted(second, "PROBE2")]).unwrap();
+    plugins
+        .apply(&[restricted(first.clone(), "PROBE"), restricted(second, "PROBE2")], DRAIN)
+        .unwrap();
     assert_eq!(plugins.types().iter().map(AsRef::as_ref).collect::<Vec<_>>(), ["PROBE", "PROBE2"]);
     assert_eq!(&**plugins.find("PROBE2").unwrap().plugin_name(), "second");
     assert_eq!(plugins.libraries(), 1);
@@ -245,7 +248,7 @@ fn two_plugins_for_one_type_are_refused_by_name() {
     let error = apply_one(restricted(first.clone(), "HTTP"));
     let words = "does not serve protocol type HTTP (serves: PROBE, PROBE2)";
     assert!(error.to_string().contains(words), "{error}");
-    let errors = plugins.apply(&[first.clone(), first]).unwrap_err();
+    let errors = plugins.apply(&[first.clone(), first], DRAIN).unwrap_err();
     assert!(errors[0].to_string().contains("\"first\" is used twice"), "{}", errors[0]);
 }
 
@@ -255,33 +258,34 @@ fn only_so_many_distinct_libraries_are_loaded() {
     let plugins = Plugins::new(Metrics::default().host(), limits);
     for name in ["one", "two"] {
         let library = c_plugin(&format!("{name}.so"), &[&format!("NAME=\"{name}\"")]);
-        plugins.apply(&[spec("plugin", &library)]).unwrap();
+        plugins.apply(&[spec("plugin", &library)], DRAIN).unwrap();
     }
     let third = c_plugin("three.so", &["NAME=\"three\""]);
-    let errors = plugins.apply(&[spec("plugin", &third)]).unwrap_err();
+    let errors = plugins.apply(&[spec("plugin", &third)], DRAIN).unwrap_err();
     assert!(errors[0].to_string().contains("restart to load more"), "{}", errors[0]);
     assert_eq!(plugins.find("BARE").unwrap().plugin_name().as_ref(), "plugin");
     // A library that is mapped already does not count again.
-    plugins.apply(&[spec("plugin", &directory().join("one.so"))]).unwrap();
+    plugins.apply(&[spec("plugin", &directory().join("one.so"))], DRAIN).unwrap();
 }
 
 #[test]
 fn a_failing_set_changes_nothing_and_an_optional_plugin_is_left_out() {
     let plugins = plugins();
     let good = c_plugin("kept.so", &[]);
-    plugins.apply(&[spec("good", &good)]).unwrap();
+    plugins.apply(&[spec("good", &good)], DRAIN).unwrap();
     let text = file("not-kept.so", b"text");
-    let errors = plugins.apply(&[spec("bad", &text), spec("probe", probe_bytes())]).unwrap_err();
+    let errors =
+        plugins.apply(&[spec("bad", &text), spec("probe", probe_bytes())], DRAIN).unwrap_err();
     assert_eq!(errors.len(), 1);
     assert_eq!(plugins.types().len(), 1);
 
     let optional = PluginSpec { required: false, ..spec("bad", &text) };
-    let applied = plugins.apply(&[spec("good", &good), optional]).unwrap();
+    let applied = plugins.apply(&[spec("good", &good), optional], DRAIN).unwrap();
     assert_eq!((applied.kept, applied.loaded.len()), (vec!["good".to_owned()], 0));
     assert_eq!(applied.failed.len(), 1);
 
     // An optional plugin whose new library is bad goes on with the one it has.
     let worse = PluginSpec { required: false, ..spec("good", &text) };
-    let applied = plugins.apply(&[worse]).unwrap();
+    let applied = plugins.apply(&[worse], DRAIN).unwrap();
     assert_eq!((applied.kept, applied.drained.len()), (vec!["good".to_owned()], 0));
 }

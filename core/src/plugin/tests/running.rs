@@ -11,6 +11,7 @@ use sidelane_abi::failure;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::mpsc;
 
+use super::DRAIN;
 use super::lent::{self, Body, Metrics, Opener, Responder, Service};
 use super::libraries::{c_plugin, probe_bytes, probe_http};
 use super::loading::spec;
@@ -29,7 +30,7 @@ fn probe(label: &str) -> PluginSpec {
 fn loaded(limits: Limits) -> (Plugins, Metrics) {
     let metrics = Metrics::default();
     let plugins = Plugins::new(metrics.host(), limits);
-    plugins.apply(&[probe("first")]).unwrap();
+    plugins.apply(&[probe("first")], DRAIN).unwrap();
     (plugins, metrics)
 }
 
@@ -188,9 +189,9 @@ fn too_many_panics_put_a_generation_in_quarantine() {
         let protocol = plugins.find("PROBE").unwrap();
         assert!(protocol.quarantined() && plugins.generations()[0].quarantined);
         // The same library and configuration stay in quarantine, another configuration is new.
-        plugins.apply(&[probe("first")]).unwrap();
+        plugins.apply(&[probe("first")], DRAIN).unwrap();
         assert!(plugins.find("PROBE").unwrap().quarantined());
-        plugins.apply(&[probe("second")]).unwrap();
+        plugins.apply(&[probe("second")], DRAIN).unwrap();
         assert!(!plugins.find("PROBE").unwrap().quarantined());
     });
 }
@@ -204,7 +205,7 @@ fn a_new_configuration_lets_running_exchanges_end_on_the_old_generation() {
         client.write_all(b"E").await.unwrap();
         echoes(&mut client, b"before").await;
 
-        let applied = plugins.apply(&[probe("second")]).unwrap();
+        let applied = plugins.apply(&[probe("second")], DRAIN).unwrap();
         assert_eq!((applied.loaded.len(), applied.drained.len(), plugins.libraries()), (1, 1, 1));
         assert_eq!(state(&plugins), [GenerationState::Draining, GenerationState::Current]);
         assert_eq!(
@@ -236,13 +237,13 @@ fn a_new_configuration_lets_running_exchanges_end_on_the_old_generation() {
 fn an_unchanged_plugin_is_not_touched() {
     on_shard(async {
         let (plugins, metrics) = loaded(Limits::default());
-        let applied = plugins.apply(&[probe("first")]).unwrap();
+        let applied = plugins.apply(&[probe("first")], DRAIN).unwrap();
         assert_eq!((applied.kept.len(), applied.loaded.len(), applied.drained.len()), (1, 0, 0));
         assert_eq!(
             (metrics.value("probe", "drains"), metrics.value("probe", "instances")),
             (0.0, 1.0)
         );
-        let applied = plugins.apply(&[]).unwrap();
+        let applied = plugins.apply(&[], DRAIN).unwrap();
         assert_eq!(applied.drained, ["probe"]);
         assert!(plugins.find("PROBE").is_none());
         assert_eq!(metrics.value("probe", "instances"), 0.0);
@@ -259,7 +260,7 @@ fn tasks_end_before_their_generation_is_destroyed() {
         assert_eq!(plugins.find("PROBE").unwrap().generation.tasks(), 1);
         assert_eq!(metrics.value("probe", "futures"), 1.0);
 
-        plugins.apply(&[probe("second")]).unwrap();
+        plugins.apply(&[probe("second")], DRAIN).unwrap();
         // Aborted, and gone once the runtime has looked at it.
         while metrics.value("probe", "instances") > 1.0 {
             tokio::task::yield_now().await;
@@ -297,7 +298,7 @@ fn exchanges_that_outlast_the_drain_deadline_are_ended() {
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished(), "a current generation is not ended");
 
-        plugins.apply(&[probe("second")]).unwrap();
+        plugins.apply(&[probe("second")], DRAIN).unwrap();
         plugins.end_drained(Duration::from_secs(3600));
         tokio::task::yield_now().await;
         assert!(!waiting.is_finished(), "its deadline has not passed");
@@ -311,11 +312,30 @@ fn exchanges_that_outlast_the_drain_deadline_are_ended() {
 }
 
 #[test]
+fn running_exchanges_take_leave_when_their_generation_drains_or_the_process_ends() {
+    on_shard(async {
+        for ends_by_swap in [true, false] {
+            let (plugins, _metrics) = loaded(Limits::default());
+            let (call, _client) = accept(&plugins, b'L');
+            let waiting = tokio::spawn(call);
+            tokio::task::yield_now().await;
+            assert!(!waiting.is_finished());
+            if ends_by_swap {
+                plugins.apply(&[probe("second")], DRAIN).unwrap();
+            } else {
+                plugins.take_leave(std::time::Instant::now() + DRAIN);
+            }
+            assert_eq!(waiting.await.unwrap(), ENDED, "by swap: {ends_by_swap}");
+        }
+    });
+}
+
+#[test]
 fn a_plugin_knows_the_number_of_threads_when_it_is_made() {
     let metrics = Metrics::default();
     // On a thread that is none of them, as plugins are loaded.
     let plugins = Plugins::new(metrics.host().with_shards(3), Limits::default());
-    plugins.apply(&[probe("first")]).unwrap();
+    plugins.apply(&[probe("first")], DRAIN).unwrap();
     assert_eq!(metrics.value("probe", "shards"), 3.0);
 }
 
@@ -397,7 +417,7 @@ fn a_thousand_exchanges_leave_nothing() {
         assert_eq!(metrics.value("probe", "futures"), 0.0);
         assert_eq!(plugins.generations()[0].exchanges, 0);
         assert_eq!(plugins.generations()[0].panics, 100);
-        plugins.apply(&[]).unwrap();
+        plugins.apply(&[], DRAIN).unwrap();
         assert_eq!(metrics.value("probe", "instances"), 0.0);
     });
 }
@@ -406,7 +426,7 @@ fn a_thousand_exchanges_leave_nothing() {
 fn a_plugin_without_a_future_fails_its_exchange() {
     on_shard(async {
         let plugins = Plugins::new(Metrics::default().host(), Limits::default());
-        plugins.apply(&[spec("bare", &c_plugin("no-future.so", &[]))]).unwrap();
+        plugins.apply(&[spec("bare", &c_plugin("no-future.so", &[]))], DRAIN).unwrap();
         let protocol = plugins.find("BARE").unwrap();
         let (client, _theirs) = tokio::io::duplex(16);
         let call = protocol.accept_stream(lent::meta(), client, Opener { end: None });
@@ -446,6 +466,10 @@ fn route_options_are_checked_by_the_plugin() {
 }
 
 fn head(target: &'static str, probe: Option<&'static str>) -> PreparedHead {
+    head_that(target, probe, false)
+}
+
+fn head_that(target: &'static str, probe: Option<&'static str>, can_upgrade: bool) -> PreparedHead {
     let mut headers = HeaderMap::new();
     headers.append("x-twice", HeaderValue::from_static("one"));
     headers.append("x-twice", HeaderValue::from_bytes(b"\xfftwo").unwrap());
@@ -462,7 +486,7 @@ fn head(target: &'static str, probe: Option<&'static str>) -> PreparedHead {
         headers,
         end: false,
         expect_continue: false,
-        can_upgrade: false,
+        can_upgrade,
     }))
 }
 
@@ -473,12 +497,15 @@ fn no_route() -> lend::Failure {
 
 fn http_plugins() -> Plugins {
     let plugins = Plugins::new(Metrics::default().host(), Limits::default());
-    plugins.apply(&[spec("http", probe_http()), spec("bytes", probe_bytes())]).unwrap();
+    plugins.apply(&[spec("http", probe_http()), spec("bytes", probe_bytes())], DRAIN).unwrap();
     plugins
 }
 
 async fn request(plugins: &Plugins, target: &'static str) -> (CallEnd, lent::Response) {
-    let head = head(target, Some("yes"));
+    ask(plugins, head(target, Some("yes"))).await
+}
+
+async fn ask(plugins: &Plugins, head: PreparedHead) -> (CallEnd, lent::Response) {
     let protocol = plugins.claim(&head).unwrap();
     let mut trailers = HeaderMap::new();
     trailers.append("x-sum", HeaderValue::from_static("42"));
@@ -503,15 +530,19 @@ async fn request(plugins: &Plugins, target: &'static str) -> (CallEnd, lent::Res
 fn a_request_and_its_response_cross_whole() {
     on_shard(async {
         let plugins = http_plugins();
-        let (end, response) = request(&plugins, "/echo").await;
-        assert_eq!(end, ENDED);
-        let (status, headers) = response.head.unwrap();
-        assert_eq!((status, response.informational[0].0.as_u16()), (StatusCode::OK, 103));
-        let twice: Vec<&[u8]> = headers.get_all("x-twice").iter().map(|v| v.as_bytes()).collect();
-        assert_eq!(twice, [b"one".as_slice(), b"\xfftwo"]);
-        assert_eq!(response.body.iter().map(Bytes::len).collect::<Vec<_>>(), [5, 20_000]);
-        assert_eq!(response.trailers.unwrap()["x-sum"], "42");
-        assert!(response.ended && response.aborted.is_none());
+        for can_upgrade in [false, true] {
+            let head = head_that("/echo", Some("yes"), can_upgrade);
+            let (end, response) = ask(&plugins, head).await;
+            assert_eq!(end, ENDED);
+            let (status, headers) = response.head.unwrap();
+            assert_eq!((status, response.informational[0].0.as_u16()), (StatusCode::OK, 103));
+            let twice: Vec<&[u8]> =
+                headers.get_all("x-twice").iter().map(HeaderValue::as_bytes).collect();
+            assert_eq!(twice, [b"one".as_slice(), b"\xfftwo"]);
+            assert_eq!(response.body.iter().map(Bytes::len).collect::<Vec<_>>(), [5, 20_000]);
+            assert_eq!(response.trailers.unwrap()["x-sum"], "42");
+            assert!(response.ended && response.aborted.is_none());
+        }
     });
 }
 
@@ -605,7 +636,7 @@ fn apply_from_another_thread_swaps_under_running_exchanges() {
                 let mut swaps = 0_usize;
                 while !stop.is_completed() || swaps < 4 {
                     swaps += 1;
-                    plugins.apply(&[probe(&format!("label {swaps}"))]).unwrap();
+                    plugins.apply(&[probe(&format!("label {swaps}"))], DRAIN).unwrap();
                 }
             }
         });

@@ -113,7 +113,8 @@ impl Future for Call {
         // SAFETY: as above.
         let pin = unsafe { &(*self.parts.as_ptr()).pin };
         let Some(future) = running.future.as_mut() else { return Poll::Ready(running.end) };
-        if pin.must_end() {
+        let called = pin.called();
+        if called.must_end() {
             running.end.code = abi::failure::DRAINING;
             running.finish(pin);
             return Poll::Ready(running.end);
@@ -127,8 +128,8 @@ impl Future for Call {
                     return Poll::Pending;
                 }
                 pin.park(&mut running.parked, cx.waker());
-                // Between the look above and the parking the generation may have been told to end.
-                if pin.must_end() {
+                // Between the look above and the parking the generation may have been told to leave.
+                if pin.called() != called {
                     cx.waker().wake_by_ref();
                 }
                 return Poll::Pending;

@@ -20,18 +20,28 @@ pub struct PreparedHead {
     view: abi::RequestHead,
     /// What `view.headers` points to.
     _fields: Vec<abi::Header>,
-    head: Box<lend::RequestHead>,
+    /// What the texts of both point to.
+    _owner: Owner,
 }
 
-// SAFETY: the pointers of `view` and `_fields` lead into `head`, which is boxed, `Send`, owned and
-// not changed.
+/// Whose texts a view's pointers lead to.
+enum Owner {
+    Head(#[allow(dead_code, reason = "kept for the pointers into it")] Box<lend::RequestHead>),
+    /// Of a request that may upgrade: it lives as long as its connection, and the fields of a head
+    /// are slices of the buffer that the connection was read into, which they would keep.
+    Text(#[allow(dead_code, reason = "kept for the pointers into it")] Vec<u8>),
+}
+
+// SAFETY: the pointers of `view` and `_fields` lead into `_owner`, which is on the heap, `Send`, owned
+// and not changed.
 unsafe impl Send for PreparedHead {}
 // SAFETY: as above.
 unsafe impl Sync for PreparedHead {}
 
 impl std::fmt::Debug for PreparedHead {
+    /// Without the texts, which may hold secrets.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_tuple("PreparedHead").field(&self.head).finish()
+        f.debug_struct("PreparedHead").field("fields", &self._fields.len()).finish_non_exhaustive()
     }
 }
 
@@ -39,37 +49,76 @@ impl PreparedHead {
     /// Makes the view.
     #[must_use]
     pub fn new(head: Box<lend::RequestHead>) -> Self {
+        if head.can_upgrade {
+            return Self::copied(&head);
+        }
         let fields = fields_of(&head.headers);
-        let bit = |set: bool, bit: u32| if set { bit } else { 0 };
-        let view = abi::RequestHead {
-            size: size_of::<abi::RequestHead>(),
-            version: match head.version {
-                Version::HTTP_09 | Version::HTTP_10 => 10,
-                Version::HTTP_11 => 11,
-                _ => 20,
-            },
-            flags: bit(head.end, abi::request::END)
-                | bit(head.expect_continue, abi::request::EXPECT_CONTINUE)
-                | bit(head.can_upgrade, abi::request::CAN_UPGRADE),
-            method: str_of(head.method.as_str().as_bytes()),
-            scheme: str_of(head.scheme.as_bytes()),
-            authority: str_of(&head.authority),
-            target: str_of(&head.target),
-            protocol: str_of(head.protocol.as_deref().unwrap_or_default()),
-            headers: fields.as_ptr(),
-            headers_len: fields.len(),
-        };
-        Self { view, _fields: fields, head }
+        let view = view(&head, &fields, str_of);
+        Self { view, _fields: fields, _owner: Owner::Head(head) }
     }
 
-    /// Returns the head it was made of.
-    #[must_use]
-    pub fn head(&self) -> &lend::RequestHead {
-        &self.head
+    /// Copies the head's texts into one piece, so that the head may go.
+    fn copied(head: &lend::RequestHead) -> Self {
+        let mut text = Vec::new();
+        for (name, value) in &head.headers {
+            text.extend_from_slice(name.as_str().as_bytes());
+            text.extend_from_slice(value.as_bytes());
+        }
+        // In the order in which `view` asks for them.
+        text.extend_from_slice(head.method.as_str().as_bytes());
+        text.extend_from_slice(head.scheme.as_bytes());
+        text.extend_from_slice(&head.authority);
+        text.extend_from_slice(&head.target);
+        text.extend_from_slice(head.protocol.as_deref().unwrap_or_default());
+        text.shrink_to_fit();
+        let mut rest = &text[..];
+        let mut copy = |original: &[u8]| {
+            let (copy, behind) = rest.split_at(original.len());
+            debug_assert_eq!(copy, original);
+            rest = behind;
+            str_of(copy)
+        };
+        let fields: Vec<abi::Header> = head
+            .headers
+            .iter()
+            .map(|(name, value)| abi::Header {
+                name: copy(name.as_str().as_bytes()),
+                value: copy(value.as_bytes()),
+            })
+            .collect();
+        let view = view(head, &fields, copy);
+        Self { view, _fields: fields, _owner: Owner::Text(text) }
     }
 
     pub(super) fn as_abi(&self) -> *const abi::RequestHead {
         &raw const self.view
+    }
+}
+
+/// Makes the view of a head, whose texts `lend` puts where they stay.
+fn view(
+    head: &lend::RequestHead,
+    fields: &[abi::Header],
+    mut lend: impl FnMut(&[u8]) -> abi::Str,
+) -> abi::RequestHead {
+    let bit = |set: bool, bit: u32| if set { bit } else { 0 };
+    abi::RequestHead {
+        size: size_of::<abi::RequestHead>(),
+        version: match head.version {
+            Version::HTTP_09 | Version::HTTP_10 => 10,
+            Version::HTTP_11 => 11,
+            _ => 20,
+        },
+        flags: bit(head.end, abi::request::END)
+            | bit(head.expect_continue, abi::request::EXPECT_CONTINUE)
+            | bit(head.can_upgrade, abi::request::CAN_UPGRADE),
+        method: lend(head.method.as_str().as_bytes()),
+        scheme: lend(head.scheme.as_bytes()),
+        authority: lend(&head.authority),
+        target: lend(&head.target),
+        protocol: lend(head.protocol.as_deref().unwrap_or_default()),
+        headers: fields.as_ptr(),
+        headers_len: fields.len(),
     }
 }
 

@@ -1,6 +1,7 @@
 //! A plugin's instance: its entry points as safe functions.
 
 use std::ffi::c_void;
+use std::time::Instant;
 
 use sidelane_abi as abi;
 
@@ -11,7 +12,7 @@ use super::http::{self, PreparedHead};
 use super::{buf, io, report, str_of};
 use crate::plugin::error::ConfigFault;
 use crate::plugin::generation::ExchangePin;
-use crate::plugin::host::HostObject;
+use crate::plugin::host::{HostObject, clock_ns};
 use crate::plugin::lend;
 
 /// Longest text that a plugin's refusal may have; the rest is cut. Bounds a log line.
@@ -228,11 +229,11 @@ impl Instance {
         })
     }
 
-    /// Tells that no new exchanges will come.
-    pub(in crate::plugin) fn drain(&self) {
+    /// Tells that what runs at `deadline` is cut.
+    pub(in crate::plugin) fn drain(&self, deadline: Instant) {
         let entered = self.host.enter();
         // SAFETY: the instance is alive.
-        unsafe { (self.vt.drain)(self.data) };
+        unsafe { (self.vt.drain)(self.data, clock_ns(deadline)) };
         drop(entered);
     }
 

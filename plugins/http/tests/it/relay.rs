@@ -408,6 +408,18 @@ fn connect_is_not_allowed() {
 }
 
 #[test]
+fn an_extended_connect_that_nobody_claims_is_not_implemented() {
+    let kit = kit();
+    kit.block_on(async {
+        let mut request = TestRequest::new("CONNECT", "/").version(20);
+        request.protocol = "connect-udp".to_owned();
+        let whole = begin(&kit, &request).response.whole().await.unwrap();
+        assert_eq!(whole.head.status, 501);
+        assert_eq!(whole.head.header("x-sidelane-error"), Some("unsupported"));
+    });
+}
+
+#[test]
 fn every_request_is_claimed_as_a_fallback() {
     let kit = kit();
     for request in [TestRequest::new("GET", "/"), TestRequest::new("POST", "/").with_body(None)] {

@@ -717,7 +717,7 @@ fn unused_connections_end_by_time_version_drain_or_the_services_close() {
                     stream.shutdown().await;
                     kit.advance(Duration::from_secs(6));
                 }
-                "drain" => kit.drain(),
+                "drain" => kit.drain(Duration::from_secs(1)),
                 _ => {
                     service.version += 1;
                     let delivery = kit.deliver(&meta(), &service);

@@ -248,26 +248,54 @@ impl Host {
     /// Registers a counter, exposed as `sidelane_plugin_<name>`; the same name gives the same one.
     #[must_use]
     pub fn counter(&self, name: &str, help: &str) -> Counter {
-        Counter(self.metric(abi::metric::COUNTER, name, help))
+        self.counter_with(name, help, &[])
+    }
+
+    /// Registers a series of a counter; the same name and labels (name and value) give the same one.
+    /// All series of a name have the same label names. Values come from sets that are bounded: a
+    /// route's name, never a path. Keep what it returns: registering takes a lock.
+    #[must_use]
+    pub fn counter_with(&self, name: &str, help: &str, labels: &[(&str, &str)]) -> Counter {
+        Counter(self.metric(abi::metric::COUNTER, name, help, labels))
     }
 
     /// Registers a gauge.
     #[must_use]
     pub fn gauge(&self, name: &str, help: &str) -> Gauge {
-        Gauge(self.metric(abi::metric::GAUGE, name, help))
+        self.gauge_with(name, help, &[])
     }
 
-    /// Registers a histogram, whose name ends in its unit.
+    /// Registers a series of a gauge, as [`Self::counter_with`].
+    #[must_use]
+    pub fn gauge_with(&self, name: &str, help: &str, labels: &[(&str, &str)]) -> Gauge {
+        Gauge(self.metric(abi::metric::GAUGE, name, help, labels))
+    }
+
+    /// Registers a histogram, whose name ends in its unit: `_seconds`; `_bytes` has buckets from 16 B
+    /// to 64 MiB, any other from 0.001 to about 4,000.
     #[must_use]
     pub fn histogram(&self, name: &str, help: &str) -> Histogram {
-        Histogram(self.metric(abi::metric::HISTOGRAM, name, help))
+        self.histogram_with(name, help, &[])
     }
 
-    fn metric(&self, kind: u32, name: &str, help: &str) -> Metric {
+    /// Registers a series of a histogram, as [`Self::counter_with`].
+    #[must_use]
+    pub fn histogram_with(&self, name: &str, help: &str, labels: &[(&str, &str)]) -> Histogram {
+        Histogram(self.metric(abi::metric::HISTOGRAM, name, help, labels))
+    }
+
+    fn metric(&self, kind: u32, name: &str, help: &str, labels: &[(&str, &str)]) -> Metric {
+        let labels: Vec<abi::Header> = labels
+            .iter()
+            .map(|(name, value)| abi::Header {
+                name: lend(name.as_bytes()),
+                value: lend(value.as_bytes()),
+            })
+            .collect();
+        let (name_text, help) = (lend(name.as_bytes()), lend(help.as_bytes()));
+        let (ptr, len) = (labels.as_ptr(), labels.len());
         // SAFETY: the host is valid; the texts are borrowed for the call.
-        let id = unsafe {
-            (self.vt().metric)(self.raw(), kind, lend(name.as_bytes()), lend(help.as_bytes()))
-        };
+        let id = unsafe { (self.vt().metric)(self.raw(), kind, name_text, help, ptr, len) };
         if id == 0 {
             self.log(
                 Level::Warn,

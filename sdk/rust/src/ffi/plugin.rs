@@ -21,7 +21,7 @@ use super::service::Service;
 use super::text::{bytes, lend};
 use super::waker::with_context;
 use crate::protocol::{Born, Claim, Protocol, Sniff};
-use crate::{ConfigError, Error, Failure, Reset, failure};
+use crate::{ConfigError, Error, Failure, Instant, Reset, failure};
 
 /// Most types of one plugin (`abi::PluginVt::types_len`).
 const TYPES_MAX: usize = 8;
@@ -359,10 +359,10 @@ unsafe extern "C" fn refuse_stream<T: Protocol>(
     })
 }
 
-unsafe extern "C" fn drain<T: Protocol>(plugin: *mut c_void) {
+unsafe extern "C" fn drain<T: Protocol>(plugin: *mut c_void, deadline_ns: u64) {
     // SAFETY: the host's to keep alive.
     let entry = unsafe { entry::<T>(plugin) };
-    let _ = context::call(entry.host, || entry.protocol.drain());
+    let _ = context::call(entry.host, || entry.protocol.drain(Instant::from_nanos(deadline_ns)));
 }
 
 unsafe extern "C" fn destroy<T: Protocol>(plugin: *mut c_void) {

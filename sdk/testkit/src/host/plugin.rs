@@ -221,9 +221,9 @@ impl Instance {
         unsafe { PluginFuture::new(raw, self.world.clone(), true, Some(borrowed)) }
     }
 
-    pub(crate) fn drain(&self) {
+    pub(crate) fn drain(&self, deadline_ns: u64) {
         // SAFETY: the instance is alive.
-        unsafe { (self.vt.drain)(self.data) }
+        unsafe { (self.vt.drain)(self.data, deadline_ns) }
     }
 }
 

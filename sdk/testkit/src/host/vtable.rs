@@ -160,18 +160,38 @@ unsafe extern "C" fn metric(
     kind: u32,
     name: abi::Str,
     help: abi::Str,
+    labels: *const abi::Header,
+    labels_len: usize,
 ) -> u32 {
     // SAFETY: borrowed for the call.
     let (name, help) = unsafe { (text(name), text(help)) };
+    let labels: Vec<(String, String)> = (0..labels_len)
+        .map(|at| {
+            // SAFETY: `labels_len` of them are lent for the call.
+            let label = unsafe { labels.add(at) };
+            // SAFETY: as above.
+            let label = unsafe { label.read() };
+            // SAFETY: as above.
+            unsafe { (text(label.name), text(label.value)) }
+        })
+        .collect();
     let valid = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
     if name.is_empty() || help.is_empty() || !name.bytes().all(valid) {
         return 0;
     }
     // SAFETY: a host of ours.
     let mut state = unsafe { world(host) }.state();
-    let known = state.metrics.iter().position(|metric| metric.name == name && metric.kind == kind);
+    let names = |labels: &[(String, String)]| -> Vec<String> {
+        labels.iter().map(|(name, _)| name.clone()).collect()
+    };
+    let first = state.metrics.iter().find(|metric| metric.name == name);
+    if first.is_some_and(|first| first.kind != kind || names(&first.labels) != names(&labels)) {
+        return 0;
+    }
+    let known =
+        state.metrics.iter().position(|metric| metric.name == name && metric.labels == labels);
     let index = known.unwrap_or_else(|| {
-        state.metrics.push(Metric { kind, name, value: 0.0 });
+        state.metrics.push(Metric { kind, name, labels, value: 0.0 });
         state.metrics.len() - 1
     });
     u32::try_from(index + 1).unwrap_or(0)

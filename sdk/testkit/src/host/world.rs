@@ -46,6 +46,7 @@ struct Slot {
 pub(crate) struct Metric {
     pub(crate) kind: u32,
     pub(crate) name: String,
+    pub(crate) labels: Vec<(String, String)>,
     pub(crate) value: f64,
 }
 
@@ -90,6 +91,12 @@ impl World {
     pub(crate) fn cancel(&self, id: usize) {
         let task = self.state().tasks[id].task.take();
         drop(task);
+    }
+
+    /// Polls every task once more.
+    pub(crate) fn wake_all(&self) {
+        let wakers: Vec<Waker> = self.state().tasks.iter().map(|slot| slot.waker.clone()).collect();
+        wakers.into_iter().for_each(Waker::wake);
     }
 
     pub(crate) fn cancel_all(&self) {
