@@ -156,7 +156,8 @@ class Stage(contextlib.ExitStack):
             f"{name}.conf",
             f"""
 daemon off; worker_processes 1; pid {prefix}/pid; error_log {prefix}/error.log warn;
-events {{ worker_connections {machine.proxied_connections_max() * 2}; }}
+# With few of these left it resets clients that have not yet asked; descriptors bound it, not this.
+events {{ worker_connections {machine.DESCRIPTORS}; }}
 http {{
   access_log off; sendfile on; tcp_nodelay on;
   client_body_temp_path {prefix}/body; proxy_temp_path {prefix}/proxy;
