@@ -34,7 +34,7 @@ mod tunnels;
 
 pub use listen::bind;
 
-use document::Document;
+use document::{Document, refused_options};
 use open::RelayOpener;
 use routing::Routing;
 
@@ -349,9 +349,17 @@ impl Relay {
 
     /// Takes a sidecar's document whole, or refuses it whole and keeps the one before.
     fn announce(&self, session: &Arc<Session>, announce: &proto::Announce) -> proto::Announced {
+        let document = Document::parse(session, announce).and_then(|document| {
+            let refused = refused_options(&document.routes, |protocol_type, options| {
+                // A type that no plugin here serves is said to the client, not to the sidecar.
+                let served = self.plugins.find(protocol_type).is_some();
+                if served { self.plugins.validate_route(protocol_type, options) } else { Ok(()) }
+            });
+            if refused.is_empty() { Ok(document) } else { Err(refused) }
+        });
         let mut sources = self.lock_sources();
         let mut freed = Vec::new();
-        let reasons = match Document::parse(session, announce) {
+        let reasons = match document {
             Ok(document) => {
                 let conflicts = sources.conflicts(&document);
                 if conflicts.is_empty() {

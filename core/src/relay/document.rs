@@ -7,6 +7,7 @@ use sidelane_tunnel::proto;
 
 use crate::announcement::{self, Protocols};
 use crate::config::{Match, Route};
+use crate::plugin::ConfigFault;
 use crate::tunnel::session::Session;
 
 /// Routes of one document. Bounds what a sidecar can make the relay hold.
@@ -101,6 +102,26 @@ impl Document {
     }
 }
 
+/// Returns what is wrong with the options of `routes` in the eyes of `asked`, which is told a protocol
+/// type and its options, one line each.
+pub(super) fn refused_options(
+    routes: &[Arc<Route>],
+    asked: impl Fn(&str, &str) -> Result<(), ConfigFault>,
+) -> Vec<String> {
+    let blocks = routes.iter().flat_map(|route| {
+        route.options.iter().map(move |(protocol_type, block)| (route, protocol_type, block))
+    });
+    blocks
+        .filter_map(|(route, protocol_type, block)| {
+            let ConfigFault { message, path } = asked(protocol_type, &block.text).err()?;
+            let dot = if path.is_empty() { "" } else { "." };
+            Some(format!("route {}: options.{protocol_type}{dot}{path}: {message}", route.name))
+        })
+        .take(REASONS_MAX)
+        .map(shorten)
+        .collect()
+}
+
 fn shorten(mut reason: String) -> String {
     if reason.len() > REASON_BYTES_MAX {
         let cut = (0..=REASON_BYTES_MAX).rev().find(|at| reason.is_char_boundary(*at));
@@ -108,4 +129,34 @@ fn shorten(mut reason: String) -> String {
         reason.push('…');
     }
     reason
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refused_options_name_route_type_and_place() {
+        let route = |name: &str, json: &str| {
+            let announced = proto::AnnouncedRoute {
+                name: name.to_owned(),
+                subdomain: name.to_owned(),
+                options: vec![proto::RouteOptions {
+                    protocol_type: "WEBSOCKET".to_owned(),
+                    json: json.to_owned(),
+                }],
+                ..proto::AnnouncedRoute::default()
+            };
+            Arc::new(announcement::route(&announced).expect("a valid route"))
+        };
+        let routes = [route("good", "{}"), route("bad", r#"{"max":"x"}"#)];
+        let reasons = refused_options(&routes, |protocol_type, options| match options {
+            "{}" => Ok(()),
+            _ => Err(ConfigFault {
+                message: format!("{protocol_type} wants a size"),
+                path: "max".to_owned(),
+            }),
+        });
+        assert_eq!(reasons, ["route bad: options.WEBSOCKET.max: WEBSOCKET wants a size"]);
+    }
 }

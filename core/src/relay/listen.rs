@@ -3,19 +3,23 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use sidelane_abi::failure;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::open::RelayOpener;
 use super::{HttpEntry, Relay};
 use crate::error::chain;
 use crate::front::{self, ConnectionInfo};
+use crate::metrics::Up;
 use crate::plugin::lend::Failure;
 
 /// Connections that the kernel completes before they are accepted.
@@ -91,10 +95,8 @@ pub(super) async fn accept(relay: Arc<Relay>, listener: Arc<Listener>, socket: T
             continue;
         };
         let (relay, listener) = (Arc::clone(&relay), Arc::clone(&listener));
+        let stream = ClientStream::new(stream, permit, &relay, &listener.name);
         tokio::spawn(async move {
-            let _permit = permit;
-            let _up = relay.metrics.connection_open(&listener.name);
-            let _counted = Counted::new(&relay);
             serve(&relay, &listener, stream, client).await;
         });
     }
@@ -112,10 +114,10 @@ fn tune(stream: &TcpStream) -> io::Result<()> {
 async fn serve(
     relay: &Arc<Relay>,
     listener: &Arc<Listener>,
-    stream: TcpStream,
+    stream: ClientStream,
     client: SocketAddr,
 ) {
-    if let Err(error) = tune(&stream) {
+    if let Err(error) = tune(&stream.stream) {
         tracing::debug!(%client, %error, "client gone before it was served");
         return;
     }
@@ -131,6 +133,68 @@ async fn serve(
     let (front, entry) = (Arc::clone(&listener.front), Arc::clone(&listener.entry));
     if let Err(error) = front::serve(stream, info, front, entry, shutdown).await {
         tracing::debug!(%client, error = chain(&error), "connection ended");
+    }
+}
+
+/// A client's connection, which is counted for as long as its socket lives: an upgraded one outlives
+/// the front's call.
+struct ClientStream {
+    stream: TcpStream,
+    /// Of all connections that the process may have.
+    _permit: OwnedSemaphorePermit,
+    _up: Up,
+    _counted: Counted,
+}
+
+impl ClientStream {
+    fn new(
+        stream: TcpStream,
+        permit: OwnedSemaphorePermit,
+        relay: &Arc<Relay>,
+        listener: &Arc<str>,
+    ) -> Self {
+        let up = relay.metrics.connection_open(listener);
+        Self { stream, _permit: permit, _up: up, _counted: Counted::new(relay) }
+    }
+}
+
+impl AsyncRead for ClientStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for ClientStream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 
@@ -155,7 +219,7 @@ async fn serve_stream(
     relay: &Arc<Relay>,
     listener: &Arc<Listener>,
     protocol_type: &Arc<str>,
-    stream: TcpStream,
+    stream: ClientStream,
     client: SocketAddr,
 ) {
     let Some(plugin) = relay.plugins.find(protocol_type) else {
