@@ -207,12 +207,17 @@ class Runner:
         if not shutil.which("perf"):
             say("no profile: perf is not installed")
             return
+        # A loaded plugin is a copy in memory without a name: its symbols are found by its build id.
+        perf = ["perf", "--buildid-dir", str(self.stage.directory / "symbols")]
+        for library in self.stage.programs.glob("libsidelane_*.so"):
+            subprocess.run([*perf, "buildid-cache", "--add", library], stderr=subprocess.DEVNULL)
         for case in found:
             if not case.profiled:
                 continue
             data = self.stage.directory / "perf.data"
+            command = ["perf", "record", "-q", "--buildid-mmap", "-p", ",".join(map(str, path.pids))]
             recorder = subprocess.Popen(
-                ["perf", "record", "-q", "-p", ",".join(map(str, path.pids)), "-o", str(data)],
+                [*command, "-o", str(data)],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
             )
@@ -224,7 +229,7 @@ class Runner:
             parts = ", ".join(f"{part} is {pids[0]}" for part, pids in path.processes.items())
             print(f"# {case.title}\n# {parts}")
             for keys, limit in [("pid,dso", "0.7"), ("pid,dso,symbol", "0.7")]:
-                command = ["perf", "report", "-i", str(data), "--stdio", "--no-children"]
+                command = [*perf, "report", "-i", str(data), "--stdio", "--no-children"]
                 command += ["-g", "none", "--percent-limit", limit, "--sort", keys]
                 output = subprocess.run(command, capture_output=True, text=True).stdout
                 rows = [line for line in output.splitlines() if line and line[0] != "#"]
