@@ -89,13 +89,19 @@ def case_table(case, paths):
     return [*lines, ""]
 
 
+def idle_kib(rounds):
+    return median(rounds, lambda kib: sum(kib.values()))
+
+
 def idle_table(count, paths):
-    values = {name: statistics.median(rounds) for name, rounds in paths.items()}
+    values = {name: idle_kib(rounds) for name, rounds in paths.items()}
     lines = [f"## Memory: {count:,} idle WebSockets", ""]
-    lines += head(["path", "KiB per connection", "of one nginx hop", "of two haproxy"])
+    lines += head(["path", "KiB per connection", "by process", "of one nginx hop", "of two haproxy"])
     for name, value in values.items():
+        rounds = paths[name]
+        parts = (f"{part} {median(rounds, lambda kib: kib[part]):.1f}" for part in rounds[0])
         ratios = [ratio(value, values.get(NGINX)), ratio(value, values.get(HAPROXY))]
-        lines.append(row([label(name), f"{value:.1f}", *ratios]))
+        lines.append(row([label(name), f"{value:.1f}", ", ".join(parts), *ratios]))
     return [*lines, ""]
 
 
@@ -132,7 +138,7 @@ def aims_table(cases, results, idle):
             rows.append((case.title, aim, f"{value:.2f} of it", value <= 1))
     for count, paths in idle.items():
         if SIDELANE in paths:
-            value = statistics.median(paths[SIDELANE])
+            value = idle_kib(paths[SIDELANE])
             aim = f"at most {IDLE_KIB_AIM} KiB per connection"
             rows.append((f"{count:,} idle WebSockets", aim, f"{value:.1f} KiB", value <= IDLE_KIB_AIM))
     if not rows:

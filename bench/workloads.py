@@ -180,7 +180,7 @@ class Runner:
                     process.stdin.close()
 
     def idle_memory(self, counts, names, services):
-        """Returns {count: {path: [KiB per connection, per round]}}. Processes are fresh each time:
+        """Returns {count: {path: [{part: KiB per connection} per round]}}. Processes are fresh each time:
         what an allocator kept of earlier loads would hide the growth."""
         results = {count: {name: [] for name in names if name != DIRECT} for count in counts}
         for number in range(self.options.rounds):
@@ -197,10 +197,15 @@ class Runner:
         with self.start_load(path, "websocket", "ws-idle", "--connections", 1):
             pass
         time.sleep(SETTLE_S)
-        before = machine.memory_kib(path.pids)
+        before = self.memory_of_parts(path)
         with self.start_load(path, "websocket", "ws-idle", "--connections", count):
             time.sleep(SETTLE_S)
-            return (machine.memory_kib(path.pids) - before) / count
+            after = self.memory_of_parts(path)
+        return {part: (after[part] - before[part]) / count for part in after}
+
+    @staticmethod
+    def memory_of_parts(path):
+        return {part: machine.memory_kib(pids) for part, pids in path.processes.items()}
 
     def profile(self, found, path):
         """Prints where Sidelane's time goes, by process and symbol."""

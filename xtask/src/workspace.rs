@@ -7,12 +7,8 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 
 /// What the program needs at run time: itself, and the plugins that it loads.
-pub(crate) const PROGRAM_PACKAGES: &[&str] = &[
-    "sidelane",
-    "sidelane-http-plugin",
-    "sidelane-websocket-plugin",
-    "sidelane-grpc-plugin",
-];
+pub(crate) const PROGRAM_PACKAGES: &[&str] =
+    &["sidelane", "sidelane-http-plugin", "sidelane-websocket-plugin", "sidelane-grpc-plugin"];
 /// The small service that `cargo demo` shows.
 pub(crate) const DEMO_PACKAGE: &str = "sidelane-demo-service";
 
