@@ -175,10 +175,12 @@ async fn introduce(ports: &Ports) -> Result<()> {
            curl -N {address}events
            curl -o /dev/null '{address}download?bytes=100000000'
            curl --data-binary 'hello' {address}echo
+           npx wscat -c ws://127.0.0.1:{http}/ws -H 'Host: demo.{base_domain}'
   metrics  http://{health}/metrics
   routes   edit sidecar.yaml while this runs
   end      Ctrl-C
 ",
+        base_domain = ports.base_domain,
         http = ports.http,
         tunnel = ports.tunnel,
         service = ports.service,

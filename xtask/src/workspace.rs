@@ -8,9 +8,12 @@ use anyhow::{Context, Result, bail};
 
 /// What the program needs at run time: itself, and the plugins that it loads.
 pub(crate) const PROGRAM_PACKAGES: &[&str] =
-    &["sidelane", "sidelane-http-plugin", "sidelane-grpc-plugin"];
+    &["sidelane", "sidelane-http-plugin", "sidelane-websocket-plugin", "sidelane-grpc-plugin"];
 /// The small service that `cargo demo` shows.
 pub(crate) const DEMO_PACKAGE: &str = "sidelane-demo-service";
+
+/// The head-to-head's own load and services.
+const LOAD_PACKAGE: &str = "sidelane-bench-load";
 
 /// Returns the workspace's root.
 pub(crate) fn root() -> PathBuf {
@@ -62,7 +65,9 @@ pub(crate) fn has_program(name: &str) -> bool {
 
 /// Runs the head-to-head of bench/ on a release build.
 pub(crate) fn bench(arguments: &[String]) -> Result<()> {
-    build("release", PROGRAM_PACKAGES)?;
+    let mut packages = PROGRAM_PACKAGES.to_vec();
+    packages.push(LOAD_PACKAGE);
+    build("release", &packages)?;
     let mut command = Command::new("python3");
     command
         .current_dir(root())

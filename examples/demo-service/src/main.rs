@@ -1,8 +1,10 @@
 //! The service behind `cargo demo`: a page that shows what arrived, and one path for each thing
-//! that a tunnel must not break (streaming, events, large bodies, slowness).
+//! that a tunnel must not break (streaming, events, large bodies, slowness, WebSockets).
 //!
 //! An ordinary HTTP/1.1 server; knows nothing of Sidelane.
 #![allow(clippy::print_stdout, reason = "a program that says where it listens")]
+
+mod websocket;
 
 use std::convert::Infallible;
 use std::fmt::Write as _;
@@ -66,6 +68,7 @@ async fn connection(stream: TcpStream) {
     let served = hyper::server::conn::http1::Builder::new()
         .half_close(true)
         .serve_connection(TokioIo::new(stream), service_fn(answer))
+        .with_upgrades()
         .await;
     if let Err(error) = served {
         eprintln!("connection: {error}");
@@ -79,6 +82,7 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Payload>, Infalli
         (&Method::GET | &Method::HEAD, "/") => html(page(&request, count)),
         (_, "/echo") => echo(request),
         (&Method::GET, "/events") => events(),
+        (&Method::GET, "/ws") => websocket::upgrade(request),
         (&Method::GET | &Method::HEAD, "/download") => download(&query),
         (_, "/slow") => slow(&query).await,
         (_, "/") => text(StatusCode::METHOD_NOT_ALLOWED, "try GET\n".to_owned()),
