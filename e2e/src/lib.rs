@@ -6,8 +6,10 @@
 #![allow(clippy::print_stderr, reason = "a failing test shows the program's log")]
 
 pub mod client;
+pub mod peer;
 pub mod process;
 pub mod service;
 pub mod stage;
 pub mod tools;
 pub mod wait;
+pub mod websocket;

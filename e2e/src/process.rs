@@ -15,6 +15,15 @@ use crate::wait;
 
 /// The base domain of every test.
 pub const BASE_DOMAIN: &str = "localhost";
+/// What tests run and load: the program, its plugins, and a peer written in Rust.
+const PACKAGES: &[&str] = &[
+    "sidelane",
+    "sidelane-http-plugin",
+    "sidelane-websocket-plugin",
+    "sidelane-grpc-plugin",
+    "line-rust",
+    "sidelane-e2e-tonic",
+];
 /// How long the program may take to end after SIGTERM: its drain deadline in these tests, and room.
 const END_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -33,10 +42,23 @@ pub struct Setup {
     pub http_config: String,
     /// Library of the HTTP plugin.
     pub library: PathBuf,
+    /// Plugins beside the HTTP plugin.
+    pub plugins: Vec<Plugin>,
     /// Deadline of a drain.
     pub drain: &'static str,
     /// Where clients connect.
     pub web: &'static str,
+}
+
+/// A plugin of a test, beside the HTTP plugin.
+#[derive(Clone, Debug)]
+pub struct Plugin {
+    /// Name.
+    pub name: &'static str,
+    /// Library.
+    pub library: PathBuf,
+    /// YAML flow mapping: its configuration block.
+    pub config: String,
 }
 
 /// A route of a test.
@@ -50,6 +72,8 @@ pub struct Route {
     pub path_prefix: String,
     /// Tunnel.
     pub tunnel: String,
+    /// YAML flow mapping: a block per protocol type; empty: none.
+    pub options: String,
 }
 
 impl Setup {
@@ -63,9 +87,35 @@ impl Setup {
             sidecar_token: None,
             http_config: "{}".to_owned(),
             library: library(),
+            plugins: Vec::new(),
             drain: "10s",
             web: "127.0.0.1:0",
         }
+    }
+
+    /// Loads the WebSocket plugin, with a configuration block.
+    #[must_use]
+    pub fn websocket(self, config: &str) -> Self {
+        self.plugin("websocket", "libsidelane_websocket.so", config)
+    }
+
+    /// Loads the gRPC plugin, with a configuration block.
+    #[must_use]
+    pub fn grpc(self, config: &str) -> Self {
+        self.plugin("grpc", "libsidelane_grpc.so", config)
+    }
+
+    fn plugin(mut self, name: &'static str, library: &str, config: &str) -> Self {
+        let library = build_directory().join(library);
+        self.plugins.push(Plugin { name, library, config: config.to_owned() });
+        self
+    }
+
+    /// Gives the first route a block per protocol type.
+    #[must_use]
+    pub fn options(mut self, options: &str) -> Self {
+        self.routes[0].options = options.to_owned();
+        self
     }
 
     /// Adds a tunnel to a service.
@@ -142,18 +192,20 @@ impl Setup {
                 text += &route.yaml();
             }
         }
-        text + &format!(
-            "plugins:
-  libraries:
-    - {{ name: http, library: \"{}\", config: {} }}
-health: {{ address: \"127.0.0.1:0\" }}
-admin: {{ address: \"127.0.0.1:0\" }}
-log: {{ level: debug, format: text }}
-",
-            self.library.display(),
-            self.http_config,
-        )
+        text += "plugins:\n  libraries:\n";
+        text += &library_yaml("http", &self.library, &self.http_config);
+        for plugin in &self.plugins {
+            text += &library_yaml(plugin.name, &plugin.library, &plugin.config);
+        }
+        text + "health: { address: \"127.0.0.1:0\" }
+admin: { address: \"127.0.0.1:0\" }
+log: { level: debug, format: text }
+"
     }
+}
+
+fn library_yaml(name: &str, library: &Path, config: &str) -> String {
+    format!("    - {{ name: {name}, library: \"{}\", config: {config} }}\n", library.display())
 }
 
 fn token(token: Option<&str>) -> String {
@@ -169,6 +221,7 @@ impl Route {
             subdomain: subdomain.to_owned(),
             path_prefix: String::new(),
             tunnel: tunnel.to_owned(),
+            options: String::new(),
         }
     }
 
@@ -185,8 +238,13 @@ impl Route {
         } else {
             format!(", path_prefix: \"{}\"", self.path_prefix)
         };
+        let options = if self.options.is_empty() {
+            String::new()
+        } else {
+            format!(", options: {}", self.options)
+        };
         format!(
-            "  - {{ name: {}, subdomain: {}{prefix}, tunnel: {} }}\n",
+            "  - {{ name: {}, subdomain: {}{prefix}, tunnel: {}{options} }}\n",
             self.name, self.subdomain, self.tunnel
         )
     }
@@ -204,16 +262,8 @@ pub fn build_directory() -> &'static Path {
         let test = std::env::current_exe().expect("a test has a path");
         let directory = test.ancestors().nth(2).expect("tests are built in deps/").to_path_buf();
         let mut cargo = Command::new(env!("CARGO"));
-        cargo.args([
-            "build",
-            "--quiet",
-            "--package",
-            "sidelane",
-            "--package",
-            "sidelane-http-plugin",
-            "--package",
-            "line-rust",
-        ]);
+        cargo.args(["build", "--quiet"]);
+        cargo.args(PACKAGES.iter().flat_map(|package| ["--package", package]));
         if directory.ends_with("release") {
             cargo.arg("--release");
         }

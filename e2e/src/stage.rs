@@ -37,6 +37,16 @@ impl Stage {
         Self::of(Service::start(script))
     }
 
+    /// A service that runs a script for each connection, behind a program that is set up as said.
+    pub fn script_with<F>(setup: impl FnOnce(Setup) -> Setup, script: F) -> Self
+    where
+        F: Fn(&mut Connection) -> io::Result<()> + Send + Sync + 'static,
+    {
+        let service = Service::start(script);
+        let sidelane = Sidelane::both(&setup(Setup::of(service.address())));
+        Self { sidelane, service }
+    }
+
     /// Returns a connection to the relay.
     #[must_use]
     pub fn connect(&self) -> Client {

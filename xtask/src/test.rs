@@ -11,13 +11,22 @@ use anyhow::{Context, Result, bail};
 use crate::workspace;
 
 /// Programs that tests start, with the Debian package that brings each.
-const PROGRAMS: &[(&str, &str)] =
-    &[("cc", "gcc"), ("c++", "g++"), ("curl", "curl"), ("make", "make"), ("python3", "python3")];
+const PROGRAMS: &[(&str, &str)] = &[
+    ("cc", "gcc"),
+    ("c++", "g++"),
+    ("chromium", "chromium"),
+    ("curl", "curl"),
+    ("make", "make"),
+    ("node", "nodejs"),
+    ("npm", "npm"),
+    ("python3", "python3"),
+];
 
 /// Runs every test of the workspace; `arguments` go to `cargo test`.
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
     install_missing_programs();
     let python = prepare_python();
+    let node = prepare_node();
 
     // Tests load the plugins that stand beside the program, so both exist before the first starts.
     workspace::run(workspace::cargo().args(["build", "--workspace"]))?;
@@ -29,7 +38,13 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
         Ok(python) => {
             command.env("SIDELANE_PYTHON", python);
         }
-        Err(error) => eprintln!("SKIPPED preparation of the Python client: {error:#}"),
+        Err(error) => eprintln!("SKIPPED preparation of the Python clients: {error:#}"),
+    }
+    match node {
+        Ok(node) => {
+            command.env("SIDELANE_NODE", node);
+        }
+        Err(error) => eprintln!("SKIPPED preparation of the Node.js clients: {error:#}"),
     }
     workspace::run(&mut command)
 }
@@ -97,6 +112,36 @@ fn prepare_python() -> Result<PathBuf> {
     )?;
     fs::write(&stamp, &wanted).with_context(|| format!("cannot write {}", stamp.display()))?;
     Ok(python)
+}
+
+/// Copies e2e/clients/node to the target directory, and installs the packages of its lockfile there;
+/// what is installed is used again as long as the lockfile is the same.
+fn prepare_node() -> Result<PathBuf> {
+    let source = workspace::root().join("e2e/clients/node");
+    let directory = workspace::target().join("e2e-node");
+    let stamp = directory.join("installed");
+    let lock = fs::read(source.join("package-lock.json"))
+        .with_context(|| format!("cannot read {}", source.display()))?;
+    let installed = fs::read(&stamp).is_ok_and(|installed| installed == lock);
+    fs::create_dir_all(&directory)
+        .with_context(|| format!("cannot make {}", directory.display()))?;
+    for entry in fs::read_dir(&source)? {
+        let path = entry?.path();
+        let name = path.file_name().expect("an entry of a directory has a name");
+        fs::copy(&path, directory.join(name))
+            .with_context(|| format!("cannot copy {}", path.display()))?;
+    }
+    if installed {
+        return Ok(directory);
+    }
+    println!("preparing Node.js packages in {}", directory.display());
+    workspace::run(
+        Command::new("npm")
+            .args(["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"])
+            .current_dir(&directory),
+    )?;
+    fs::write(&stamp, &lock).with_context(|| format!("cannot write {}", stamp.display()))?;
+    Ok(directory)
 }
 
 fn make_venv(venv: &std::path::Path, python: &std::path::Path) -> Result<()> {
