@@ -16,3 +16,6 @@ mod shutdown;
 mod start;
 mod streaming;
 mod two_processes;
+mod websocket;
+mod websocket_ends;
+mod websocket_peers;

@@ -25,6 +25,9 @@ use tower_service::Service;
 use crate::codec::BytesCodec;
 use crate::shown;
 
+/// Flow-control window of a connection, beside 1 MiB of a stream.
+const CONNECTION_WINDOW: u32 = 16 * 1024 * 1024;
+
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 type Reply<T> = Result<Response<T>, Status>;
 
@@ -35,6 +38,8 @@ pub(crate) async fn serve() -> Result<Value> {
     let peer = Peer::default();
     let cancelled = Arc::clone(&peer.cancelled);
     let serving = tonic::transport::Server::builder()
+        // Above what one stream that nobody reads can hold: it leaves room for the others.
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .serve_with_incoming(peer, TcpListenerStream::new(listener));
     let mut input = Vec::new();
     let mut stdin = tokio::io::stdin();
