@@ -199,6 +199,16 @@ def case_large(address):
     return {"same": Peer(address).echo(message) == message}
 
 
+def case_limit(address):
+    """Messages of 4 MiB and of a byte more, each way."""
+    peer = Peer(address)
+    return {
+        "below": len(peer.echo(bytes(4 * MIB - 1))) == 4 * MIB - 1,
+        "above": outcome(results(peer.echo.future(bytes(4 * MIB + 1)))),
+        "answer_above": outcome(peer.count(b"1 %d" % (4 * MIB + 1))),
+    }
+
+
 def case_huge(address):
     """100 MiB each way, in messages of 1 MiB and of 20 MiB."""
     peer = Peer(address)
@@ -309,6 +319,7 @@ CASES = {
     "cancel": case_cancel,
     "held": case_held,
     "large": case_large,
+    "limit": case_limit,
     "huge": case_huge,
     "short": case_short,
     "many": case_many,

@@ -3,6 +3,8 @@
 mod bounds;
 mod failures;
 mod framing;
+mod grpc;
+mod grpc_failures;
 mod head;
 mod hop_by_hop;
 mod operations;

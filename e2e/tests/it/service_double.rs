@@ -46,6 +46,7 @@ fn raw_frames_are_understood_by_others() {
     socket.send(Frame::close(4000, "bye"));
     assert_eq!(socket.frame().close_code(), Some((4000, "bye".to_owned())));
     assert!(socket.client.rest().is_empty());
+    drop(socket);
     let seen = peer.finish();
     assert_eq!(
         (&seen["closes"][0]["code"], &seen["closes"][0]["reason"]),

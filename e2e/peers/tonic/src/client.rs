@@ -38,6 +38,7 @@ pub(crate) async fn run(case: &str, address: &str) -> Result<Value> {
         "cancel" => cancel(peer).await,
         "held" => held(peer).await,
         "large" => large(peer).await,
+        "limit" => limit(peer).await,
         "huge" => huge(peer).await,
         "short" => short(peer).await,
         "many" => many(peer).await,
@@ -268,6 +269,15 @@ fn noise(size: usize) -> Bytes {
         state.to_le_bytes()
     });
     words.take(size).collect()
+}
+
+async fn limit(mut peer: Peer) -> Result<Value> {
+    let limit = 4 * MIB;
+    let below = peer.echo(vec![0; limit - 1]).await?;
+    let above = outcome(&peer.echo(vec![0; limit + 1]).await);
+    let request = Request::new(Bytes::from(format!("1 {}", limit + 1)));
+    let answer = end(peer.down("Count", request).await, 0).await;
+    Ok(json!({ "below": below, "above": above, "answer_above": answer }))
 }
 
 async fn huge(mut peer: Peer) -> Result<Value> {
