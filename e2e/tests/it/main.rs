@@ -5,6 +5,7 @@ mod failures;
 mod framing;
 mod grpc;
 mod grpc_failures;
+mod grpc_raw;
 mod head;
 mod hop_by_hop;
 mod operations;
