@@ -311,8 +311,11 @@ fn browser_opens_a_websocket() {
                     connection.upgrade(&request, "Sec-WebSocket-Protocol: v2\r\n")?;
                     return connection.echo();
                 }
-                let (kind, body) =
-                    if request.target == b"/" { ("text/html", PAGE) } else { ("text/plain", "ok") };
+                let (kind, body) = if request.target == b"/" {
+                    ("text/html; charset=utf-8", PAGE)
+                } else {
+                    ("text/plain", "ok")
+                };
                 connection.write(format!(
                     "HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: {}\r\n\r\n{body}",
                     body.len()
