@@ -4,7 +4,9 @@ Usage: grpc_h2.py CASE HOST PORT, before the service in grpc_h2_server.py. Print
 JSON object and asserts nothing itself.
 """
 
+import concurrent.futures
 import json
+import random
 import sys
 
 from client import Http2, head, shown
@@ -112,6 +114,43 @@ def case_pieces(address):
     return {**status(shown(seen)), "same": same}
 
 
+def one(address, choice):
+    """One stream or connection with one of many ends."""
+    client = Http2(address)
+    if choice < 7:
+        paths = ("Other/x", "Reset/8", "ResetLater/2", "TrailersOnly/x", "Half/x", "Html/x", "Goaway/x")
+        client.answer(rpc(f"/raw.{paths[choice]}"), message(b"hello"))
+    else:
+        stream = client.open(rpc("/raw.Echo/x", [("grpc-timeout", "20m")] if choice == 7 else []), end=False)
+        client.send(stream, message(b"hello")[: choice - 4], False)
+        if choice == 7:
+            client.finish(stream)
+        elif choice == 8:
+            client.connection.reset_stream(stream, 8)
+            client.flush()
+        elif choice == 9:
+            client.connection.end_stream(stream)
+            client.flush()
+            client.finish(stream)
+        elif choice == 10:
+            client.send(stream, message(bytes(50_000)), True)
+    client.socket.close()
+
+
+def case_ends(address):
+    """Thousands of ends, the same ones in every run."""
+    count, threads = 2_000, 8
+
+    def run(seed):
+        choices = random.Random(seed)
+        for _ in range(count // threads):
+            one(address, choices.randrange(12))
+
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        list(pool.map(run, range(threads)))
+    return {"ends": count}
+
+
 CASES = {
     "resets": case_resets,
     "resets-later": case_resets_later,
@@ -120,6 +159,7 @@ CASES = {
     "requests": case_requests,
     "metadata": case_metadata,
     "pieces": case_pieces,
+    "ends": case_ends,
 }
 
 

@@ -1,6 +1,7 @@
 //! The program as its users meet it, one module per behaviour.
 
 mod bounds;
+mod crowd;
 mod failures;
 mod framing;
 mod grpc;
