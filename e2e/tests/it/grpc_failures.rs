@@ -12,7 +12,8 @@ use crate::grpc::Peers;
 
 /// A port of localhost that nobody listens on.
 fn nobody() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    listener.local_addr().expect("a bound listener")
 }
 
 /// Asserts a status whose message holds one of the words.
