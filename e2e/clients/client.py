@@ -99,6 +99,9 @@ class Http2:
             elif isinstance(event, h2.events.StreamReset):
                 seen["ended"], seen["reset"] = True, int(event.error_code)
             elif isinstance(event, h2.events.ConnectionTerminated):
+                if event.error_code == 0:
+                    # A warning: the streams that are open may end (RFC 9113, 6.8).
+                    continue
                 for other in self.streams.values():
                     if not other["ended"]:
                         other["ended"], other["reset"] = True, "goaway"

@@ -119,6 +119,12 @@ impl Client {
         self.try_send(bytes.as_ref()).expect("the relay reads");
     }
 
+    /// Returns a second handle of the connection, to write while another thread reads.
+    #[must_use]
+    pub fn writer(&self) -> TcpStream {
+        self.stream.try_clone().expect("a socket has more than one handle")
+    }
+
     /// Ends the write direction.
     pub fn shutdown(&self) {
         self.stream.shutdown(Shutdown::Write).expect("the socket is open");

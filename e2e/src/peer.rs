@@ -36,7 +36,9 @@ impl Peer {
         (peer, SocketAddr::from((Ipv4Addr::LOCALHOST, port.expect("a port"))))
     }
 
-    fn start(name: String, mut command: Command) -> Self {
+    /// Starts a program that prints JSON lines.
+    #[must_use]
+    pub fn start(name: String, mut command: Command) -> Self {
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -55,10 +57,11 @@ impl Peer {
             .unwrap_or_else(|error| panic!("{} printed {line:?}: {error}", self.name))
     }
 
-    /// Lets a peer that waits for its input go on.
-    pub fn go(&mut self) {
+    /// Writes a line to its input.
+    pub fn type_line(&mut self, line: &str) {
         let input = self.input.as_mut().expect("open until the peer is finished");
-        input.write_all(b"\n").unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        let written = input.write_all(format!("{line}\n").as_bytes());
+        written.unwrap_or_else(|error| panic!("{}: {error}", self.name));
     }
 
     /// Ends its input, and returns the line it prints last.

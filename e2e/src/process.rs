@@ -233,6 +233,13 @@ impl Route {
         self
     }
 
+    /// The same by another name.
+    #[must_use]
+    pub fn named(mut self, name: &str) -> Self {
+        self.name = name.to_owned();
+        self
+    }
+
     fn yaml(&self) -> String {
         let prefix = if self.path_prefix.is_empty() {
             String::new()

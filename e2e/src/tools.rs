@@ -189,7 +189,9 @@ impl Drop for Window {
 /// Returns a call of the peer in `e2e/peers/tonic`.
 #[must_use]
 pub fn tonic() -> Command {
-    Command::new(crate::process::build_directory().join("sidelane-e2e-tonic"))
+    let mut command = Command::new(crate::process::build_directory().join("sidelane-e2e-tonic"));
+    command.env_remove("RUST_BACKTRACE");
+    command
 }
 
 /// Returns the target directory.

@@ -2,8 +2,12 @@
 
 mod bounds;
 mod browser;
+mod crowd;
 mod failures;
 mod framing;
+mod grpc;
+mod grpc_failures;
+mod grpc_raw;
 mod head;
 mod hop_by_hop;
 mod operations;
@@ -17,3 +21,6 @@ mod shutdown;
 mod start;
 mod streaming;
 mod two_processes;
+mod websocket;
+mod websocket_ends;
+mod websocket_peers;

@@ -13,10 +13,15 @@ const EXCHANGES: u64 = 4_000;
 const CLIENTS: u64 = 16;
 
 /// Steps of a xorshift: every run takes the same ends in the same order per client.
-struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
+    /// A sequence of its own for each client.
+    pub(crate) fn of(client: u64) -> Self {
+        Self((client + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;

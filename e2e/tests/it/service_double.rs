@@ -1,7 +1,10 @@
 //! The tools of these tests, held against each other without the program.
 
 use sidelane_e2e::client::{Client, request};
+use sidelane_e2e::peer::Peer;
 use sidelane_e2e::service::Service;
+use sidelane_e2e::tools::{Python, tonic};
+use sidelane_e2e::websocket::{Frame, Socket};
 
 #[test]
 fn service_records_what_the_client_sent() {
@@ -31,4 +34,48 @@ fn chunks_and_trailers_are_told_apart() {
     }
     assert_eq!(service.requests().len(), 2);
     assert_eq!(service.records().len(), 1);
+}
+
+#[test]
+fn raw_frames_are_understood_by_others() {
+    let Some(python) = Python::find("raw_frames_are_understood_by_others") else { return };
+    // Our client, their service.
+    let (peer, address) = Peer::service("websockets", python.script("ws_server.py"));
+    let mut socket = Socket::open_with(address, "/echo", "");
+    socket.says_back("hello");
+    socket.send(Frame::close(4000, "bye"));
+    assert_eq!(socket.frame().close_code(), Some((4000, "bye".to_owned())));
+    assert!(socket.client.rest().is_empty());
+    drop(socket);
+    let seen = peer.finish();
+    assert_eq!(
+        (&seen["closes"][0]["code"], &seen["closes"][0]["reason"]),
+        (&4000.into(), &"bye".into())
+    );
+    // Their client, our service.
+    let service = Service::start(|connection| {
+        connection.accept("")?;
+        connection.echo()
+    });
+    let command = python.script("ws_client.py");
+    let seen = Peer::client("websockets", command, "echo-plain", service.address()).finish();
+    assert_eq!((&seen["large"], &seen["code"]), (&true.into(), &4000.into()), "{seen}");
+}
+
+#[test]
+fn grpc_peers_understand_each_other() {
+    let Some(python) = Python::find("grpc_peers_understand_each_other") else { return };
+    let serve = || {
+        let mut command = tonic();
+        command.arg("serve");
+        command
+    };
+    let (_grpcio, to_grpcio) = Peer::service("grpcio", python.script("grpc_server.py"));
+    let (_tonic, to_tonic) = Peer::service("tonic", serve());
+    for address in [to_grpcio, to_tonic] {
+        for command in [python.script("grpc_client.py"), tonic()] {
+            let seen = Peer::client("a gRPC client", command, "shapes", address).finish();
+            assert_eq!((&seen["up"], &seen["chat"]), (&"100 4950".into(), &true.into()), "{seen}");
+        }
+    }
 }
