@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use sidelane_plugin::failure;
 use sidelane_testkit::{AcceptHttp, Deliver, Kit, Outcome, TestService};
 
-use crate::service::{Served, head, part, trailers};
+use crate::service::{Served, answer, head, part, trailers};
 use crate::{call, kit, message, meta};
 
 /// Carries what waits at both ends.
@@ -138,6 +138,83 @@ proptest! {
     ) {
         check(&kit(), &up, &down, &cuts);
     }
+}
+
+/// A small generator of numbers, the same in every run.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (self.0 >> 33) % bound
+    }
+}
+
+/// The kit finds what is not given back; here the plugin's own tables are looked at.
+#[test]
+fn nothing_is_left_after_any_kind_of_end() {
+    const CALLS: usize = 2_000;
+    let (kit, service) = (kit(), TestService::default());
+    let mut numbers = Numbers(7);
+    kit.block_on(async {
+        let (mut served, mut open, mut relayed) = (None, Vec::new(), Vec::new());
+        for _ in 0..CALLS {
+            let accepted = kit.accept_http(&call().header("grpc-timeout", "50m"));
+            let delivered = kit.deliver(&meta(), &service);
+            if numbers.below(4) > 0 {
+                accepted.body.send(message(0, usize::try_from(numbers.below(40_000)).unwrap()));
+            }
+            kit.run_until_idle();
+            carry(&accepted, &delivered).await;
+            kit.run_until_idle();
+            let served = match &mut served {
+                Some(served) => served,
+                None => served.insert(Served::accept(&service).await),
+            };
+            let (request, mut respond) = served.request().await;
+            match numbers.below(9) {
+                0 => accepted.response.disconnect(),
+                1 => accepted.running.cancel(),
+                2 => delivered.running.cancel(),
+                3 => {
+                    respond.send_reset(h2::Reason::from(u32::try_from(numbers.below(14)).unwrap()))
+                }
+                4 => drop((request, respond)),
+                5 => {
+                    let _ = respond.send_response(head(), numbers.below(2) == 0);
+                }
+                6 => {
+                    answer(&mut respond, message(0, usize::try_from(numbers.below(9_000)).unwrap()))
+                }
+                7 => accepted.body.send_last(message(1, 3)[..5].to_vec()),
+                _ => open.push((request, respond)),
+            }
+            served.drive(async { turn().await }).await;
+            kit.run_until_idle();
+            carry(&accepted, &delivered).await;
+            for (from, to) in [(&accepted.peer, &delivered.peer), (&delivered.peer, &accepted.peer)]
+            {
+                if let Some(reset) = from.was_reset() {
+                    to.reset(reset);
+                }
+            }
+            relayed.push((accepted, delivered));
+            if numbers.below(20) == 0 {
+                // What still runs meets its deadline.
+                kit.advance(std::time::Duration::from_millis(60));
+                kit.run_until_idle();
+                served.drive(async { turn().await }).await;
+                open.clear();
+                relayed.clear();
+            }
+        }
+        kit.advance(std::time::Duration::from_millis(60));
+        kit.run_until_idle();
+        assert_eq!(kit.metric("grpc_in_flight"), Some(0.0));
+        assert_eq!(kit.metric("grpc_streams"), Some(0.0));
+        let ended = kit.metric("grpc_rpcs_total").unwrap();
+        assert_eq!(ended, f64::from(u32::try_from(CALLS).unwrap()));
+    });
 }
 
 #[test]
