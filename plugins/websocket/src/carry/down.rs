@@ -169,7 +169,8 @@ impl Carrier<'_> {
                     clock.passed(self.plugin);
                 }
                 if !self.down.unwritten.is_empty() {
-                    return Poll::Pending;
+                    // A write that took a part asks for no wake-up: only the next one does.
+                    continue;
                 }
             }
             if pending {

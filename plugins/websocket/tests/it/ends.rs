@@ -326,6 +326,28 @@ fn a_close_frame_of_ours_waits_behind_whole_frames() {
 }
 
 #[test]
+fn a_stream_that_takes_part_of_a_write_gets_the_rest() {
+    let kit = kit();
+    let mut path = Path::open(&kit, "", "");
+    kit.block_on(async {
+        path.client.set_room(10);
+        let frame = plain(TEXT, &[b'x'; 1000]);
+        path.service.write(&frame).await;
+        path.settle(&kit).await;
+        let mut got = Vec::new();
+        while got.len() < frame.len() {
+            let more = written(&mut path.client);
+            assert!(!more.is_empty(), "stalled after {} bytes", got.len());
+            got.extend(more);
+            kit.run_until_idle();
+        }
+        assert_eq!(got, frame);
+        path.accepted.running.cancel();
+        path.delivered.running.cancel();
+    });
+}
+
+#[test]
 fn a_drain_says_goodbye_before_it_is_cut() {
     for (config, told) in
         [(serde_json::json!({}), 1001), (serde_json::json!({"drain_code": 1012}), 1012)]
