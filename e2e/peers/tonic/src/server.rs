@@ -12,13 +12,14 @@ use serde_json::{Value, json};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
+use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::body::Body;
 use tonic::codec::CompressionEncoding;
 use tonic::metadata::{BinaryMetadataValue, MetadataValue};
 use tonic::server::{ClientStreamingService, Grpc, StreamingService, UnaryService};
 use tonic::server::{NamedService, ServerStreamingService};
+use tonic::transport::server::TcpIncoming;
 use tonic::{Code, Request, Response, Status, Streaming};
 use tower_service::Service;
 
@@ -40,7 +41,7 @@ pub(crate) async fn serve() -> Result<Value> {
     let serving = tonic::transport::Server::builder()
         // Above what one stream that nobody reads can hold: it leaves room for the others.
         .initial_connection_window_size(CONNECTION_WINDOW)
-        .serve_with_incoming(peer, TcpListenerStream::new(listener));
+        .serve_with_incoming(peer, TcpIncoming::from(listener).with_nodelay(Some(true)));
     let mut input = Vec::new();
     let mut stdin = tokio::io::stdin();
     tokio::select! {
