@@ -101,7 +101,7 @@ async fn run(
     dispatched: &mut bool,
 ) -> Result<(), Stop> {
     let start = Host::current().now();
-    let mut recv = Requests { recv, order: Incoming::new(u32::MAX), taken: 0 };
+    let mut recv = Requests { recv, order: Incoming::new(u32::MAX), replay: Replay::default() };
     let (payload, end) = recv.first().await?;
     let payload_bytes = payload.to_bytes();
     let chunk = payload::decode_request(&payload_bytes)
@@ -113,7 +113,7 @@ async fn run(
         .find(|(name, _)| *name == b"grpc-timeout")
         .and_then(|(_, value)| parse_timeout(value));
     let mut limits = Limits::new(&shared.drain, timeout.map(|timeout| start + timeout));
-    let message = payload_bytes.slice(chunk.body.clone());
+    recv.replay.taken(payload_bytes.slice(chunk.body.clone()), end);
     let mut retried = false;
     let mut ticket = Ticket::default();
     loop {
@@ -124,13 +124,13 @@ async fn run(
             *dispatched = true;
         }
         let rpc = Rpc { send, recv: &mut recv, limits: &mut limits };
-        match rpc.attempt(&place, head, message.clone(), end).await {
+        let (message, end) = rpc.recv.replay.all();
+        match rpc.attempt(&place, head, message, end).await {
             Err(Stop::NotProcessed { why, closing }) => {
                 if closing {
                     place.retire();
                 }
-                // What came after the first chunk is not at hand any more.
-                if retried || recv.taken > 1 {
+                if retried || recv.replay.is_lost {
                     return Err(Stop::NotProcessed { why, closing });
                 }
                 retried = true;
@@ -168,18 +168,40 @@ async fn place<'a>(
 struct Requests {
     recv: RecvHalf,
     order: Incoming,
-    /// Chunks that were taken.
-    taken: usize,
+    replay: Replay,
+}
+
+/// What was taken of the request's bytes, while that is no more than one chunk with some: enough for
+/// a unary call, whose message may come apart from its head, and its end apart from both.
+#[derive(Default)]
+struct Replay {
+    bytes: Bytes,
+    end: bool,
+    /// More was taken.
+    is_lost: bool,
+}
+
+impl Replay {
+    fn taken(&mut self, bytes: Bytes, end: bool) {
+        self.end = end;
+        if self.is_lost || bytes.is_empty() {
+            return;
+        }
+        self.is_lost = !self.bytes.is_empty();
+        self.bytes = if self.is_lost { Bytes::new() } else { bytes };
+    }
+
+    /// The bytes for an attempt, and whether they are the last.
+    fn all(&self) -> (Bytes, bool) {
+        (self.bytes.clone(), self.end)
+    }
 }
 
 impl Requests {
     /// Takes the payload of the exchange's first message, and whether it is the last.
     async fn first(&mut self) -> Result<(Buf, bool), Stop> {
         match self.recv.recv().await {
-            Some(Ok(message)) if message.field == FIELD_REQUEST => {
-                self.taken = 1;
-                Ok((message.body, message.end))
-            }
+            Some(Ok(message)) if message.field == FIELD_REQUEST => Ok((message.body, message.end)),
             Some(Ok(_)) | None => Err(Stop::failed(
                 failure::BAD_REQUEST,
                 "the exchange does not begin with a gRPC request",
@@ -199,14 +221,19 @@ impl Requests {
     }
 
     /// Ready with the next bytes for the service, and whether they are the last.
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<(Buf, bool), Stop>> {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<(Bytes, bool), Stop>> {
         let message = match std::task::ready!(self.recv.poll_recv(cx)) {
             Some(Ok(message)) => message,
             Some(Err(reset)) => return Poll::Ready(Err(Stop::Gone(reset))),
-            None => return Poll::Ready(Ok((Buf::new(), true))),
+            None => {
+                self.replay.taken(Bytes::new(), true);
+                return Poll::Ready(Ok((Bytes::new(), true)));
+            }
         };
-        self.taken += 1;
-        Poll::Ready(self.read(message))
+        let (bytes, end) = self.read(message)?;
+        let bytes = bytes.into_bytes();
+        self.replay.taken(bytes.clone(), end);
+        Poll::Ready(Ok((bytes, end)))
     }
 
     fn read(&mut self, message: Message) -> Result<(Buf, bool), Stop> {
@@ -354,7 +381,7 @@ async fn upload(
     while !ended {
         let (bytes, end) = poll_fn(|cx| recv.poll_next(cx)).await?;
         ended = end;
-        if (!bytes.is_empty() || end) && !put(stream, bytes.into_bytes(), end).await {
+        if (!bytes.is_empty() || end) && !put(stream, bytes, end).await {
             break;
         }
     }

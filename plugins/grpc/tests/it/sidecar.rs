@@ -282,6 +282,27 @@ fn a_refused_stream_is_tried_once_more() {
 }
 
 #[test]
+fn a_refused_call_whose_parts_came_apart_is_tried_once_more() {
+    let (kit, service) = (kit(), TestService::default());
+    kit.block_on(async {
+        let delivery = kit.deliver(&meta(), &service);
+        GrpcRequest::call(&[]).send(&delivery.peer);
+        let mut first = Served::accept(&service).await;
+        let (mut request, mut respond) = first.request().await;
+        GrpcRequest::chunk(1, &message(0, 5)).send(&delivery.peer);
+        GrpcRequest::chunk(2, &[]).last().send(&delivery.peer);
+        assert_eq!(first.drive(body(request.body_mut())).await, message(0, 5));
+        respond.send_reset(Reason::REFUSED_STREAM);
+        let mut second = first.drive(Served::accept(&service)).await;
+        let (mut request, mut respond) = first.drive(second.request()).await;
+        assert_eq!(second.drive(body(request.body_mut())).await, message(0, 5));
+        answer(&mut respond, message(1, 7));
+        let response = read_response(&second.drive(delivery.peer.message()).await);
+        assert_eq!(response.body, message(1, 7));
+    });
+}
+
+#[test]
 fn a_connection_that_goes_away_takes_no_more() {
     let (kit, service) = (kit(), TestService::default());
     kit.block_on(async {
