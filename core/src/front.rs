@@ -112,10 +112,9 @@ pub struct FrontConfig {
     pub buffer_bytes_max: usize,
     /// Requests at once on one HTTP/2 connection.
     pub h2_streams_max: u32,
-    /// Bytes a client may send ahead on one HTTP/2 stream.
+    /// Bytes a client may send ahead on one HTTP/2 stream. On a connection it may send as much ahead as
+    /// on all its streams: those that nobody reads must not hold up the others.
     pub h2_stream_window: u32,
-    /// Bytes a client may send ahead on one HTTP/2 connection.
-    pub h2_connection_window: u32,
     /// Bytes of one HTTP/2 stream that wait for a slow client, beside the chunk in hand.
     pub h2_send_buffer: usize,
     /// HTTP/2 streams that the client reset before they were looked at. Past it the connection is
@@ -136,7 +135,6 @@ impl Default for FrontConfig {
             buffer_bytes_max: 128 * 1024,
             h2_streams_max: 256,
             h2_stream_window: 256 * 1024,
-            h2_connection_window: 1024 * 1024,
             h2_send_buffer: 128 * 1024,
             h2_pending_resets_max: 64,
         }

@@ -96,11 +96,19 @@ where
     .await
 }
 
+/// Largest window that HTTP/2 knows (RFC 9113 §6.9.1).
+const WINDOW_MAX: u32 = (1 << 31) - 1;
+
+/// Window that a connection has before it is told another.
+const WINDOW_MIN: u32 = 65_535;
+
 fn builder(config: &FrontConfig) -> server::Builder {
+    let connection_window =
+        config.h2_stream_window.saturating_mul(config.h2_streams_max).clamp(WINDOW_MIN, WINDOW_MAX);
     let mut builder = server::Builder::new();
     builder
         .initial_window_size(config.h2_stream_window)
-        .initial_connection_window_size(config.h2_connection_window)
+        .initial_connection_window_size(connection_window)
         .max_concurrent_streams(config.h2_streams_max)
         .max_header_list_size(config.head_bytes_max)
         .max_send_buffer_size(config.h2_send_buffer)

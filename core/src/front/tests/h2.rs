@@ -467,3 +467,32 @@ async fn call_that_ends_without_a_response_is_answered() {
     assert_eq!(head.status(), StatusCode::BAD_GATEWAY);
     assert_eq!(head.headers()["x-sidelane-error"], "plugin-failed");
 }
+
+#[tokio::test(start_paused = true)]
+async fn streams_that_nobody_reads_hold_up_no_other() {
+    let script = Script::new(|mut asked| async move {
+        if asked.head.headers.contains_key("stall") {
+            std::future::pending::<()>().await;
+        }
+        let (body, _) = asked.read().await;
+        asked.answer(200, &[], &body.len().to_string());
+    });
+    let config = FrontConfig::default();
+    let mut client = h2(&script).await;
+    let mut stalled = Vec::new();
+    for _ in 0..16 {
+        let mut request = post();
+        request.headers_mut().insert("stall", HeaderValue::from_static("1"));
+        let (answer, mut body) = client.send(request, false).await;
+        let ahead = config.h2_stream_window as usize;
+        body.reserve_capacity(ahead);
+        while body.capacity() < ahead {
+            poll_fn(|cx| body.poll_capacity(cx)).await.unwrap().unwrap();
+        }
+        body.send_data(vec![b'x'; ahead].into(), false).unwrap();
+        stalled.push((answer, body));
+    }
+    let (answer, mut body) = client.send(post(), false).await;
+    body.send_data(vec![b'x'; 100_000].into(), true).unwrap();
+    assert_eq!(read(answer.await.unwrap()).await.unwrap().1, "100000");
+}
