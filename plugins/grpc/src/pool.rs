@@ -104,6 +104,8 @@ pub(crate) struct Pool {
     shards: PerShard<Shard>,
     metrics: Metrics,
     draining: AtomicBool,
+    /// Who waits for dials, on all threads: a stream that becomes free will do as well.
+    waiting: AtomicUsize,
 }
 
 /// A service's id and version.
@@ -162,6 +164,9 @@ impl Drop for Place<'_> {
         if last && self.pool.draining.load(Ordering::Relaxed) {
             self.pool.remove(self.key, &self.link);
         }
+        if self.pool.waiting.load(Ordering::Relaxed) > 0 {
+            self.pool.stream_freed(self.key);
+        }
     }
 }
 
@@ -186,7 +191,10 @@ impl Ticket {
 enum Turn {
     Taken(SendRequest<Bytes>, Arc<Link>),
     Failed(PoolError),
-    Wait,
+    /// `joins`: one more waits.
+    Wait {
+        joins: bool,
+    },
     Dial,
 }
 
@@ -204,6 +212,7 @@ impl Pool {
             shards: PerShard::new(host, Shard::default),
             metrics,
             draining: AtomicBool::new(false),
+            waiting: AtomicUsize::new(0),
         }
     }
 
@@ -237,7 +246,10 @@ impl Pool {
                     return Poll::Ready(Ok(Place { sender, link, key, pool: self }));
                 }
                 Turn::Failed(error) => return Poll::Ready(Err(error)),
-                Turn::Wait => return Poll::Pending,
+                Turn::Wait { joins } => {
+                    self.waiting.fetch_add(usize::from(joins), Ordering::Relaxed);
+                    return Poll::Pending;
+                }
                 Turn::Dial => {
                     let dial = dial(Arc::clone(self), key, service.connect());
                     if !Host::current().try_spawn(dial) {
@@ -260,6 +272,14 @@ impl Pool {
         });
     }
 
+    /// A stream has become free; who waits for a dial looks again, and waits on where another was faster.
+    fn stream_freed(&self, key: Key) {
+        let waiting = self.shards.with(|shard| {
+            shard.get(&key).map(|connections| connections.waiting.clone()).unwrap_or_default()
+        });
+        waiting.into_iter().for_each(Waker::wake);
+    }
+
     /// A dial has ended; who waits looks again.
     fn dialled(&self, key: Key, result: Result<Pooled, PoolError>) {
         let waiting = self.shards.with(|shard| {
@@ -273,6 +293,7 @@ impl Pool {
             }
             std::mem::take(&mut connections.waiting)
         });
+        self.waiting.fetch_sub(waiting.len(), Ordering::Relaxed);
         waiting.into_iter().for_each(Waker::wake);
     }
 
@@ -335,11 +356,12 @@ impl Connections {
             return Turn::Failed(error);
         }
         if self.dialling {
-            if ticket.waits != Some(self.dials) {
+            let joins = ticket.waits != Some(self.dials);
+            if joins {
                 ticket.waits = Some(self.dials);
                 self.waiting.push(cx.waker().clone());
             }
-            return Turn::Wait;
+            return Turn::Wait { joins };
         }
         if self.open.len() >= connections_max {
             return Turn::Failed(PoolError::Full);

@@ -333,11 +333,12 @@ impl<'a> Carrier<'a> {
                 self.up.done = over;
             }
             // The server closes first (RFC 6455 §7.1.1), once both have said so.
-            let may_shut = self.side == Side::Client && (self.up.closed || !readable);
+            // A stream of HTTP/2 that ends unshut loses what it has not sent.
+            let may_shut = over || self.side == Side::Client && (self.up.closed || !readable);
             if written && may_shut && !shut {
                 shut = Pin::new(&mut self.stream).poll_shutdown(cx).is_ready();
             }
-            if written && (over || (shut && self.up.closed)) {
+            if written && shut && (over || self.up.closed) {
                 return Poll::Ready(());
             }
             timer.poll_fired(cx)

@@ -96,7 +96,9 @@ impl Carrier<'_> {
                 }
                 clock.ping = Some(now + plugin.config.ping_interval);
                 // Inside a frame there is no place for one, and no need.
-                ping = !self.down.is_inside_frame() && !self.down.closed && !self.down.ended;
+                let may = !self.down.is_inside_frame() && !self.down.closed;
+                // Behind what the client does not take they would pile up.
+                ping = may && !self.down.is_blocked();
                 clock.pinged |= ping;
                 clock.heard = false;
             }
