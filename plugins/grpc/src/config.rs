@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer, de};
 use serde_json::Value;
-use sidelane_http_born::config::duration;
+use sidelane_http_born::config::{duration, parse_size};
 use sidelane_plugin::ConfigError;
 
 /// Most methods that [`Config::methods_max`] may name: with a dozen series each they stay near what a
@@ -129,7 +129,7 @@ impl Options {
             options.max_message_size = size(value).ok_or_else(|| {
                 let text = format!(
                     "{value} is not a size from 1 to 4294967295 bytes, such as \"4MiB\", \
-                     \"512KiB\" or 1048576"
+                     \"512KiB\" or \"100B\""
                 );
                 ConfigError::at(name, text)
             })?;
@@ -139,23 +139,7 @@ impl Options {
 }
 
 fn size(value: &Value) -> Option<u32> {
-    let bytes = match value {
-        Value::Number(number) => number.as_u64()?,
-        Value::String(text) => {
-            let text = text.trim();
-            let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-            let (number, unit) = text.split_at(digits);
-            let shift = match unit.trim_start() {
-                "" | "B" => 0,
-                "KiB" => 10,
-                "MiB" => 20,
-                "GiB" => 30,
-                _ => return None,
-            };
-            number.parse::<u64>().ok()?.checked_mul(1 << shift)?
-        }
-        _ => return None,
-    };
+    let bytes = parse_size(value.as_str()?)?;
     u32::try_from(bytes).ok().filter(|bytes| *bytes > 0)
 }
 
@@ -255,11 +239,12 @@ mod tests {
     fn sizes_carry_units() {
         for (value, expected) in [
             (json!("4MiB"), Some(4 << 20)),
-            (json!("512 KiB"), Some(512 << 10)),
+            (json!("512KiB"), Some(512 << 10)),
+            (json!("512 KiB"), None),
             (json!("1GiB"), Some(1 << 30)),
             (json!("100B"), Some(100)),
-            (json!("100"), Some(100)),
-            (json!(1), Some(1)),
+            (json!("100"), None),
+            (json!(1), None),
             (json!(0), None),
             (json!("0"), None),
             (json!("4GiB"), None),
@@ -284,7 +269,7 @@ mod tests {
         assert_eq!(
             error.message,
             "\"4MB\" is not a size from 1 to 4294967295 bytes, such as \"4MiB\", \"512KiB\" or \
-             1048576"
+             \"100B\""
         );
         let error = Options::parse(&json!({ "max_mesage_size": 1 })).unwrap_err();
         assert_eq!(error.path.as_deref(), Some("max_mesage_size"));
@@ -300,7 +285,7 @@ mod tests {
         let cache = OptionsCache::default();
         assert_eq!(cache.read(""), Options::default());
         for _ in 0..2 {
-            assert_eq!(cache.read("{\"max_message_size\":7}").max_message_size, 7);
+            assert_eq!(cache.read("{\"max_message_size\":\"7B\"}").max_message_size, 7);
         }
         assert_eq!(cache.texts.read().unwrap().len(), 1);
     }

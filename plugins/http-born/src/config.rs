@@ -50,3 +50,16 @@ fn parse_duration(text: &str) -> Option<Duration> {
     // Longer than a year is a slip, and sums of such durations must not overflow a clock.
     (milliseconds <= 366 * 24 * 3_600_000).then(|| Duration::from_millis(milliseconds))
 }
+
+const SIZE_UNITS: [(&str, u64); 4] =
+    [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)];
+
+/// Reads `100B`, `64KiB`, `4MiB`, `1GiB`: a whole number with its unit, as everywhere in the
+/// configuration.
+#[must_use]
+pub fn parse_size(text: &str) -> Option<u64> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let (_, factor) = SIZE_UNITS.iter().find(|(name, _)| *name == unit)?;
+    number.parse::<u64>().ok()?.checked_mul(*factor)
+}

@@ -1,14 +1,11 @@
 //! A route's `options.WEBSOCKET`: limits on the messages of its connections.
 
 use serde_json::Value;
+use sidelane_http_born::config::parse_size;
 use sidelane_plugin::ConfigError;
 
 const MAX_MESSAGE_SIZE: &str = "max_message_size";
 const MESSAGES_PER_SECOND: &str = "messages_per_second";
-
-/// Units of sizes, as elsewhere in the configuration.
-const SIZE_UNITS: [(&str, u64); 4] =
-    [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30)];
 
 /// Limits of a route; each direction has them for itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,12 +53,7 @@ impl Options {
 }
 
 fn size(name: &str, value: &Value) -> Result<u64, ConfigError> {
-    let parsed = value.as_str().and_then(|text| {
-        let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-        let (number, unit) = text.split_at(digits);
-        let (_, factor) = SIZE_UNITS.iter().find(|(name, _)| *name == unit)?;
-        number.parse::<u64>().ok()?.checked_mul(*factor)
-    });
+    let parsed = value.as_str().and_then(parse_size);
     parsed.filter(|size| *size > 0).ok_or_else(|| {
         let text = format!(
             "{value} is not a size (accepted: a whole number above 0 with B, KiB, MiB or GiB, as \
