@@ -1,6 +1,7 @@
 //! Exchanges through a loaded plugin: what passes, what is isolated, what outlives what.
 
-use std::future::Future;
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, Once};
 use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
@@ -52,7 +53,7 @@ fn accept(plugins: &Plugins, first: u8) -> (Call, DuplexStream) {
     let call = begin(plugins, theirs, Opener { end: None });
     let mut client = client;
     let mut cx = Context::from_waker(Waker::noop());
-    let written = std::pin::Pin::new(&mut client);
+    let written = Pin::new(&mut client);
     let written = tokio::io::AsyncWrite::poll_write(written, &mut cx, &[first]);
     assert!(matches!(written, Poll::Ready(Ok(1))));
     (call, client)
@@ -326,6 +327,30 @@ fn running_exchanges_take_leave_when_their_generation_drains_or_the_process_ends
                 plugins.take_leave(std::time::Instant::now() + DRAIN);
             }
             assert_eq!(waiting.await.unwrap(), ENDED, "by swap: {ends_by_swap}");
+        }
+    });
+}
+
+#[test]
+fn a_call_that_has_moved_to_another_task_takes_leave_too() {
+    on_shard(async {
+        let (plugins, _metrics) = loaded(Limits::default());
+        // What an earlier waker stood in may be used again by the next: more than one shows it.
+        let mut moved = Vec::new();
+        for _ in 0..16 {
+            let (mut call, client) = accept(&plugins, b'L');
+            let first = tokio::spawn(async move {
+                let polled = poll_fn(|cx| Poll::Ready(Pin::new(&mut call).poll(cx))).await;
+                polled.is_pending().then_some(call)
+            });
+            let call = first.await.unwrap().expect("it waits");
+            moved.push((tokio::spawn(call), client));
+            tokio::task::yield_now().await;
+        }
+        plugins.take_leave(std::time::Instant::now() + DRAIN);
+        for (call, _client) in moved {
+            let ended = tokio::time::timeout(Duration::from_secs(10), call).await;
+            assert_eq!(ended.expect("it was woken").unwrap(), ENDED);
         }
     });
 }
@@ -613,7 +638,7 @@ fn a_call_may_move_between_tasks() {
         let tasks: [Arc<Told>; 2] = Default::default();
         for task in &tasks {
             let waker = Waker::from(Arc::clone(task));
-            let polled = std::pin::Pin::new(&mut call).poll(&mut Context::from_waker(&waker));
+            let polled = Pin::new(&mut call).poll(&mut Context::from_waker(&waker));
             assert!(polled.is_pending());
         }
         // The client goes: the task that polled last is told, and only that.

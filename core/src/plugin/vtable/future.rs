@@ -70,9 +70,9 @@ impl PluginFuture {
         cx: &mut Context<'_>,
         out: *mut c_void,
     ) -> Polled {
-        let before = self.waker.as_ref().map(HostWaker::as_abi);
+        // Asked of the waker, not of its address: a new one may stand where the last one stood.
+        self.has_new_waker = self.waker.as_ref().is_none_or(|held| !held.is_for(cx));
         let waker = HostWaker::as_abi(HostWaker::refresh(&mut self.waker, cx));
-        self.has_new_waker = before != Some(waker);
         // SAFETY: the vtable is static and large enough (`new`).
         let vt = unsafe { &*self.raw.vt };
         let entered = self.host.enter();

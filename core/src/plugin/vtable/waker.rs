@@ -31,7 +31,7 @@ impl HostWaker {
         slot: &'a mut Option<Arc<Self>>,
         cx: &Context<'_>,
     ) -> &'a Arc<Self> {
-        if slot.as_ref().is_some_and(|held| !held.task.will_wake(cx.waker())) {
+        if slot.as_ref().is_some_and(|held| !held.is_for(cx)) {
             *slot = None;
         }
         slot.get_or_insert_with(|| {
@@ -41,6 +41,11 @@ impl HostWaker {
                 _counted: Counted::new(),
             })
         })
+    }
+
+    /// Whether it wakes the task that polls.
+    pub(super) fn is_for(&self, cx: &Context<'_>) -> bool {
+        self.task.will_wake(cx.waker())
     }
 
     /// Returns the pointer to hand to a plugin for the time of a call.
