@@ -511,7 +511,7 @@ pub struct GrpcRequest {
     /// Empty: equal to request_id.
     #[prost(string, tag = "1")]
     pub grpc_stream_id: ::prost::alloc::string::String,
-    /// With the first chunk: the path is "/<service>/<method>".
+    /// With the first chunk: the path is `/<service>/<method>`.
     #[prost(string, tag = "2")]
     pub service: ::prost::alloc::string::String,
     #[prost(string, tag = "3")]
