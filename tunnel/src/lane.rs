@@ -456,9 +456,15 @@ impl Lane {
     }
 
     /// Ends the exchange, both directions: what is queued in either is dropped, and the peer is told.
+    /// With the code `NONE` all was said, and what is queued for the peer goes out first.
     pub fn reset(&mut self, key: Key, reset: Reset) {
         let Some(exchange) = self.exchanges.find_mut(key) else { return };
         if exchange.closed.is_some() {
+            return;
+        }
+        if reset.code == failure::NONE && self.outbox.queued_by(key.index) > 0 {
+            exchange.reset_after_queue = Some(reset);
+            self.drop_received(key);
             return;
         }
         // What was received is not wanted, its end neither.
@@ -538,7 +544,7 @@ impl Lane {
         exchange.send.handle = false;
         exchange.send.waker = None;
         exchange.closed_waker = None;
-        if exchange.send.end == SendEnd::Open {
+        if exchange.send.end == SendEnd::Open && exchange.reset_after_queue.is_none() {
             self.reset(key, Reset::new(failure::CANCELLED));
         }
         self.free(key.index, key);
@@ -554,7 +560,8 @@ impl Lane {
         exchange.recv.waker = None;
         self.drop_received(key);
         let Some(exchange) = self.exchanges.find_mut(key) else { return };
-        if exchange.closed.is_none() && !exchange.recv.ended {
+        if exchange.closed.is_none() && exchange.reset_after_queue.is_none() && !exchange.recv.ended
+        {
             let answered = !exchange.opener && exchange.send.end != SendEnd::Open;
             let reset = Reset::new(if answered { failure::NONE } else { failure::CANCELLED });
             if answered && exchange.send.end == SendEnd::Queued {

@@ -517,6 +517,20 @@ fn reset_drops_what_waits_to_be_sent() {
 }
 
 #[test]
+fn an_end_without_failure_follows_what_waits_to_be_sent() {
+    let mut pair = Pair::new();
+    let (relay, sidecar) = pair.opened();
+    assert_eq!(pair.relay.send(relay, data(b"last word")), DONE);
+    pair.relay.lane.reset(relay, reset(failure::NONE));
+    pair.relay.drop_handles(relay);
+    pair.run();
+    assert_eq!(pair.sidecar.recv(sidecar), received(data(b"last word")));
+    assert_eq!(pair.sidecar.recv(sidecar), received_reset(failure::NONE));
+    pair.sidecar.drop_handles(sidecar);
+    pair.assert_empty();
+}
+
+#[test]
 fn an_exchange_that_sent_nothing_ends_without_a_word() {
     let mut pair = Pair::new();
     let relay = pair.open();
