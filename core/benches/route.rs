@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use divan::{Bencher, black_box};
-use sidelane::config::{Match, MatchSpec, Route};
+use sidelane::config::{Match, MatchSpec, Route, Share};
 use sidelane::router::{Query, RouteTable, find};
 
 const ROUTES: [usize; 2] = [10, 10_000];
@@ -21,8 +21,9 @@ fn table(count: usize, spec: impl Fn(&str) -> Match) -> RouteTable {
             Arc::new(Route {
                 matches: spec(&name),
                 name: name.into(),
-                tunnel: "tunnel".into(),
+                tunnels: vec![Share { tunnel: "tunnel".into(), weight: 1 }],
                 options: Default::default(),
+                policies: None,
             })
         })
         .collect();

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use sidelane_tunnel::proto;
 
-use crate::config::{Block, Config, HostMatch, Match, MatchSpec, Route};
+use crate::config::{Block, Config, HostMatch, Match, MatchSpec, Route, Share};
 
 /// Protocol types of a tunnel; `None`: all that the sidecar carries.
 pub type Protocols = Option<Arc<[Arc<str>]>>;
@@ -18,6 +18,7 @@ pub fn encode(version: u64, config: &Config) -> proto::Announce {
     let tunnels = config.tunnels.iter().map(|tunnel| proto::AnnouncedTunnel {
         name: tunnel.name.to_string(),
         protocols: tunnel.protocols.iter().flatten().map(ToString::to_string).collect(),
+        unavailable: String::new(),
     });
     let routes = config.routes.iter().map(|route| encode_route(route));
     proto::Announce { version, tunnels: tunnels.collect(), routes: routes.collect() }
@@ -27,7 +28,7 @@ fn encode_route(route: &Route) -> proto::AnnouncedRoute {
     let text = |text: &Option<Arc<str>>| text.as_deref().unwrap_or_default().to_owned();
     let mut announced = proto::AnnouncedRoute {
         name: route.name.to_string(),
-        tunnel: route.tunnel.to_string(),
+        tunnel: route.tunnels.first().map(|share| share.tunnel.to_string()).unwrap_or_default(),
         path_prefix: route.matches.path_prefix.to_string(),
         listener: text(&route.matches.listener),
         protocol_type: text(&route.matches.protocol_type),
@@ -85,7 +86,8 @@ pub fn route(announced: &proto::AnnouncedRoute) -> Result<Route, String> {
         Some(name) => name.into(),
         None => matches.to_string().into(),
     };
-    Ok(Route { name, tunnel: announced.tunnel.as_str().into(), matches, options })
+    let tunnels = vec![Share { tunnel: announced.tunnel.as_str().into(), weight: 1 }];
+    Ok(Route { name, tunnels, matches, options, policies: None })
 }
 
 #[cfg(test)]
@@ -109,7 +111,13 @@ mod tests {
         for spec in specs {
             let matches = Match::parse(&spec).expect("a valid match");
             let options = [("HTTP".into(), Block::new(serde_json::json!({ "a": 1 })))].into();
-            let original = Route { name: "r".into(), tunnel: "t".into(), matches, options };
+            let original = Route {
+                name: "r".into(),
+                tunnels: vec![Share { tunnel: "t".into(), weight: 1 }],
+                matches,
+                options,
+                policies: None,
+            };
             assert_eq!(route(&encode_route(&original)), Ok(original));
         }
     }

@@ -6,6 +6,7 @@
 
 mod diff;
 mod error;
+pub mod policy;
 mod raw;
 mod read;
 mod show;
@@ -21,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde_json::Value as Json;
 
 pub use diff::{Changes, Delta, diff};
@@ -28,6 +30,7 @@ pub use error::{ConfigError, ConfigErrors, Position};
 pub use value::{HostPort, Secret, duration_text, size_text};
 
 use error::{did_you_mean, list};
+use policy::Policies;
 
 /// Largest configuration file. A ConfigMap holds 1 MiB at most.
 pub const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -128,6 +131,11 @@ pub struct Relay {
     pub listeners: Vec<Arc<Listener>>,
     /// Subdomains of these are routed; lower case, never empty.
     pub base_domains: Vec<Arc<str>>,
+    /// Whose word on the client's address is taken: PROXY protocol and `X-Forwarded-For`.
+    pub trusted_proxies: Vec<IpNet>,
+    /// A client's connection is asked to end at about this age (shortened by up to a tenth, at
+    /// random); `None`: at none.
+    pub max_connection_age: Option<Duration>,
     /// The tunnel's public end.
     pub tunnel: RelayTunnel,
     /// Data-path threads; 0: one per core.
@@ -145,8 +153,44 @@ pub struct Listener {
     pub name: Arc<str>,
     /// Address.
     pub address: SocketAddr,
-    /// Every connection is of this type; `None`: the HTTP front.
-    pub protocol_type: Option<Arc<str>>,
+    /// What its connections are.
+    pub carries: Carries,
+    /// Every connection begins with a PROXY protocol header, version 1 or 2.
+    pub proxy_protocol: bool,
+    /// How connections are spread over data-path threads.
+    pub balance: Balance,
+}
+
+/// What the connections of a listener are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Carries {
+    /// The HTTP front.
+    Http,
+    /// What plugins recognise in the first bytes; else the HTTP front.
+    Sniffed,
+    /// All of this type.
+    Type(Arc<str>),
+}
+
+impl Listener {
+    /// Returns the type that all connections are of, where the file says so.
+    #[must_use]
+    pub fn protocol_type(&self) -> Option<&Arc<str>> {
+        match &self.carries {
+            Carries::Type(protocol_type) => Some(protocol_type),
+            Carries::Http | Carries::Sniffed => None,
+        }
+    }
+}
+
+/// How connections are spread over data-path threads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Balance {
+    /// By the kernel, which hashes addresses: no connection crosses a thread.
+    #[default]
+    Kernel,
+    /// To the thread that has the fewest: for few, long-lived connections.
+    Exact,
 }
 
 /// Where sidecars come in. Without a token the address is loopback.
@@ -234,6 +278,8 @@ pub struct Sidecar {
     pub name: Arc<str>,
     /// Which relays it dials.
     pub relays: Relays,
+    /// How often the relays' names are resolved anew.
+    pub resolve_interval: Duration,
     /// Credential; with the embedded relay that relay's own.
     pub token: Option<Secret>,
     /// Connections per session.
@@ -293,11 +339,106 @@ pub struct Tunnel {
     /// Unique.
     pub name: Arc<str>,
     /// Where the service is.
-    pub service: HostPort,
+    pub service: ServiceAddress,
     /// Protocol types it carries; `None`: all that plugins serve.
     pub protocols: Option<Vec<Arc<str>>>,
     /// For a connection to the service.
     pub connect_timeout: Duration,
+    /// What HTTP requests are sent by.
+    pub http_version: HttpVersion,
+    /// Connections to the service that plugins keep.
+    pub pool: Pool,
+    /// Each connection begins with a PROXY protocol header of this version; connections are not
+    /// shared by clients then.
+    pub proxy_protocol: Option<ProxyVersion>,
+    /// How the service's health is found out; `None`: it is taken for healthy.
+    pub health_check: Option<HealthCheck>,
+    /// After a start nothing is sent to the service before it accepts a connection, or this has
+    /// passed; zero: it is not waited for.
+    pub wait: Duration,
+}
+
+/// Where a service is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ServiceAddress {
+    /// `127.0.0.1:3000`.
+    Tcp(HostPort),
+    /// `unix:/run/app.sock`: an absolute path.
+    Unix(Arc<Path>),
+}
+
+/// As in the file.
+impl fmt::Display for ServiceAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+/// What HTTP requests are sent to a service by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HttpVersion {
+    /// HTTP/1.1.
+    #[default]
+    Http1,
+    /// HTTP/2 by prior knowledge (RFC 9113 §3.3).
+    Http2,
+}
+
+/// Connections to a service that plugins keep; `None`: as the plugin's own block says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pool {
+    /// How long an unused one is kept.
+    pub idle_timeout: Option<Duration>,
+    /// Unused ones, per data-path thread.
+    pub idle: Option<usize>,
+    /// Used and unused ones, per data-path thread; beyond: 503.
+    pub connections: Option<usize>,
+}
+
+/// Version of a PROXY protocol header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyVersion {
+    /// Text.
+    V1,
+    /// Binary.
+    V2,
+}
+
+/// How a service's health is found out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// What is asked.
+    pub probe: Probe,
+    /// From the end of one check to the next.
+    pub interval: Duration,
+    /// For one check, the connection included.
+    pub timeout: Duration,
+    /// Good checks in a row after which an unhealthy service is healthy.
+    pub healthy_after: u32,
+    /// Bad checks in a row after which a healthy service is unhealthy.
+    pub unhealthy_after: u32,
+}
+
+/// What a health check asks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Probe {
+    /// Whether a connection is accepted.
+    Tcp,
+    /// A GET of this path; 200 to 399 is good.
+    Http {
+        /// Path and query.
+        path: Arc<str>,
+        /// `Host`; `None`: the service's address.
+        host: Option<Arc<str>>,
+    },
+    /// `grpc.health.v1.Health/Check`; SERVING is good.
+    Grpc {
+        /// Name of the service asked about; empty: the server as a whole.
+        service: Arc<str>,
+    },
 }
 
 impl Tunnel {
@@ -315,15 +456,39 @@ impl Tunnel {
 pub struct Route {
     /// Unique.
     pub name: Arc<str>,
-    /// The tunnel's name.
-    pub tunnel: Arc<str>,
+    /// Where its exchanges go; empty where `policies` redirect them.
+    pub tunnels: Vec<Share>,
     /// Which exchanges it takes.
     pub matches: Match,
     /// Per protocol type, checked by its plugin.
     pub options: BTreeMap<Arc<str>, Block>,
+    /// Policies; `None`: none, so that most exchanges look at nothing else.
+    pub policies: Option<Arc<Policies>>,
+}
+
+/// A tunnel's share of a route's exchanges.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Share {
+    /// The tunnel's name.
+    pub tunnel: Arc<str>,
+    /// Of the sum of the route's weights; 0: only where no other tunnel is served.
+    pub weight: u32,
 }
 
 impl Route {
+    /// Returns the tunnels for people: `web`, or `web 90, canary 10`; empty for a redirect.
+    #[must_use]
+    pub fn tunnels_text(&self) -> String {
+        match self.tunnels.as_slice() {
+            [share] => share.tunnel.to_string(),
+            shares => shares
+                .iter()
+                .map(|share| format!("{} {}", share.tunnel, share.weight))
+                .collect::<Vec<_>>()
+                .join(", "),
+        }
+    }
+
     /// Returns the options for this protocol as JSON, or empty text.
     #[must_use]
     pub fn options_for(&self, protocol_type: &str) -> Arc<str> {
@@ -637,7 +802,7 @@ impl Config {
         };
         let listeners = self.relay.iter().flat_map(|relay| &relay.listeners);
         for (index, listener) in listeners.enumerate() {
-            if let Some(protocol_type) = &listener.protocol_type {
+            if let Some(protocol_type) = listener.protocol_type() {
                 known(format!("relay.listeners[{index}].protocol_type"), protocol_type);
             }
         }

@@ -333,6 +333,7 @@ impl Relay {
                 version: *version,
                 accepted: true,
                 reasons: Vec::new(),
+                notes: Vec::new(),
             });
         }
     }
@@ -393,7 +394,7 @@ impl Relay {
                 "announcement refused"
             );
         }
-        proto::Announced { version: announce.version, accepted, reasons }
+        proto::Announced { version: announce.version, accepted, reasons, notes: Vec::new() }
     }
 
     /// What is known of an exchange before it is opened.
@@ -417,6 +418,7 @@ impl Relay {
             tls_alpn: empty(),
             tls_client: empty(),
             trace_parent: empty(),
+            trusted_proxy: false,
             options: empty(),
             deadline: None,
         }

@@ -472,6 +472,7 @@ impl Sidecar {
             tls_alpn: tls.map_or("", |tls| &tls.alpn).into(),
             tls_client: tls.map_or("", |tls| &tls.client_subject).into(),
             trace_parent: open.trace_parent.as_str().into(),
+            trusted_proxy: open.trusted_proxy,
             options: texts.shared(&open.options).into(),
             deadline: (open.timeout_ns > 0)
                 .then(|| Instant::now() + Duration::from_nanos(open.timeout_ns)),

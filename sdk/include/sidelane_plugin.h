@@ -316,6 +316,8 @@ struct sidelane_timer_vt {
 #define SIDELANE_FAILURE_UNSUPPORTED 20u
 /* The client was too slow. */
 #define SIDELANE_FAILURE_CLIENT_TIMEOUT 21u
+/* The client did not say who it is, or not truly. */
+#define SIDELANE_FAILURE_UNAUTHORIZED 22u
 
 /* A failure with what a client may be told of it. */
 struct sidelane_failure {

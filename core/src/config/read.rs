@@ -12,9 +12,10 @@ use super::error::{Sink, did_you_mean, list};
 use super::raw::{self, Field, Section};
 use super::substitute::{self, Context};
 use super::{
-    Block, Config, ConfigErrors, Library, Listener, Log, LogFormat, Match, MatchSpec, Origin,
-    Plugins, Relay, RelayLimits, RelayTimeouts, RelayTunnel, Relays, Route, Secret, Sidecar,
-    SidecarLimits, SidecarTimeouts, Source, Tunnel, duplicates, duration_text, size_text, value,
+    Balance, Block, Carries, Config, ConfigErrors, HttpVersion, Library, Listener, Log, LogFormat,
+    Match, MatchSpec, Origin, Plugins, Pool, Relay, RelayLimits, RelayTimeouts, RelayTunnel,
+    Relays, Route, Secret, ServiceAddress, Share, Sidecar, SidecarLimits, SidecarTimeouts, Source,
+    Tunnel, duplicates, duration_text, size_text, value,
 };
 use crate::router::RouteTable;
 
@@ -50,6 +51,8 @@ const HEALTH_ADDRESS: SocketAddr = loopback(9082);
 const ADMIN_ADDRESS: SocketAddr = loopback(9083);
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Below the time that a cluster's name service keeps an answer, usually 30 s.
+const RESOLVE_INTERVAL: Duration = Duration::from_secs(30);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(25);
 
 /// Two, so that a lost segment stalls half of the exchanges only.
@@ -243,9 +246,13 @@ impl Reader<'_> {
             listeners: vec![Arc::new(Listener {
                 name: "web".into(),
                 address: WEB_ADDRESS,
-                protocol_type: None,
+                carries: Carries::Http,
+                proxy_protocol: false,
+                balance: Balance::Kernel,
             })],
             base_domains: vec!["localhost".into()],
+            trusted_proxies: Vec::new(),
+            max_connection_age: None,
             tunnel: RelayTunnel { address: TUNNEL_ADDRESS, token: None },
             threads: 0,
             limits: RelayLimits::default(),
@@ -315,6 +322,7 @@ impl Reader<'_> {
         let mut sidecar = Sidecar {
             name: host_name(),
             relays: Relays::Embedded,
+            resolve_interval: RESOLVE_INTERVAL,
             token: None,
             lanes: LANES,
             threads: 1,
@@ -485,7 +493,9 @@ fn listener(field: &Field<'_>) -> Option<Listener> {
         .and_then(|f| f.parse(value::socket_address));
     let mut protocol_type = None;
     section.set("protocol_type", &mut protocol_type, |f| f.parse(value::protocol_type).map(Some));
-    Some(Listener { name: name?, address: address?, protocol_type })
+    let carries = protocol_type.map_or(Carries::Http, Carries::Type);
+    let (proxy_protocol, balance) = (false, Balance::Kernel);
+    Some(Listener { name: name?, address: address?, carries, proxy_protocol, balance })
 }
 
 fn relay_limits(field: &Field<'_>, limits: &mut RelayLimits) {
@@ -525,7 +535,17 @@ fn tunnel(field: &Field<'_>) -> Option<Tunnel> {
     section.set("protocols", &mut protocols, |f| protocol_types(f).map(Some));
     let mut connect_timeout = CONNECT_TIMEOUT;
     section.set("connect_timeout", &mut connect_timeout, |f| timeout(f, Duration::from_millis(1)));
-    Some(Tunnel { name: name?, service: service?, protocols, connect_timeout })
+    Some(Tunnel {
+        name: name?,
+        service: ServiceAddress::Tcp(service?),
+        protocols,
+        connect_timeout,
+        http_version: HttpVersion::Http1,
+        pool: Pool::default(),
+        proxy_protocol: None,
+        health_check: None,
+        wait: Duration::ZERO,
+    })
 }
 
 fn protocol_types(field: &Field<'_>) -> Option<Vec<Arc<str>>> {
@@ -594,9 +614,10 @@ fn route(field: &Field<'_>, known: &Known<'_>) -> Option<Route> {
     let matches = matches?;
     Some(Route {
         name: name.unwrap_or_else(|| matches.to_string().into()),
-        tunnel: tunnel?,
+        tunnels: vec![Share { tunnel: tunnel?, weight: 1 }],
         matches,
         options,
+        policies: None,
     })
 }
 
@@ -750,7 +771,7 @@ fn unreachable(field: &Field<'_>, routes: &[(usize, Route)], config: &Config) {
     for (index, route) in routes {
         let Some(place) = field.item(*index) else { continue };
         let Some(wanted) = &route.matches.protocol_type else { continue };
-        let tunnel = config.tunnel(&route.tunnel);
+        let tunnel = route.tunnels.first().and_then(|share| config.tunnel(&share.tunnel));
         if let Some(tunnel) = tunnel.filter(|tunnel| !tunnel.carries(wanted)) {
             let carried = tunnel.protocols.iter().flatten().map(AsRef::as_ref);
             place.child("protocol_type").unwrap_or(place).fail(format!(
@@ -765,7 +786,7 @@ fn unreachable(field: &Field<'_>, routes: &[(usize, Route)], config: &Config) {
             .iter()
             .flat_map(|relay| &relay.listeners)
             .find(|listener| Some(&listener.name) == route.matches.listener.as_ref());
-        if let Some(bound) = listener.and_then(|listener| listener.protocol_type.as_ref())
+        if let Some(bound) = listener.and_then(|listener| listener.protocol_type())
             && bound != wanted
         {
             place

@@ -48,7 +48,7 @@ impl Relay {
                 json!({
                     "name": listener.name.as_ref(),
                     "address": listener.address,
-                    "protocol_type": listener.protocol_type.as_deref(),
+                    "protocol_type": listener.protocol_type().map(AsRef::as_ref),
                 })
             })
             .collect();
@@ -137,7 +137,7 @@ impl Route {
         map.extend(
             matches.protocol_type.as_deref().map(|name| ("protocol_type".to_owned(), name.into())),
         );
-        map.insert("tunnel".into(), self.tunnel.as_ref().into());
+        map.insert("tunnel".into(), self.tunnels_text().into());
         if !self.options.is_empty() {
             let options: serde_json::Map<String, Json> = self
                 .options

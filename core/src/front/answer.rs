@@ -67,6 +67,7 @@ impl Refusal {
             failure::INTERNAL => (StatusCode::INTERNAL_SERVER_ERROR, "a defect on our side"),
             failure::UNSUPPORTED => (StatusCode::NOT_IMPLEMENTED, "not supported"),
             failure::CLIENT_TIMEOUT => (StatusCode::REQUEST_TIMEOUT, "the client was too slow"),
+            failure::UNAUTHORIZED => (StatusCode::UNAUTHORIZED, "who asks is not known here"),
             // Whatever else ended it lies beyond this relay.
             _ => (StatusCode::BAD_GATEWAY, "the exchange ended without a response"),
         };
@@ -127,7 +128,7 @@ mod tests {
 
     #[test]
     fn every_code_has_an_error_status() {
-        for code in failure::CANCELLED..=failure::CLIENT_TIMEOUT {
+        for code in failure::CANCELLED..=failure::UNAUTHORIZED {
             let answer = Refusal::of_code(code);
             assert!(answer.status.as_u16() >= 400, "{}", failure::name(code));
             assert_eq!(answer.headers()[X_SIDELANE_ERROR], failure::name(code));

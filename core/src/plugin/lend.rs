@@ -86,6 +86,9 @@ pub struct Meta {
     pub options: Text,
     /// The client's deadline.
     pub deadline: Option<std::time::Instant>,
+    /// The client is a proxy that the relay trusts: what it wrote in `Forwarded` and `X-Forwarded-*`
+    /// is added to, not replaced.
+    pub trusted_proxy: bool,
 }
 
 /// A request's head, owned by the front and borrowed by the plugin until its call ends.

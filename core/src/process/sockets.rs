@@ -31,7 +31,7 @@ impl Sockets {
                 let what = format!("relay.listeners[{index}]");
                 listeners.push(Bound {
                     name: Arc::clone(&listener.name),
-                    protocol_type: listener.protocol_type.clone(),
+                    protocol_type: listener.protocol_type().cloned(),
                     sockets: bind_all(&what, listener.address, threads(relay.threads))?,
                 });
             }

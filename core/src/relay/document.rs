@@ -54,12 +54,13 @@ impl Document {
         let mut routes = Vec::with_capacity(announce.routes.len());
         for announced in &announce.routes {
             match announcement::route(announced) {
-                Ok(route) if tunnels.iter().any(|(name, _)| *name == route.tunnel) => {
+                Ok(route) if announces(&tunnels, &route) => {
                     routes.push(Arc::new(route));
                 }
                 Ok(route) => reasons.push(format!(
                     "route {}: tunnel {:?} is not announced",
-                    route.name, route.tunnel
+                    route.name,
+                    route.tunnels_text()
                 )),
                 Err(reason) => reasons.push(reason),
             }
@@ -86,10 +87,13 @@ impl Document {
         let theirs = others.flat_map(|other| other.routes.iter().map(move |route| (other, route)));
         theirs
             .filter_map(|(other, theirs)| {
-                let ours = ours.get(&theirs.matches).filter(|ours| ours.tunnel != theirs.tunnel)?;
+                let ours =
+                    ours.get(&theirs.matches).filter(|ours| ours.tunnels != theirs.tunnels)?;
                 Some(format!(
                     "route {}: taken by sidecar {} for tunnel {}",
-                    ours.name, other.session.name, theirs.tunnel
+                    ours.name,
+                    other.session.name,
+                    theirs.tunnels_text()
                 ))
             })
             .take(REASONS_MAX)
@@ -120,6 +124,11 @@ pub(super) fn refused_options(
         .take(REASONS_MAX)
         .map(shorten)
         .collect()
+}
+
+/// Returns whether the route goes to tunnels of the same document only.
+fn announces(tunnels: &[(Arc<str>, Protocols)], route: &Route) -> bool {
+    route.tunnels.iter().all(|share| tunnels.iter().any(|(name, _)| *name == share.tunnel))
 }
 
 fn shorten(mut reason: String) -> String {

@@ -85,22 +85,24 @@ impl RelayOpener {
         };
         let route = router::find(&routing.table, &query)
             .ok_or_else(|| failed(failure::NO_ROUTE, "no route takes this host and path".into()))?;
-        self.record.routed(&route.name, &route.tunnel);
-        let unserved = |code, what: &str| failed(code, format!("tunnel {}: {what}", route.tunnel));
+        let wanted = &route.tunnels.first().expect("a route has a tunnel").tunnel;
+        self.record.routed(&route.name, wanted);
+        let unserved = |code, what: &str| failed(code, format!("tunnel {wanted}: {what}"));
         let tunnel = routing
-            .tunnel(&route.tunnel)
+            .tunnel(wanted)
             .ok_or_else(|| unserved(failure::NO_SIDECAR, "no sidecar is connected"))?;
         let mut worst = (failure::NO_PROTOCOL, "no connected sidecar carries the protocol");
         for serving in tunnel.in_turn() {
             let Some(number) = serving.carries(protocol_type) else { continue };
             let options = route.options_for(protocol_type);
             let open = proto::Open {
-                tunnel: String::from(&*route.tunnel),
+                tunnel: String::from(&**wanted),
                 route: String::from(&*route.name),
                 client_address: String::from(&*known.client_address),
                 scheme: String::from(&*known.scheme),
                 tls: None,
                 trace_parent: String::from(&*known.trace_parent),
+                trusted_proxy: known.trusted_proxy,
                 options: String::from(&*options),
                 listener: String::from(&*known.listener),
                 ..proto::Open::default()
@@ -115,7 +117,7 @@ impl RelayOpener {
                     let mut meta = self.meta.take().expect("looked at above");
                     meta.request_id = Arc::<str>::from(id).into();
                     meta.route = Arc::clone(&route.name).into();
-                    meta.tunnel = Arc::clone(&route.tunnel).into();
+                    meta.tunnel = Arc::clone(wanted).into();
                     meta.options = options.into();
                     return Ok(Opened { send, recv, meta });
                 }

@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::{Match, MatchSpec};
+use crate::config::{Match, MatchSpec, Share};
 
 const BASES: [&str; 2] = ["localhost", "example.org"];
 
@@ -12,9 +12,10 @@ fn bases() -> Vec<Arc<str>> {
 fn route(name: &str, spec: &MatchSpec<'_>) -> Arc<Route> {
     Arc::new(Route {
         name: name.into(),
-        tunnel: "t".into(),
+        tunnels: vec![Share { tunnel: "t".into(), weight: 1 }],
         matches: Match::parse(spec).unwrap(),
         options: Default::default(),
+        policies: None,
     })
 }
 
@@ -275,9 +276,10 @@ proptest! {
         for (index, matches) in matches.into_iter().enumerate() {
             let route = Arc::new(Route {
                 name: index.to_string().into(),
-                tunnel: "t".into(),
+                tunnels: vec![Share { tunnel: "t".into(), weight: 1 }],
                 matches,
                 options: Default::default(),
+                policies: None,
             });
             routes.push(route);
             // What would be ambiguous stays out: the model has no opinion on it.

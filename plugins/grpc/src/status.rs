@@ -54,6 +54,7 @@ const TABLE: &[Row] = &[
     row(failure::INTERNAL, INTERNAL, "a defect on our side"),
     row(failure::UNSUPPORTED, UNIMPLEMENTED, "not supported"),
     row(failure::CLIENT_TIMEOUT, DEADLINE_EXCEEDED, "the client took too long"),
+    row(failure::UNAUTHORIZED, UNAUTHENTICATED, "who asks is not known here"),
 ];
 
 /// Returns the status of a stream that was reset with `code` (PROTOCOL-HTTP2.md, "Errors").

@@ -52,6 +52,7 @@ const TABLE: &[Row] = &[
     row(failure::INTERNAL, 500, "a defect on our side"),
     row(failure::UNSUPPORTED, 501, "not supported"),
     row(failure::CLIENT_TIMEOUT, 408, "the client took too long"),
+    row(failure::UNAUTHORIZED, 401, "who asks is not known here"),
 ];
 
 /// A failure in HTTP's words.

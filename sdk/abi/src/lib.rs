@@ -292,6 +292,8 @@ pub mod failure {
     pub const UNSUPPORTED: u32 = 20;
     /// The client was too slow.
     pub const CLIENT_TIMEOUT: u32 = 21;
+    /// The client did not say who it is, or not truly.
+    pub const UNAUTHORIZED: u32 = 22;
 
     /// Returns the code's name as it stands in logs, metrics and `x-sidelane-error`.
     #[must_use]
@@ -319,6 +321,7 @@ pub mod failure {
             INTERNAL => "internal",
             UNSUPPORTED => "unsupported",
             CLIENT_TIMEOUT => "client-timeout",
+            UNAUTHORIZED => "unauthorized",
             _ => "unknown",
         }
     }

@@ -201,6 +201,7 @@ fn http_status(code: u32) -> u16 {
         failure::RATE_LIMITED => 429,
         failure::TOO_LARGE => 413,
         failure::BAD_REQUEST => 400,
+        failure::UNAUTHORIZED => 401,
         failure::FORBIDDEN => 403,
         failure::CLIENT_TIMEOUT => 408,
         failure::INTERNAL => 500,

@@ -131,6 +131,32 @@ pub struct Open {
     pub window: u64,
     #[prost(string, tag = "12")]
     pub listener: ::prost::alloc::string::String,
+    /// What the route asks of the sidecar; absent: nothing.
+    #[prost(message, optional, tag = "13")]
+    pub policy: ::core::option::Option<DeliveryPolicy>,
+    /// The client is a proxy that the relay trusts: what it wrote in Forwarded and X-Forwarded-* is added
+    /// to, not replaced.
+    #[prost(bool, tag = "14")]
+    pub trusted_proxy: bool,
+}
+/// A route's policies that only the end beside the service can carry out.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DeliveryPolicy {
+    /// For a connection to the service, in milliseconds; 0: the tunnel's.
+    #[prost(uint64, tag = "1")]
+    pub connect_timeout_ms: u64,
+    /// From dispatch to the response head, in milliseconds; 0: the plugin's.
+    #[prost(uint64, tag = "2")]
+    pub response_head_timeout_ms: u64,
+    /// Most times that the exchange is sent again; 0: only what is safe in any case.
+    #[prost(uint32, tag = "3")]
+    pub retries: u32,
+    /// Retries of the route in percent of its exchanges.
+    #[prost(uint32, tag = "4")]
+    pub retry_budget_percent: u32,
+    /// Retries per second that the budget allows in any case.
+    #[prost(uint32, tag = "5")]
+    pub retry_budget_min: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TlsFacts {
@@ -335,6 +361,10 @@ pub struct AnnouncedTunnel {
     /// Names of the protocol types it carries; empty: all that the sidecar carries.
     #[prost(string, repeated, tag = "2")]
     pub protocols: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Why the service cannot be served now (its health check, say); empty: it can. Others that serve the
+    /// tunnel get its exchanges meanwhile.
+    #[prost(string, tag = "3")]
+    pub unavailable: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct AnnouncedRoute {
@@ -358,6 +388,19 @@ pub struct AnnouncedRoute {
     /// options.<protocol_type> as JSON.
     #[prost(message, repeated, tag = "9")]
     pub options: ::prost::alloc::vec::Vec<RouteOptions>,
+    /// The route's policies as JSON, with the keys that a file has; empty: none.
+    #[prost(string, tag = "10")]
+    pub policies: ::prost::alloc::string::String,
+    /// Where exchanges go by weight, instead of `tunnel`.
+    #[prost(message, repeated, tag = "11")]
+    pub tunnels: ::prost::alloc::vec::Vec<TunnelShare>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TunnelShare {
+    #[prost(string, tag = "1")]
+    pub tunnel: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "2")]
+    pub weight: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct RouteOptions {
@@ -375,6 +418,9 @@ pub struct Announced {
     /// One line each; empty where accepted.
     #[prost(string, repeated, tag = "3")]
     pub reasons: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// What is worth knowing of an accepted document, one line each: a route that the relay's own wins over.
+    #[prost(string, repeated, tag = "4")]
+    pub notes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct HttpRequest {

@@ -853,7 +853,12 @@ fn documents_reach_the_peer() {
     let mut pair = Pair::new();
     let announce = proto::Announce { version: 7, ..proto::Announce::default() };
     assert!(pair.sidecar.lane.announce(announce.clone()));
-    let answer = proto::Announced { version: 7, accepted: false, reasons: vec!["no".to_owned()] };
+    let answer = proto::Announced {
+        version: 7,
+        accepted: false,
+        reasons: vec!["no".to_owned()],
+        ..Default::default()
+    };
     assert!(pair.relay.lane.announced(answer.clone()));
     pair.run();
     assert_eq!(pair.relay.events.pop_front(), Some(Event::Announce(announce)));

@@ -229,6 +229,7 @@ pub(super) fn meta() -> lend::Meta {
         tls_alpn: none.clone(),
         tls_client: none.clone(),
         trace_parent: none.clone(),
+        trusted_proxy: false,
         options: none,
         deadline: None,
     }
