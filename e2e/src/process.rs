@@ -315,11 +315,31 @@ impl Sidelane {
     pub fn spawn(name: &'static str, yaml: &str) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         write_file(&directory.path().join("sidecar.yaml"), yaml);
+        Self::run(name, directory, Path::new("sidecar.yaml"), &[])
+    }
+
+    /// Starts a program with a file or directory of somebody else's and variables of the environment,
+    /// and waits until its listeners stand.
+    #[must_use]
+    pub fn spawn_file(name: &'static str, file: &Path, variables: &[(&str, String)]) -> Self {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        Self::run(name, directory, file, variables)
+    }
+
+    fn run(
+        name: &'static str,
+        directory: TempDir,
+        file: &Path,
+        variables: &[(&str, String)],
+    ) -> Self {
         let ports_file = directory.path().join("ports.json");
         let log = File::create(directory.path().join("log")).expect("a log file");
         let child = Command::new(program())
             .current_dir(directory.path())
-            .args(["run", "sidecar.yaml", "--ports-file", "ports.json"])
+            .envs(variables.iter().map(|(name, value)| (name, value)))
+            .arg("run")
+            .arg(file)
+            .args(["--ports-file", "ports.json"])
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a file can be shared"))
             .stderr(log)

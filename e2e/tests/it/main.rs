@@ -3,6 +3,7 @@
 mod bounds;
 mod browser;
 mod crowd;
+mod examples;
 mod failures;
 mod framing;
 mod grpc;

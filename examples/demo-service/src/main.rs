@@ -38,8 +38,30 @@ type Payload = BoxBody<Bytes, hyper::Error>;
 
 static REQUESTS: AtomicU64 = AtomicU64::new(0);
 
+/// What `--help` says.
+const USAGE: &str = "\
+usage: sidelane-demo-service [ADDRESS]
+
+A web page with a WebSocket echo, downloads, uploads, events and slow answers, to put a tunnel before.
+ADDRESS is IP:port; default 127.0.0.1:$DEMO_PORT, with DEMO_PORT 3000 where it is not set.";
+
 fn main() -> Result<()> {
-    let address = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:3000".to_owned());
+    let mut arguments = std::env::args().skip(1);
+    let address = match (arguments.next(), arguments.next()) {
+        (Some(help), _) if help == "--help" || help == "-h" => {
+            println!("{USAGE}");
+            return Ok(());
+        }
+        (Some(address), None) if !address.starts_with('-') => address,
+        (None, _) => {
+            let port = std::env::var("DEMO_PORT").unwrap_or_else(|_| "3000".to_owned());
+            format!("127.0.0.1:{port}")
+        }
+        _ => {
+            eprintln!("arguments not understood\n{USAGE}");
+            std::process::exit(2);
+        }
+    };
     tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(serve(&address))
 }
 
