@@ -3,19 +3,18 @@
 
 use std::cell::RefCell;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
 
-use super::error::{Sink, did_you_mean, list};
+use super::error::{Position, Sink, did_you_mean, list};
 use super::policy::Policies;
 use super::raw::{self, Field, Section};
-use super::substitute::{self, Context};
+use super::substitute::{self, Context, Files};
 use super::{
-    Block, Config, ConfigErrors, Log, LogFormat, Origin, Plugins, Secret, Source, duplicates,
-    duration_text, size_text, value,
+    Block, Config, ConfigErrors, Draft, Log, LogFormat, Origin, Plugins, Secret, Source,
+    duplicates, duration_text, merge, size_text, value,
 };
 
 mod plugins;
@@ -25,14 +24,54 @@ mod routes;
 mod sidecar;
 mod tunnels;
 
+pub(super) use policies::{ATTEMPTS_MAX, REALM, USERS_MAX};
+pub(super) use routes::WEIGHT_MAX;
+pub(super) use tunnels::{CHECKS_MAX, CONNECTIONS_MAX};
+
+/// Keys by section, for the schema's test.
+#[cfg(test)]
+pub(crate) const SECTIONS: &[(&str, &[&str])] = &[
+    ("", ROOT_KEYS),
+    ("relay", RELAY_KEYS),
+    ("relay.listeners[]", LISTENER_KEYS),
+    ("relay.tunnel", RELAY_TUNNEL_KEYS),
+    ("relay.limits", RELAY_LIMITS_KEYS),
+    ("relay.timeouts", RELAY_TIMEOUTS_KEYS),
+    ("sidecar", SIDECAR_KEYS),
+    ("sidecar.limits", SIDECAR_LIMITS_KEYS),
+    ("sidecar.timeouts", SIDECAR_TIMEOUTS_KEYS),
+    ("tunnels[]", TUNNEL_KEYS),
+    ("tunnels[].pool", POOL_KEYS),
+    ("tunnels[].health_check", HEALTH_CHECK_KEYS),
+    ("routes[]", ROUTE_KEYS),
+    ("routes[].tunnels[]", SHARE_KEYS),
+    ("routes[].timeouts", policies::TIMEOUTS_KEYS),
+    ("routes[].retries", policies::RETRIES_KEYS),
+    ("routes[].request_headers", policies::HEADERS_KEYS),
+    ("routes[].response_headers", policies::HEADERS_KEYS),
+    ("routes[].rewrite", policies::REWRITE_KEYS),
+    ("routes[].redirect", policies::REDIRECT_KEYS),
+    ("routes[].basic_auth", policies::BASIC_AUTH_KEYS),
+    ("routes[].addresses", policies::ADDRESSES_KEYS),
+    ("routes[].limits", policies::LIMITS_KEYS),
+    ("routes[].limits.rate", policies::RATE_KEYS),
+    ("routes[].limits.rate_per_client", policies::RATE_KEYS),
+    ("routes[].compression", policies::COMPRESSION_KEYS),
+    ("plugins", PLUGINS_KEYS),
+    ("plugins.libraries[]", LIBRARY_KEYS),
+    ("health", HEALTH_KEYS),
+    ("admin", ADMIN_KEYS),
+    ("log", LOG_KEYS),
+];
+
 /// Version of the language.
 const VERSION: u32 = 1;
 
 /// Most data-path threads: beyond the cores they only cost.
-const THREADS_MAX: usize = 256;
+pub(crate) const THREADS_MAX: usize = 256;
 
 /// Most lanes of a session (the tunnel's own bound).
-const LANES_MAX: usize = 16;
+pub(crate) const LANES_MAX: usize = 16;
 
 /// Longest timeout. Longer ones are a mistaken unit.
 const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
@@ -41,7 +80,7 @@ const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
 const ITEMS_MAX: usize = 65_536;
 
 /// Most of anything that is counted at once or per time: beyond any machine's means.
-const COUNT_MAX: u32 = 1_000_000;
+pub(crate) const COUNT_MAX: u32 = 1_000_000;
 
 /// Most networks of trusted proxies: each connection's address is compared with all of them.
 const PROXIES_MAX: usize = 256;
@@ -69,7 +108,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(25);
 /// Two, so that a lost segment stalls half of the exchanges only.
 const LANES: usize = 2;
 
-pub(super) const ROOT_KEYS: &[&str] = &[
+pub(crate) const ROOT_KEYS: &[&str] = &[
     "version",
     "relay",
     "sidecar",
@@ -81,7 +120,7 @@ pub(super) const ROOT_KEYS: &[&str] = &[
     "log",
     "drain_timeout",
 ];
-pub(super) const RELAY_KEYS: &[&str] = &[
+pub(crate) const RELAY_KEYS: &[&str] = &[
     "listeners",
     "base_domains",
     "trusted_proxies",
@@ -91,10 +130,10 @@ pub(super) const RELAY_KEYS: &[&str] = &[
     "limits",
     "timeouts",
 ];
-pub(super) const LISTENER_KEYS: &[&str] =
+pub(crate) const LISTENER_KEYS: &[&str] =
     &["name", "address", "protocol_type", "sniff", "proxy_protocol", "balance"];
-pub(super) const RELAY_TUNNEL_KEYS: &[&str] = &["address", "token", "token_file", "token_env"];
-pub(super) const RELAY_LIMITS_KEYS: &[&str] = &[
+pub(crate) const RELAY_TUNNEL_KEYS: &[&str] = &["address", "token", "token_file", "token_env"];
+pub(crate) const RELAY_LIMITS_KEYS: &[&str] = &[
     "connections",
     "sessions",
     "lanes_per_session",
@@ -107,8 +146,8 @@ pub(super) const RELAY_LIMITS_KEYS: &[&str] = &[
     "handshakes_per_second",
     "handshakes_per_second_per_address",
 ];
-pub(super) const RELAY_TIMEOUTS_KEYS: &[&str] = &["request_head", "idle", "open_wait", "handshake"];
-pub(super) const SIDECAR_KEYS: &[&str] = &[
+pub(crate) const RELAY_TIMEOUTS_KEYS: &[&str] = &["request_head", "idle", "open_wait", "handshake"];
+pub(crate) const SIDECAR_KEYS: &[&str] = &[
     "name",
     "relays",
     "resolve_interval",
@@ -120,9 +159,9 @@ pub(super) const SIDECAR_KEYS: &[&str] = &[
     "limits",
     "timeouts",
 ];
-pub(super) const SIDECAR_LIMITS_KEYS: &[&str] = &["exchanges_per_session", "queued", "window"];
-pub(super) const SIDECAR_TIMEOUTS_KEYS: &[&str] = &["dial", "handshake"];
-pub(super) const TUNNEL_KEYS: &[&str] = &[
+pub(crate) const SIDECAR_LIMITS_KEYS: &[&str] = &["exchanges_per_session", "queued", "window"];
+pub(crate) const SIDECAR_TIMEOUTS_KEYS: &[&str] = &["dial", "handshake"];
+pub(crate) const TUNNEL_KEYS: &[&str] = &[
     "name",
     "service",
     "protocols",
@@ -133,10 +172,10 @@ pub(super) const TUNNEL_KEYS: &[&str] = &[
     "health_check",
     "wait",
 ];
-pub(super) const POOL_KEYS: &[&str] = &["idle_timeout", "idle", "connections"];
-pub(super) const HEALTH_CHECK_KEYS: &[&str] =
+pub(crate) const POOL_KEYS: &[&str] = &["idle_timeout", "idle", "connections"];
+pub(crate) const HEALTH_CHECK_KEYS: &[&str] =
     &["type", "path", "host", "service", "interval", "timeout", "healthy_after", "unhealthy_after"];
-pub(super) const ROUTE_KEYS: &[&str] = &[
+pub(crate) const ROUTE_KEYS: &[&str] = &[
     "name",
     "subdomain",
     "host",
@@ -158,49 +197,69 @@ pub(super) const ROUTE_KEYS: &[&str] = &[
     "compression",
     "options",
 ];
-pub(super) const SHARE_KEYS: &[&str] = &["name", "weight"];
-pub(super) const PLUGINS_KEYS: &[&str] =
+pub(crate) const SHARE_KEYS: &[&str] = &["name", "weight"];
+pub(crate) const PLUGINS_KEYS: &[&str] =
     &["directory", "libraries", "generations", "panics", "panics_within", "slow_poll"];
-pub(super) const LIBRARY_KEYS: &[&str] =
+pub(crate) const LIBRARY_KEYS: &[&str] =
     &["name", "library", "sha256", "required", "protocol_types", "config"];
-pub(super) const HEALTH_KEYS: &[&str] = &["address"];
-pub(super) const ADMIN_KEYS: &[&str] = &["address"];
-pub(super) const LOG_KEYS: &[&str] = &["level", "format"];
+pub(crate) const HEALTH_KEYS: &[&str] = &["address"];
+pub(crate) const ADMIN_KEYS: &[&str] = &["address"];
+pub(crate) const LOG_KEYS: &[&str] = &["level", "format"];
 
-/// Reads the configuration.
+/// Reads the configuration as far as it goes.
+///
+/// # Errors
+/// What keeps the files from being read as YAML.
 pub(super) fn read(
     source: &Source,
     env: &dyn Fn(&str) -> Option<String>,
-) -> Result<Config, ConfigErrors> {
-    let file: Arc<str> = source.path.display().to_string().into();
-    let mut sink = Sink::new(file.clone());
-    let mut root = match raw::parse(&source.text) {
-        Ok(root) => root,
-        Err((position, message)) => {
-            sink.push(position, "", message);
-            return Err(sink.into_result(&source.text).expect_err("an error was pushed"));
+) -> Result<Draft, ConfigErrors> {
+    let names = merge::names(source);
+    let texts: Vec<&str> = source.files.iter().map(|file| file.text.as_str()).collect();
+    let sink = RefCell::new(Sink::new(names.clone()));
+    let mut documents = Vec::new();
+    let mut values = 0;
+    for (index, text) in texts.iter().enumerate() {
+        let file = u16::try_from(index).unwrap_or(u16::MAX);
+        match raw::parse(text, file) {
+            Ok(document) => {
+                values += document.count();
+                documents.push(document);
+            }
+            Err((position, message)) => sink.borrow_mut().push(position, "", message),
         }
-    };
-    let directory = source.path.parent().unwrap_or_else(|| Path::new(""));
-    let mut context = Context { env, directory, files: Vec::new() };
-    substitute::substitute(&mut root, "", &mut context, &mut sink);
+    }
+    if values > raw::NODES_MAX {
+        let position = Position { file: sink.borrow().whole(), ..Position::default() };
+        let message = format!("is too large (accepted: {} values in all files)", raw::NODES_MAX);
+        sink.borrow_mut().push(position, "", message);
+    }
+    if documents.len() < texts.len() || values > raw::NODES_MAX {
+        // What stands in a file that cannot be read would be missed in the others.
+        return Err(sink.into_inner().into_parts(&texts).0.expect("an error was pushed"));
+    }
+    let mut root = merge::merge(documents, &sink);
+    let mut files = Files { source, read: Vec::new() };
+    let mut context = Context { env, files: &mut files };
+    substitute::substitute(&mut root, "", &mut context, &mut sink.borrow_mut());
 
-    let sink = RefCell::new(sink);
-    let mut reader = Reader { env, files: Files { directory, read: context.files } };
+    let mut reader = Reader { env, files, plugins_mistyped: false };
     let mut config = reader.config(&Field::new(&root, "", &sink));
-    config.warnings = sink.into_inner().into_result(&source.text)?;
+    let plugins_whole = !sink.borrow().has_errors_at("plugins") && !reader.plugins_mistyped;
+    let (errors, warnings) = sink.into_inner().into_parts(&texts);
+    config.warnings = warnings;
     config.files = reader.files.read;
     config.files.sort();
     config.files.dedup();
-    config.origin = Origin { file, root: Arc::new(root) };
-    Ok(config)
+    config.origin = Origin { files: names, root: Arc::new(root) };
+    Ok(Draft { config, errors, source: source.clone(), plugins_whole })
 }
 
 /// Reads policies as an announcement carries them: JSON with the keys of a route in a file.
 pub(super) fn read_policies(json: &str) -> Result<Policies, Vec<String>> {
     let value: serde_json::Value =
         serde_json::from_str(json).map_err(|error| vec![format!("not valid JSON: {error}")])?;
-    let sink = RefCell::new(Sink::new("".into()));
+    let sink = RefCell::new(Sink::new(vec!["".into()]));
     let root = raw::Node::from(value);
     let field = Field::new(&root, "", &sink);
     let policies = field.section(policies::POLICY_KEYS).map(|s| policies::policies(&s, None));
@@ -211,17 +270,11 @@ pub(super) fn read_policies(json: &str) -> Result<Policies, Vec<String>> {
     }
 }
 
-/// Files that values come from.
-struct Files<'a> {
-    /// Relative paths start here.
-    directory: &'a Path,
-    /// Those read so far.
-    read: Vec<PathBuf>,
-}
-
 struct Reader<'a> {
     env: &'a dyn Fn(&str) -> Option<String>,
     files: Files<'a>,
+    /// A key that seems to mean `plugins` was told as unknown.
+    plugins_mistyped: bool,
 }
 
 impl Reader<'_> {
@@ -240,14 +293,15 @@ impl Reader<'_> {
             files: Vec::new(),
             warnings: Vec::new(),
             origin: Origin {
-                file: "".into(),
+                files: Vec::new(),
                 root: Arc::new(raw::Node {
-                    position: super::Position::default(),
+                    position: Position::default(),
                     value: raw::Value::Null,
                 }),
             },
         };
         let Some(root) = field.section(ROOT_KEYS) else { return config };
+        self.plugins_mistyped = root.is_mistyped("plugins");
         if let Some(version) = root.require("version", "1") {
             version.parse(|text| {
                 if text.parse() == Ok(VERSION) {
@@ -334,9 +388,7 @@ impl Reader<'_> {
         let text = match *key {
             "token" => field.secret().map(str::to_owned),
             "token_file" => field.text().and_then(|path| {
-                let path = self.files.directory.join(path);
-                let text = substitute::read_secret(&path);
-                self.files.read.push(path);
+                let text = self.files.read_secret(path);
                 text.map_err(|message| field.fail(message)).ok()
             }),
             _ => field.text().and_then(|name| {
@@ -415,6 +467,9 @@ fn refer(field: &Field<'_>, kind: &str, declared: &[&str]) {
         if declared.contains(&text) {
             return Ok(());
         }
+        let mut declared = declared.to_vec();
+        declared.sort_unstable();
+        declared.dedup();
         let near = did_you_mean(text, declared.iter().copied());
         let declared = list(declared.iter().copied());
         Err(format!("unknown {kind} \"{text}\" (declared: {declared}){near}"))
@@ -494,15 +549,21 @@ fn twice(field: &Field<'_>, texts: &[Arc<str>]) {
     }
 }
 
+/// Returns `, at FILE:LINE:COLUMN` of a list's item.
+fn at(field: &Field<'_>, index: usize) -> String {
+    field.item(index).map_or_else(String::new, |item| format!(", at {}", item.place()))
+}
+
 /// Tells each name that an earlier item has.
 fn unique<T>(field: &Field<'_>, kind: &str, items: &[(usize, T)], name: fn(&T) -> &str) {
     for (first, again) in duplicates(items.iter().map(|(_, item)| name(item))) {
         let (first, (again, item)) = (items[first].0, &items[again]);
         let Some(place) = field.item(*again) else { continue };
         let message = format!(
-            "{kind} \"{}\" is declared already, as {}[{first}] (accepted: a name of its own)",
+            "{kind} \"{}\" is declared already, as {}[{first}]{} (accepted: a name of its own)",
             name(item),
-            field.path()
+            field.path(),
+            at(field, first)
         );
         place.child("name").unwrap_or(place).fail(message);
     }

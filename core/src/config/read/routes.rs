@@ -4,18 +4,19 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::policies::policies;
-use super::{Files, ROUTE_KEYS, SHARE_KEYS, block, refer};
+use super::{ROUTE_KEYS, SHARE_KEYS, at, block, refer};
 use crate::config::error::list;
 use crate::config::policy::Policies;
 use crate::config::raw::{Field, Section};
+use crate::config::substitute::Files;
 use crate::config::{Config, Match, MatchSpec, Relay, Route, Share, value};
 use crate::router::RouteTable;
 
 /// Most tunnels that a route's exchanges are split between.
-const SHARES_MAX: usize = 16;
+pub(crate) const SHARES_MAX: usize = 16;
 
 /// Largest weight; the sum of all stays far from a 32-bit number's end.
-const WEIGHT_MAX: u32 = 10_000;
+pub(crate) const WEIGHT_MAX: u32 = 10_000;
 
 /// What a route's references are checked against; `None`: not known in this process.
 pub(super) struct Known<'a> {
@@ -185,11 +186,12 @@ pub(super) fn ambiguous(
         let (first_index, second_index) = (index(first), index(second));
         let Some(place) = field.item(second_index) else { continue };
         place.fail(format!(
-            "route \"{}\" takes the same exchanges as \"{}\", {}[{first_index}] (accepted: another \
+            "route \"{}\" takes the same exchanges as \"{}\", {}[{first_index}]{} (accepted: another \
              host, path_prefix, listener or protocol_type)",
             second.name,
             first.name,
             field.path(),
+            at(field, first_index),
         ));
     }
     false
