@@ -2,7 +2,7 @@
 //!
 //! Knows tunnels and their services; what a message says is the plugins' business.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use crate::config;
 use crate::error::chain;
 use crate::metrics::{Flows, Metrics};
 use crate::plugin::Plugins;
-use crate::plugin::lend::{Meta, Reset};
+use crate::plugin::lend::{Meta, Reset, Text};
 use crate::random;
 use crate::shard::Shard;
 use crate::tunnel::backoff::{Backoff, SETTLED, jitter};
@@ -27,9 +27,12 @@ use crate::tunnel::pressure;
 use crate::tunnel::session::FEATURE_ANNOUNCE;
 use crate::tunnel::{LaneEnd, Link, drive};
 
+mod proxy_header;
+mod retry;
 mod service;
 
-pub use service::{ServiceHandle, Services};
+pub use retry::{Allowance, Budget, Budgets};
+pub use service::{Asked, Retries, ServiceHandle, Services};
 
 /// Further lanes of a new session are dialled within this, so that a relay's restart does not meet
 /// all of them at once.
@@ -37,6 +40,15 @@ const LANE_STAGGER: Duration = Duration::from_millis(50);
 
 /// Ends of lanes that the session's task has not looked at yet: one per lane at most.
 const LANE_ENDS_MAX: usize = 64;
+
+/// Longest time that is taken from a relay: a week. Clocks do not overflow by it.
+const TIMEOUT_MAX: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
+/// Most times that one exchange is sent again, whatever a relay says.
+const ATTEMPTS_MAX: u32 = 10;
+
+/// Most retries per second that a route's budget allows in any case, whatever a relay says.
+const RETRIES_PER_SECOND_MAX: u32 = 100_000;
 
 /// What the sidecar works with; replaced as a whole by a reload.
 pub struct Settings {
@@ -64,6 +76,7 @@ pub struct Sidecar {
     peers: Vec<Arc<Peer>>,
     stopping: watch::Sender<bool>,
     flows: Flows,
+    budgets: Budgets,
 }
 
 /// One relay, as this sidecar knows it.
@@ -129,6 +142,7 @@ impl Sidecar {
             peers,
             stopping: watch::Sender::new(false),
             flows: Flows::new("sidecar"),
+            budgets: Budgets::default(),
         })
     }
 
@@ -455,8 +469,17 @@ impl Sidecar {
             return refuse(failure::PLUGIN_FAILED);
         }
         let services = self.services.load();
-        let Some(service) = services.find(&open.tunnel) else { return refuse(failure::NO_ROUTE) };
         let route = texts.shared(&open.route);
+        let client_address: Text = open.client_address.as_str().into();
+        let policy = open.policy.as_ref();
+        let asked = Asked {
+            client_address: client_address.clone(),
+            connect_timeout: policy.and_then(|policy| millis(policy.connect_timeout_ms)),
+            retries: policy.and_then(|policy| self.retries(policy, &route)),
+        };
+        let Some(service) = services.find(&open.tunnel, asked) else {
+            return refuse(failure::NO_ROUTE);
+        };
         let record = self.metrics.exchange("sidecar", plugin.name());
         record.routed(&route, &service.tunnel);
         let tls = open.tls.as_ref();
@@ -465,7 +488,7 @@ impl Sidecar {
             protocol_type: Arc::clone(plugin.name()),
             route: route.into(),
             tunnel: Arc::clone(&service.tunnel).into(),
-            client_address: open.client_address.as_str().into(),
+            client_address,
             listener: texts.shared(&open.listener).into(),
             scheme: texts.shared(&open.scheme).into(),
             tls_sni: tls.map_or("", |tls| &tls.sni).into(),
@@ -473,9 +496,12 @@ impl Sidecar {
             tls_client: tls.map_or("", |tls| &tls.client_subject).into(),
             trace_parent: open.trace_parent.as_str().into(),
             trusted_proxy: open.trusted_proxy,
+            peer_address: open.peer_address.as_str().into(),
+            response_head_timeout: policy
+                .and_then(|policy| millis(policy.response_head_timeout_ms)),
             options: texts.shared(&open.options).into(),
             deadline: (open.timeout_ns > 0)
-                .then(|| Instant::now() + Duration::from_nanos(open.timeout_ns)),
+                .then(|| Instant::now() + Duration::from_nanos(open.timeout_ns).min(TIMEOUT_MAX)),
         };
         let flow = self.flows.of(&self.metrics, plugin.name());
         let (send, recv) = link.halves(key, flow);
@@ -484,6 +510,24 @@ impl Sidecar {
             let end = call.await;
             record.end(end.code);
         });
+    }
+
+    /// What a route's policy allows of retries; pays the exchange into the route's budget.
+    fn retries(&self, policy: &proto::DeliveryPolicy, route: &Arc<str>) -> Option<Retries> {
+        if policy.retries == 0 {
+            return None;
+        }
+        let allowance = Allowance {
+            percent: policy.retry_budget_percent,
+            per_second: policy.retry_budget_min.min(RETRIES_PER_SECOND_MAX),
+        };
+        Some(Retries {
+            attempts: policy.retries.min(ATTEMPTS_MAX),
+            used: AtomicU32::new(0),
+            budget: self.budgets.deposit(route, allowance, Instant::now()),
+            route: Arc::clone(route),
+            metrics: Arc::clone(&self.metrics),
+        })
     }
 
     /// Sends the current document on a lane that is up.
@@ -534,6 +578,11 @@ impl Peer {
             })
         })
     }
+}
+
+/// A time of a relay's; 0: none.
+fn millis(millis: u64) -> Option<Duration> {
+    (millis > 0).then(|| Duration::from_millis(millis).min(TIMEOUT_MAX))
 }
 
 fn answered(peer: &Peer, announced: &proto::Announced) {
