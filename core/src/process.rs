@@ -614,6 +614,7 @@ impl AdminState for Process {
             "relays": self.sidecar.as_ref().map(|sidecar| {
                 sidecar.peers().iter().map(|peer| peer.describe()).collect::<Vec<_>>()
             }),
+            "services": self.sidecar.as_ref().map(|sidecar| sidecar.describe_services()),
         })
     }
 

@@ -27,10 +27,12 @@ use crate::tunnel::pressure;
 use crate::tunnel::session::FEATURE_ANNOUNCE;
 use crate::tunnel::{LaneEnd, Link, drive};
 
+mod health;
 mod proxy_header;
 mod retry;
 mod service;
 
+use health::Health;
 pub use retry::{Allowance, Budget, Budgets};
 pub use service::{Asked, Retries, ServiceHandle, Services};
 
@@ -77,6 +79,7 @@ pub struct Sidecar {
     stopping: watch::Sender<bool>,
     flows: Flows,
     budgets: Budgets,
+    health: Health,
 }
 
 /// One relay, as this sidecar knows it.
@@ -143,14 +146,32 @@ impl Sidecar {
             stopping: watch::Sender::new(false),
             flows: Flows::new("sidecar"),
             budgets: Budgets::default(),
+            health: Health::default(),
         })
     }
 
     /// Takes tunnels and routes of a configuration: for new exchanges, and announced to all relays.
-    pub fn configure(&self, config: &config::Config) {
-        self.services.store(Arc::new(self.services.load().updated(&config.tunnels)));
-        let version = self.document.borrow().version + 1;
-        self.document.send_replace(Arc::new(announcement::encode(version, config)));
+    pub fn configure(self: &Arc<Self>, config: &config::Config) {
+        let before = self.services.load_full();
+        self.services.store(Arc::new(before.updated(&config.tunnels)));
+        let is_start = self.document.borrow().version == 0;
+        let tasks = self.health.configure(
+            &config.tunnels,
+            |tunnel| before.has(tunnel),
+            is_start,
+            &self.metrics.sidecar,
+        );
+        self.document.send_modify(|document| {
+            let mut next = announcement::encode(document.version + 1, config);
+            self.health.mark(&mut next.tunnels);
+            *document = Arc::new(next);
+        });
+        self.watch_services(tasks);
+    }
+
+    /// What the admin page says of the services.
+    pub fn describe_services(&self) -> serde_json::Value {
+        self.services.load().tunnels().map(|tunnel| self.health.describe(tunnel)).collect()
     }
 
     /// Begins to dial every relay.

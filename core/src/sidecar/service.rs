@@ -62,6 +62,19 @@ impl Services {
         next
     }
 
+    /// Returns whether the tunnel has a service here.
+    #[must_use]
+    pub fn has(&self, tunnel: &str) -> bool {
+        self.by_tunnel.contains_key(tunnel)
+    }
+
+    /// Returns the tunnels, by name.
+    pub fn tunnels(&self) -> impl Iterator<Item = &config::Tunnel> {
+        let mut tunnels: Vec<_> = self.by_tunnel.values().map(|entry| &*entry.tunnel).collect();
+        tunnels.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        tunnels.into_iter()
+    }
+
     /// Returns the service of a tunnel, for one exchange.
     #[must_use]
     pub fn find(&self, tunnel: &str, asked: Asked) -> Option<ServiceHandle> {
