@@ -24,9 +24,11 @@ use crate::plugin::MetricSink;
 mod cell;
 mod plugins;
 mod process;
+mod sidecar;
 
 use cell::Timing;
 use plugins::PluginMetrics;
+pub use sidecar::SidecarMetrics;
 
 /// Most names of routes, and of tunnels, that have rows of their own; later ones share [`OTHER`].
 /// Sidecars announce names, and announce others later: bounds the memory they can take in a relay.
@@ -127,6 +129,8 @@ pub struct Metrics {
     panics: Family<PluginLabels, Gauge>,
     generations: Family<GenerationLabels, Gauge>,
     quarantined: Family<PluginLabels, Gauge>,
+    /// What the sidecar's end counts beside exchanges.
+    pub sidecar: SidecarMetrics,
 }
 
 impl Default for Metrics {
@@ -172,6 +176,7 @@ impl Metrics {
             panics: Family::default(),
             generations: Family::default(),
             quarantined: Family::default(),
+            sidecar: SidecarMetrics::default(),
             registry,
         };
         metrics.register(&mut metrics.lock_registry());
@@ -256,6 +261,7 @@ impl Metrics {
             "1 where a plugin panicked too often and takes nothing",
             self.quarantined.clone(),
         );
+        self.sidecar.register(r);
     }
 
     fn lock_registry(&self) -> std::sync::MutexGuard<'_, Registry> {

@@ -517,6 +517,8 @@ fn sidecar_settings(section: &config::Sidecar) -> sidecar::Settings {
             connect: section.timeouts.dial,
             answer: section.timeouts.handshake,
         },
+        resolve_interval: section.resolve_interval,
+        resolve: sidecar::system_resolver(),
     }
 }
 
@@ -567,6 +569,9 @@ impl AdminState for Process {
         {
             reasons.push("no session with any relay".to_owned());
         }
+        if let Some(refusal) = self.sidecar.as_ref().and_then(|sidecar| sidecar.refused_by_all()) {
+            reasons.push(format!("every relay refuses what this sidecar announces: {refusal}"));
+        }
         if self.relay.as_ref().is_some_and(|relay| !relay.is_served()) {
             reasons.push("no sidecar has announced a tunnel".to_owned());
         }
@@ -599,6 +604,8 @@ impl AdminState for Process {
             "relays": self.sidecar.as_ref().map(|sidecar| {
                 sidecar.peers().iter().map(|peer| peer.describe()).collect::<Vec<_>>()
             }),
+            "names": self.sidecar.as_ref().map(|sidecar| sidecar.describe_names()),
+            "services": self.sidecar.as_ref().map(|sidecar| sidecar.describe_services()),
         })
     }
 

@@ -419,6 +419,8 @@ impl Relay {
             tls_client: empty(),
             trace_parent: empty(),
             trusted_proxy: false,
+            peer_address: empty(),
+            response_head_timeout: None,
             options: empty(),
             deadline: None,
         }

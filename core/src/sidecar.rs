@@ -2,7 +2,7 @@
 //!
 //! Knows tunnels and their services; what a message says is the plugins' business.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use crate::config;
 use crate::error::chain;
 use crate::metrics::{Flows, Metrics};
 use crate::plugin::Plugins;
-use crate::plugin::lend::{Meta, Reset};
+use crate::plugin::lend::{Meta, Reset, Text};
 use crate::random;
 use crate::shard::Shard;
 use crate::tunnel::backoff::{Backoff, SETTLED, jitter};
@@ -27,16 +27,39 @@ use crate::tunnel::pressure;
 use crate::tunnel::session::FEATURE_ANNOUNCE;
 use crate::tunnel::{LaneEnd, Link, drive};
 
+mod health;
+mod peer;
+mod proxy_header;
+mod relays;
+mod retry;
 mod service;
 
-pub use service::{ServiceHandle, Services};
+use health::Health;
+pub use peer::Peer;
+use relays::NamedRelay;
+pub use relays::{Resolve, ResolveFuture, system_resolver};
+pub use retry::{Allowance, Budget, Budgets};
+pub use service::{Asked, Retries, ServiceHandle, Services};
 
 /// Further lanes of a new session are dialled within this, so that a relay's restart does not meet
 /// all of them at once.
 const LANE_STAGGER: Duration = Duration::from_millis(50);
 
+/// How often a peer whose relay another session leads to looks whether that is still so: about a lost
+/// session's first delays.
+const REACHED_LOOK: Duration = Duration::from_secs(1);
+
 /// Ends of lanes that the session's task has not looked at yet: one per lane at most.
 const LANE_ENDS_MAX: usize = 64;
+
+/// Longest time that is taken from a relay: a week. Clocks do not overflow by it.
+const TIMEOUT_MAX: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
+/// Most times that one exchange is sent again, whatever a relay says.
+const ATTEMPTS_MAX: u32 = 10;
+
+/// Most retries per second that a route's budget allows in any case, whatever a relay says.
+const RETRIES_PER_SECOND_MAX: u32 = 100_000;
 
 /// What the sidecar works with; replaced as a whole by a reload.
 pub struct Settings {
@@ -50,6 +73,10 @@ pub struct Settings {
     pub lane: LaneConfig,
     /// How long a relay may take to let us in.
     pub timeouts: dial::Timeouts,
+    /// How often relays' names are looked up again.
+    pub resolve_interval: Duration,
+    /// Looks them up.
+    pub resolve: Resolve,
 }
 
 /// The sidecar's role of this process.
@@ -61,33 +88,15 @@ pub struct Sidecar {
     services: ArcSwap<Services>,
     document: watch::Sender<Arc<proto::Announce>>,
     shards: Arc<[Shard]>,
-    peers: Vec<Arc<Peer>>,
+    peers: ArcSwap<Vec<Arc<Peer>>>,
+    /// Serialises changes of `peers`; readers never take it.
+    peers_change: Mutex<()>,
+    names: Vec<Arc<NamedRelay>>,
     stopping: watch::Sender<bool>,
     flows: Flows,
-}
-
-/// One relay, as this sidecar knows it.
-pub struct Peer {
-    /// Its address as configured.
-    pub relay: String,
-    state: Mutex<PeerState>,
-    is_connected: AtomicBool,
-}
-
-#[derive(Default)]
-struct PeerState {
-    lanes: Vec<Arc<Link>>,
-    session: Option<SessionFacts>,
-    refused: Vec<String>,
-    accepted: Option<u64>,
-    last_error: Option<String>,
-}
-
-/// What is told of a session on the admin page.
-#[derive(Clone)]
-struct SessionFacts {
-    epoch: u64,
-    since: Instant,
+    budgets: Budgets,
+    health: Health,
+    turn: AtomicUsize,
 }
 
 /// What a lane's handshake settled, kept for the session's further lanes.
@@ -108,16 +117,7 @@ impl Sidecar {
         metrics: Arc<Metrics>,
         shards: Arc<[Shard]>,
     ) -> Arc<Self> {
-        let peers = relays
-            .into_iter()
-            .map(|relay| {
-                Arc::new(Peer {
-                    relay,
-                    state: Mutex::default(),
-                    is_connected: AtomicBool::new(false),
-                })
-            })
-            .collect();
+        let (peers, names) = relays::sort(relays);
         Arc::new(Self {
             settings,
             instance: random::bytes(),
@@ -126,37 +126,94 @@ impl Sidecar {
             services: ArcSwap::default(),
             document: watch::Sender::new(Arc::default()),
             shards,
-            peers,
+            peers: ArcSwap::from_pointee(peers),
+            peers_change: Mutex::new(()),
+            names,
             stopping: watch::Sender::new(false),
             flows: Flows::new("sidecar"),
+            budgets: Budgets::default(),
+            health: Health::default(),
+            turn: AtomicUsize::new(0),
         })
     }
 
     /// Takes tunnels and routes of a configuration: for new exchanges, and announced to all relays.
-    pub fn configure(&self, config: &config::Config) {
-        self.services.store(Arc::new(self.services.load().updated(&config.tunnels)));
-        let version = self.document.borrow().version + 1;
-        self.document.send_replace(Arc::new(announcement::encode(version, config)));
+    pub fn configure(self: &Arc<Self>, config: &config::Config) {
+        let before = self.services.load_full();
+        self.services.store(Arc::new(before.updated(&config.tunnels)));
+        let is_start = self.document.borrow().version == 0;
+        let tasks = self.health.configure(
+            &config.tunnels,
+            |tunnel| before.has(tunnel),
+            is_start,
+            &self.metrics.sidecar,
+        );
+        self.document.send_modify(|document| {
+            let mut next = announcement::encode(document.version + 1, config);
+            self.health.mark(&mut next.tunnels);
+            *document = Arc::new(next);
+        });
+        self.watch_services(tasks);
+    }
+
+    /// What the admin page says of the services.
+    pub fn describe_services(&self) -> serde_json::Value {
+        self.services.load().tunnels().map(|tunnel| self.health.describe(tunnel)).collect()
     }
 
     /// Begins to dial every relay.
     pub fn start(self: &Arc<Self>) {
-        for (n, peer) in self.peers.iter().enumerate() {
-            let sidecar = Arc::clone(self);
-            let peer = Arc::clone(peer);
-            let shard = &self.shards[n % self.shards.len()];
-            shard.spawn(async move { sidecar.hold_peer(peer).await });
+        for peer in self.peers().iter() {
+            self.start_peer(Arc::clone(peer));
         }
+        for named in &self.names {
+            let task = Arc::clone(self).hold_name(Arc::clone(named));
+            self.next_shard().spawn(task);
+        }
+    }
+
+    fn start_peer(self: &Arc<Self>, peer: Arc<Peer>) {
+        // Refused only where the process ends.
+        self.next_shard().spawn(Arc::clone(self).hold_peer(peer));
+    }
+
+    /// Peers take turns on the threads; their lanes lie on all.
+    fn next_shard(&self) -> &Shard {
+        let turn = self.turn.fetch_add(1, Ordering::Relaxed);
+        &self.shards[turn % self.shards.len()]
     }
 
     /// Whether at least one session can carry exchanges.
     pub fn is_connected(&self) -> bool {
-        self.peers.iter().any(|peer| peer.is_connected.load(Ordering::Relaxed))
+        self.peers().iter().any(|peer| peer.is_connected())
     }
 
-    /// The relays.
-    pub fn peers(&self) -> &[Arc<Peer>] {
-        &self.peers
+    /// Why all relays with a session refuse the newest document; `None`: one does not, or there is none.
+    pub fn refused_by_all(&self) -> Option<String> {
+        let peers = self.peers();
+        let mut connected = peers.iter().filter(|peer| peer.is_connected()).peekable();
+        connected.peek()?;
+        let reasons: Option<Vec<String>> = connected
+            .map(|peer| peer.refusal().map(|reasons| format!("{}: {reasons}", peer.name)))
+            .collect();
+        reasons.map(|reasons| reasons.join("; "))
+    }
+
+    /// The relays, by what is dialled.
+    pub fn peers(&self) -> Arc<Vec<Arc<Peer>>> {
+        self.peers.load_full()
+    }
+
+    fn change_peers(&self, change: impl FnOnce(&mut Vec<Arc<Peer>>)) {
+        let _held = self.peers_change.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut peers = Vec::clone(&self.peers.load());
+        change(&mut peers);
+        self.peers.store(Arc::new(peers));
+    }
+
+    /// What the admin page says of relays that are configured by name.
+    pub fn describe_names(&self) -> serde_json::Value {
+        self.names.iter().map(|named| named.describe()).collect()
     }
 
     /// Tells the relays that nothing new is taken and dials no more. Running exchanges go on.
@@ -192,50 +249,79 @@ impl Sidecar {
     }
 
     fn links(&self) -> Vec<Arc<Link>> {
-        self.peers.iter().flat_map(|peer| peer.with(|state| state.lanes.clone())).collect()
+        self.peers().iter().flat_map(|peer| peer.with(|state| state.lanes.clone())).collect()
     }
 
     fn is_stopping(&self) -> bool {
         *self.stopping.borrow()
     }
 
-    /// Begins sessions with one relay, one after the other, until the sidecar stops.
+    /// Begins sessions with one relay, one after the other, until the sidecar stops or the address is
+    /// not wanted any more.
     async fn hold_peer(self: Arc<Self>, peer: Arc<Peer>) {
         let mut backoff = Backoff::default();
         let mut stopping = self.stopping.subscribe();
-        while !self.is_stopping() {
+        let mut wanted = peer.wanted.subscribe();
+        while !self.is_stopping() && !self.let_go(&peer) {
             let mut wait_at_least = Duration::ZERO;
-            match self.begin_session(&peer).await {
-                Ok((session, lane)) => {
-                    let began = Instant::now();
-                    self.hold_session(&peer, session, lane).await;
-                    if began.elapsed() >= SETTLED {
-                        backoff.reset();
+            let wait = if self.is_reached_otherwise(&peer) {
+                REACHED_LOOK
+            } else {
+                match self.begin_session(&peer).await {
+                    Ok((session, lane)) => {
+                        let began = Instant::now();
+                        self.hold_session(&peer, session, lane).await;
+                        if began.elapsed() >= SETTLED {
+                            backoff.reset();
+                        }
+                        if !self.is_stopping() {
+                            tracing::warn!(relay = peer.name, "session lost; dialling again");
+                        }
                     }
-                    if !self.is_stopping() {
-                        tracing::warn!(relay = peer.relay, "session lost; dialling again");
+                    Err(error) => {
+                        let cause = chain(&error);
+                        if self.has_connected_sibling(&peer) {
+                            tracing::debug!(relay = peer.name, error = cause, "no session");
+                        } else {
+                            tracing::warn!(relay = peer.name, error = cause, "no session");
+                        }
+                        peer.with(|state| state.last_error = Some(cause));
+                        wait_at_least = error.retry_after().unwrap_or_default();
                     }
                 }
-                Err(error) => {
-                    let cause = chain(&error);
-                    tracing::warn!(relay = peer.relay, error = cause, "no session");
-                    peer.with(|state| state.last_error = Some(cause));
-                    wait_at_least = error.retry_after().unwrap_or_default();
-                }
-            }
-            let wait = backoff.next(random::number()).max(wait_at_least);
+                backoff.next(random::number()).max(wait_at_least)
+            };
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
                 _ = stopping.changed() => {}
+                _ = wanted.changed() => {}
             }
         }
+    }
+
+    /// Takes a peer that is not wanted off the list; false: it is wanted.
+    fn let_go(&self, peer: &Arc<Peer>) -> bool {
+        let mut is_gone = false;
+        if !peer.is_wanted() {
+            self.change_peers(|peers| {
+                // It may have come back meanwhile.
+                is_gone = !peer.is_wanted();
+                if is_gone {
+                    peers.retain(|other| !Arc::ptr_eq(other, peer));
+                }
+            });
+        }
+        if is_gone {
+            tracing::info!(relay = peer.name, "the address is dialled no more");
+        }
+        is_gone
     }
 
     async fn begin_session(&self, peer: &Peer) -> Result<(Session, NewLane), DialError> {
         let protocols = self.protocols();
         let hello = self.hello(&protocols);
         let (stream, welcome, input) =
-            dial::dial(&peer.relay, &hello, self.settings.timeouts).await?;
+            dial::dial(&peer.target, &hello, self.settings.timeouts).await?;
         let session = Session {
             id: welcome.session,
             secret: welcome.secret,
@@ -244,13 +330,8 @@ impl Sidecar {
             lanes_max: welcome.lanes_max,
         };
         self.metrics.session_begun();
-        tracing::info!(relay = peer.relay, epoch = welcome.epoch, "session begun");
-        peer.with(|state| {
-            state.session = Some(SessionFacts { epoch: welcome.epoch, since: Instant::now() });
-            state.last_error = None;
-            state.accepted = None;
-            state.refused.clear();
-        });
+        tracing::info!(relay = peer.name, epoch = welcome.epoch, "session begun");
+        peer.session_begun(welcome.epoch, welcome.relay_instance);
         Ok((session, NewLane { stream, input, number: welcome.lane }))
     }
 
@@ -267,7 +348,7 @@ impl Sidecar {
             ..self.hello(&session.protocols)
         };
         let (stream, welcome, input) =
-            dial::dial(&peer.relay, &hello, self.settings.timeouts).await?;
+            dial::dial(&peer.target, &hello, self.settings.timeouts).await?;
         Ok(NewLane { stream, input, number: welcome.lane })
     }
 
@@ -303,7 +384,7 @@ impl Sidecar {
         let mut backoff = Backoff::default();
         let wanted = self.settings.lanes.min(session.lanes_max) as usize;
         self.start_lane(peer, &session, first, ended.clone());
-        peer.is_connected.store(true, Ordering::Relaxed);
+        peer.connected();
         self.announce(peer);
         document.mark_unchanged();
         let mut wait = jitter(LANE_STAGGER, random::number());
@@ -326,14 +407,14 @@ impl Sidecar {
                             wait = jitter(LANE_STAGGER, random::number());
                         }
                         Err(error) if error.is_unknown_session() => {
-                            tracing::warn!(relay = peer.relay, "the relay has forgotten the session");
+                            tracing::warn!(relay = peer.name, "the relay has forgotten the session");
                             for link in peer.with(|state| state.lanes.clone()) {
                                 link.close();
                             }
                             wait = backoff.next(random::number());
                         }
                         Err(error) => {
-                            tracing::warn!(relay = peer.relay, error = chain(&error), "no further lane");
+                            tracing::warn!(relay = peer.name, error = chain(&error), "no further lane");
                             let asked = error.retry_after().unwrap_or_default();
                             wait = backoff.next(random::number()).max(asked);
                         }
@@ -343,8 +424,8 @@ impl Sidecar {
                 Ok(()) = document.changed() => self.announce(peer),
             }
         }
-        peer.is_connected.store(false, Ordering::Relaxed);
-        peer.with(|state| state.session = None);
+        peer.session_ended();
+        self.count_refusals();
     }
 
     fn start_lane(
@@ -370,10 +451,10 @@ impl Sidecar {
             let end = sidecar.drive_lane(&peer, &session, lane, Arc::clone(&driven)).await;
             let is_ours = matches!(end, LaneEnd::Local);
             if is_ours || sidecar.is_stopping() {
-                tracing::debug!(relay = peer.relay, lane = number, "lane closed");
+                tracing::debug!(relay = peer.name, lane = number, "lane closed");
             } else {
                 sidecar.metrics.lane_lost("sidecar");
-                tracing::warn!(relay = peer.relay, lane = number, error = chain(&end), "lane lost");
+                tracing::warn!(relay = peer.name, lane = number, error = chain(&end), "lane lost");
             }
             // An error means that the session's task is gone, and with it whoever would care.
             let _ = ended.send(driven).await;
@@ -395,7 +476,7 @@ impl Sidecar {
             Ok(stream) => stream,
             Err(error) => return LaneEnd::Io(error),
         };
-        tracing::info!(relay = peer.relay, lane = lane.number, "lane up");
+        tracing::info!(relay = peer.name, lane = lane.number, "lane up");
         let lost = Reset::new(failure::TUNNEL_LOST);
         let mut texts = Texts::default();
         drive(link, stream, lane.input, lost, |link: &Arc<Link>, event| {
@@ -416,10 +497,13 @@ impl Sidecar {
             Event::Opened { key, id, protocol_type, open } => {
                 self.deliver(session, link, key, id, protocol_type, &open, texts);
             }
-            Event::Announced(announced) => answered(peer, &announced),
+            Event::Announced(announced) => {
+                peer.answered(&announced);
+                self.count_refusals();
+            }
             Event::GoAway(go_away) => {
                 tracing::info!(
-                    relay = peer.relay,
+                    relay = peer.name,
                     lane = link.number,
                     reason = go_away.detail,
                     "the relay takes nothing new on this lane"
@@ -427,7 +511,7 @@ impl Sidecar {
                 link.leave();
             }
             Event::Announce(_) => {
-                tracing::warn!(relay = peer.relay, "the relay sent an announcement; ignored");
+                tracing::warn!(relay = peer.name, "the relay sent an announcement; ignored");
             }
             Event::Rtt(_) => {}
         }
@@ -455,8 +539,17 @@ impl Sidecar {
             return refuse(failure::PLUGIN_FAILED);
         }
         let services = self.services.load();
-        let Some(service) = services.find(&open.tunnel) else { return refuse(failure::NO_ROUTE) };
         let route = texts.shared(&open.route);
+        let client_address: Text = open.client_address.as_str().into();
+        let policy = open.policy.as_ref();
+        let asked = Asked {
+            client_address: client_address.clone(),
+            connect_timeout: policy.and_then(|policy| millis(policy.connect_timeout_ms)),
+            retries: policy.and_then(|policy| self.retries(policy, &route)),
+        };
+        let Some(service) = services.find(&open.tunnel, asked) else {
+            return refuse(failure::NO_ROUTE);
+        };
         let record = self.metrics.exchange("sidecar", plugin.name());
         record.routed(&route, &service.tunnel);
         let tls = open.tls.as_ref();
@@ -465,7 +558,7 @@ impl Sidecar {
             protocol_type: Arc::clone(plugin.name()),
             route: route.into(),
             tunnel: Arc::clone(&service.tunnel).into(),
-            client_address: open.client_address.as_str().into(),
+            client_address,
             listener: texts.shared(&open.listener).into(),
             scheme: texts.shared(&open.scheme).into(),
             tls_sni: tls.map_or("", |tls| &tls.sni).into(),
@@ -473,9 +566,12 @@ impl Sidecar {
             tls_client: tls.map_or("", |tls| &tls.client_subject).into(),
             trace_parent: open.trace_parent.as_str().into(),
             trusted_proxy: open.trusted_proxy,
+            peer_address: open.peer_address.as_str().into(),
+            response_head_timeout: policy
+                .and_then(|policy| millis(policy.response_head_timeout_ms)),
             options: texts.shared(&open.options).into(),
             deadline: (open.timeout_ns > 0)
-                .then(|| Instant::now() + Duration::from_nanos(open.timeout_ns)),
+                .then(|| Instant::now() + Duration::from_nanos(open.timeout_ns).min(TIMEOUT_MAX)),
         };
         let flow = self.flows.of(&self.metrics, plugin.name());
         let (send, recv) = link.halves(key, flow);
@@ -486,6 +582,29 @@ impl Sidecar {
         });
     }
 
+    /// What a route's policy allows of retries; pays the exchange into the route's budget.
+    fn retries(&self, policy: &proto::DeliveryPolicy, route: &Arc<str>) -> Option<Retries> {
+        if policy.retries == 0 {
+            return None;
+        }
+        let allowance = Allowance {
+            percent: policy.retry_budget_percent,
+            per_second: policy.retry_budget_min.min(RETRIES_PER_SECOND_MAX),
+        };
+        Some(Retries {
+            attempts: policy.retries.min(ATTEMPTS_MAX),
+            used: AtomicU32::new(0),
+            budget: self.budgets.deposit(route, allowance, Instant::now()),
+            route: Arc::clone(route),
+            metrics: Arc::clone(&self.metrics),
+        })
+    }
+
+    fn count_refusals(&self) {
+        let is_refused = self.peers().iter().any(|peer| peer.refusal().is_some());
+        self.metrics.sidecar.set_announcement_refused(is_refused);
+    }
+
     /// Sends the current document on a lane that is up.
     fn announce(&self, peer: &Peer) {
         let document = Arc::clone(&self.document.borrow());
@@ -493,7 +612,7 @@ impl Sidecar {
             let is_sent = link.with(|lane| lane.announce(proto::Announce::clone(&document)));
             if !is_sent {
                 tracing::error!(
-                    relay = peer.relay,
+                    relay = peer.name,
                     "the announcement is longer than the relay accepts"
                 );
             }
@@ -512,47 +631,9 @@ struct NewLane {
     number: u32,
 }
 
-impl Peer {
-    fn with<T>(&self, f: impl FnOnce(&mut PeerState) -> T) -> T {
-        f(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// What the admin page says of it.
-    pub fn describe(&self) -> serde_json::Value {
-        self.with(|state| {
-            serde_json::json!({
-                "relay": self.relay,
-                "connected": self.is_connected.load(Ordering::Relaxed),
-                "epoch": state.session.as_ref().map(|session| session.epoch),
-                "connected_for_seconds": state.session.as_ref().map(|s| s.since.elapsed().as_secs()),
-                "lanes": state.lanes.iter().map(|link| serde_json::json!({
-                    "lane": link.number, "thread": link.shard, "exchanges": link.load(), "open": link.is_open(),
-                })).collect::<Vec<_>>(),
-                "announcement_accepted": state.accepted,
-                "announcement_refused": state.refused,
-                "last_error": state.last_error,
-            })
-        })
-    }
-}
-
-fn answered(peer: &Peer, announced: &proto::Announced) {
-    if announced.accepted {
-        tracing::info!(relay = peer.relay, version = announced.version, "announcement accepted");
-    } else {
-        tracing::error!(
-            relay = peer.relay,
-            version = announced.version,
-            reasons = announced.reasons.join("; "),
-            "announcement refused: the relay keeps the last one"
-        );
-    }
-    peer.with(|state| {
-        if announced.accepted {
-            state.accepted = Some(announced.version);
-        }
-        state.refused.clone_from(&announced.reasons);
-    });
+/// A time of a relay's; 0: none.
+fn millis(millis: u64) -> Option<Duration> {
+    (millis > 0).then(|| Duration::from_millis(millis).min(TIMEOUT_MAX))
 }
 
 /// Texts kept of a lane's exchanges: names that come again and again are made once.

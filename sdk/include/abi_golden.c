@@ -4,7 +4,8 @@
 #include "sidelane_plugin.h"
 
 _Static_assert(SIDELANE_ABI_MAJOR == 0u, "SIDELANE_ABI_MAJOR");
-_Static_assert(SIDELANE_ABI_MINOR == 2u, "SIDELANE_ABI_MINOR");
+_Static_assert(SIDELANE_ABI_MINOR == 3u, "SIDELANE_ABI_MINOR");
+_Static_assert(SIDELANE_ABI_MINOR_OLDEST == 2u, "SIDELANE_ABI_MINOR_OLDEST");
 _Static_assert(SIDELANE_PANIC_STRATEGY_UNWIND == 1u, "SIDELANE_PANIC_STRATEGY_UNWIND");
 _Static_assert(SIDELANE_PANIC_STRATEGY_ABORT == 2u, "SIDELANE_PANIC_STRATEGY_ABORT");
 _Static_assert(SIDELANE_PANIC_STRATEGY_NONE == 3u, "SIDELANE_PANIC_STRATEGY_NONE");
@@ -52,8 +53,12 @@ _Static_assert(SIDELANE_MSG_END == 1u, "SIDELANE_MSG_END");
 _Static_assert(SIDELANE_RECV_MESSAGE == 1u, "SIDELANE_RECV_MESSAGE");
 _Static_assert(SIDELANE_RECV_RESET == 2u, "SIDELANE_RECV_RESET");
 _Static_assert(SIDELANE_RECV_FINISHED == 3u, "SIDELANE_RECV_FINISHED");
+_Static_assert(SIDELANE_META_TRUSTED_PROXY == 1u, "SIDELANE_META_TRUSTED_PROXY");
 _Static_assert(SIDELANE_ROUTE_KEY_LISTENER == 0u, "SIDELANE_ROUTE_KEY_LISTENER");
 _Static_assert(SIDELANE_ROUTE_KEY_HOST == 1u, "SIDELANE_ROUTE_KEY_HOST");
+_Static_assert(SIDELANE_SERVICE_UNSHARED == 1u, "SIDELANE_SERVICE_UNSHARED");
+_Static_assert(SIDELANE_UNSET == 4294967295u, "SIDELANE_UNSET");
+_Static_assert(SIDELANE_UNSET_NS == 18446744073709551615u, "SIDELANE_UNSET_NS");
 _Static_assert(SIDELANE_LEVEL_ERROR == 1u, "SIDELANE_LEVEL_ERROR");
 _Static_assert(SIDELANE_LEVEL_WARN == 2u, "SIDELANE_LEVEL_WARN");
 _Static_assert(SIDELANE_LEVEL_INFO == 3u, "SIDELANE_LEVEL_INFO");
@@ -396,7 +401,7 @@ _Static_assert(_Generic(((sidelane_owned_exchange_t *)0)->send, sidelane_owned_s
 _Static_assert(offsetof(sidelane_owned_exchange_t, recv) == 16, "offset of sidelane_owned_exchange_t.recv");
 _Static_assert(_Generic(((sidelane_owned_exchange_t *)0)->recv, sidelane_owned_recv_half_t: 1, default: 0), "type of sidelane_owned_exchange_t.recv");
 
-_Static_assert(sizeof(sidelane_meta_t) == 208, "size of sidelane_meta_t");
+_Static_assert(sizeof(sidelane_meta_t) == 240, "size of sidelane_meta_t");
 _Static_assert(_Alignof(sidelane_meta_t) == 8, "alignment of sidelane_meta_t");
 _Static_assert(offsetof(sidelane_meta_t, size) == 0, "offset of sidelane_meta_t.size");
 _Static_assert(_Generic(((sidelane_meta_t *)0)->size, size_t: 1, default: 0), "type of sidelane_meta_t.size");
@@ -426,6 +431,12 @@ _Static_assert(offsetof(sidelane_meta_t, trace_parent) == 176, "offset of sidela
 _Static_assert(_Generic(((sidelane_meta_t *)0)->trace_parent, sidelane_borrowed_bytes_t: 1, default: 0), "type of sidelane_meta_t.trace_parent");
 _Static_assert(offsetof(sidelane_meta_t, options) == 192, "offset of sidelane_meta_t.options");
 _Static_assert(_Generic(((sidelane_meta_t *)0)->options, sidelane_borrowed_bytes_t: 1, default: 0), "type of sidelane_meta_t.options");
+_Static_assert(offsetof(sidelane_meta_t, peer_address) == 208, "offset of sidelane_meta_t.peer_address");
+_Static_assert(_Generic(((sidelane_meta_t *)0)->peer_address, sidelane_borrowed_bytes_t: 1, default: 0), "type of sidelane_meta_t.peer_address");
+_Static_assert(offsetof(sidelane_meta_t, response_head_timeout_ns) == 224, "offset of sidelane_meta_t.response_head_timeout_ns");
+_Static_assert(_Generic(((sidelane_meta_t *)0)->response_head_timeout_ns, uint64_t: 1, default: 0), "type of sidelane_meta_t.response_head_timeout_ns");
+_Static_assert(offsetof(sidelane_meta_t, flags) == 232, "offset of sidelane_meta_t.flags");
+_Static_assert(_Generic(((sidelane_meta_t *)0)->flags, uint32_t: 1, default: 0), "type of sidelane_meta_t.flags");
 
 _Static_assert(sizeof(sidelane_route_key_t) == 48, "size of sidelane_route_key_t");
 _Static_assert(_Alignof(sidelane_route_key_t) == 8, "alignment of sidelane_route_key_t");
@@ -476,7 +487,7 @@ _Static_assert(_Generic(((sidelane_owned_service_t *)0)->version, uint64_t: 1, d
 _Static_assert(offsetof(sidelane_owned_service_t, address) == 32, "offset of sidelane_owned_service_t.address");
 _Static_assert(_Generic(((sidelane_owned_service_t *)0)->address, sidelane_borrowed_bytes_t: 1, default: 0), "type of sidelane_owned_service_t.address");
 
-_Static_assert(sizeof(sidelane_service_vt_t) == 24, "size of sidelane_service_vt_t");
+_Static_assert(sizeof(sidelane_service_vt_t) == 40, "size of sidelane_service_vt_t");
 _Static_assert(_Alignof(sidelane_service_vt_t) == 8, "alignment of sidelane_service_vt_t");
 _Static_assert(offsetof(sidelane_service_vt_t, size) == 0, "offset of sidelane_service_vt_t.size");
 _Static_assert(_Generic(((sidelane_service_vt_t *)0)->size, size_t: 1, default: 0), "type of sidelane_service_vt_t.size");
@@ -484,6 +495,27 @@ _Static_assert(offsetof(sidelane_service_vt_t, connect) == 8, "offset of sidelan
 _Static_assert(_Generic(((sidelane_service_vt_t *)0)->connect, sidelane_owned_future_t (*)(void *): 1, default: 0), "type of sidelane_service_vt_t.connect");
 _Static_assert(offsetof(sidelane_service_vt_t, drop) == 16, "offset of sidelane_service_vt_t.drop");
 _Static_assert(_Generic(((sidelane_service_vt_t *)0)->drop, void (*)(void *): 1, default: 0), "type of sidelane_service_vt_t.drop");
+_Static_assert(offsetof(sidelane_service_vt_t, settings) == 24, "offset of sidelane_service_vt_t.settings");
+_Static_assert(_Generic(((sidelane_service_vt_t *)0)->settings, const sidelane_service_settings_t * (*)(void *): 1, default: 0), "type of sidelane_service_vt_t.settings");
+_Static_assert(offsetof(sidelane_service_vt_t, retry) == 32, "offset of sidelane_service_vt_t.retry");
+_Static_assert(_Generic(((sidelane_service_vt_t *)0)->retry, uint32_t (*)(void *): 1, default: 0), "type of sidelane_service_vt_t.retry");
+
+_Static_assert(sizeof(sidelane_service_settings_t) == 40, "size of sidelane_service_settings_t");
+_Static_assert(_Alignof(sidelane_service_settings_t) == 8, "alignment of sidelane_service_settings_t");
+_Static_assert(offsetof(sidelane_service_settings_t, size) == 0, "offset of sidelane_service_settings_t.size");
+_Static_assert(_Generic(((sidelane_service_settings_t *)0)->size, size_t: 1, default: 0), "type of sidelane_service_settings_t.size");
+_Static_assert(offsetof(sidelane_service_settings_t, flags) == 8, "offset of sidelane_service_settings_t.flags");
+_Static_assert(_Generic(((sidelane_service_settings_t *)0)->flags, uint32_t: 1, default: 0), "type of sidelane_service_settings_t.flags");
+_Static_assert(offsetof(sidelane_service_settings_t, http_version) == 12, "offset of sidelane_service_settings_t.http_version");
+_Static_assert(_Generic(((sidelane_service_settings_t *)0)->http_version, uint32_t: 1, default: 0), "type of sidelane_service_settings_t.http_version");
+_Static_assert(offsetof(sidelane_service_settings_t, retries) == 16, "offset of sidelane_service_settings_t.retries");
+_Static_assert(_Generic(((sidelane_service_settings_t *)0)->retries, uint32_t: 1, default: 0), "type of sidelane_service_settings_t.retries");
+_Static_assert(offsetof(sidelane_service_settings_t, pool_idle) == 20, "offset of sidelane_service_settings_t.pool_idle");
+_Static_assert(_Generic(((sidelane_service_settings_t *)0)->pool_idle, uint32_t: 1, default: 0), "type of sidelane_service_settings_t.pool_idle");
+_Static_assert(offsetof(sidelane_service_settings_t, pool_connections) == 24, "offset of sidelane_service_settings_t.pool_connections");
+_Static_assert(_Generic(((sidelane_service_settings_t *)0)->pool_connections, uint32_t: 1, default: 0), "type of sidelane_service_settings_t.pool_connections");
+_Static_assert(offsetof(sidelane_service_settings_t, pool_idle_timeout_ns) == 32, "offset of sidelane_service_settings_t.pool_idle_timeout_ns");
+_Static_assert(_Generic(((sidelane_service_settings_t *)0)->pool_idle_timeout_ns, uint64_t: 1, default: 0), "type of sidelane_service_settings_t.pool_idle_timeout_ns");
 
 _Static_assert(sizeof(sidelane_host_t) == 8, "size of sidelane_host_t");
 _Static_assert(_Alignof(sidelane_host_t) == 8, "alignment of sidelane_host_t");

@@ -24,7 +24,8 @@
  *
  * Versions. Every vtable and every struct passed by pointer begins with its `size`. Slots are
  * appended, never changed; a reader treats a slot at or beyond `size` as absent. Structs passed by
- * value are frozen within a major version. While SIDELANE_ABI_MAJOR is 0 the minor must match.
+ * value are frozen within a major version. A host takes plugins of SIDELANE_ABI_MINOR_OLDEST to
+ * SIDELANE_ABI_MINOR; what a minor version added says so ("since 0.3").
  */
 #ifndef SIDELANE_PLUGIN_H
 #define SIDELANE_PLUGIN_H
@@ -74,6 +75,7 @@ typedef struct sidelane_owned_opener sidelane_owned_opener_t;
 typedef struct sidelane_opener_vt sidelane_opener_vt_t;
 typedef struct sidelane_owned_service sidelane_owned_service_t;
 typedef struct sidelane_service_vt sidelane_service_vt_t;
+typedef struct sidelane_service_settings sidelane_service_settings_t;
 typedef struct sidelane_host sidelane_host_t;
 typedef struct sidelane_host_vt sidelane_host_vt_t;
 typedef struct sidelane_splice_outcome sidelane_splice_outcome_t;
@@ -84,9 +86,11 @@ typedef struct sidelane_plugin_vt sidelane_plugin_vt_t;
 /* Major version. Different majors do not load. */
 #define SIDELANE_ABI_MAJOR 0u
 
-/* Minor version. While the major is 0 it must match exactly; later it may not exceed the
- * host's. */
-#define SIDELANE_ABI_MINOR 2u
+/* Minor version. A plugin's may not exceed its host's. */
+#define SIDELANE_ABI_MINOR 3u
+
+/* Oldest minor version that a host of this one takes: what came since was only appended. */
+#define SIDELANE_ABI_MINOR_OLDEST 2u
 
 /* First bytes of every sidelane_stamp_t. */
 #define SIDELANE_MAGIC "sidelane-plugin"
@@ -628,7 +632,20 @@ struct sidelane_meta {
     sidelane_borrowed_bytes_t trace_parent;
     /* The route's `options.<protocol_type>` as JSON, or empty. */
     sidelane_borrowed_bytes_t options;
+    /* Where SIDELANE_META_TRUSTED_PROXY is set: the proxy's own address, in the form of
+     * `client_address`, or empty where it is not known. Since 0.3. */
+    sidelane_borrowed_bytes_t peer_address;
+    /* From dispatch to the service's response head, as the route says; 0: the plugin's own, or none.
+     * Since 0.3. */
+    uint64_t response_head_timeout_ns;
+    /* Bits of SIDELANE_META_*. Since 0.3. */
+    uint32_t flags;
 };
+
+/* Bits of sidelane_meta_t.flags. */
+/* The client is a proxy that the relay trusts: what it wrote in `Forwarded` and `X-Forwarded-*` is
+ * added to, not replaced. */
+#define SIDELANE_META_TRUSTED_PROXY 1u
 
 /* What an exchange is opened for. */
 struct sidelane_route_key {
@@ -701,7 +718,44 @@ struct sidelane_service_vt {
     sidelane_owned_future_t (*connect)(void *data);
     /* Ends it. */
     void (*drop)(void *data);
+    /* What the tunnel and the route ask of whoever talks to the service; borrowed until the service
+     * is dropped. Never null. Since 0.3. */
+    const sidelane_service_settings_t *(*settings)(void *data);
+    /* Asks whether this exchange may be sent to the service once more, and takes that from the
+     * route's budget. Asked only where the service cannot have processed it, or may twice. 1, or 0:
+     * what the client gets is what the last try gave. Since 0.3. */
+    uint32_t (*retry)(void *data);
 };
+
+/* What a tunnel and a route ask of whoever talks to a service. Since 0.3. */
+struct sidelane_service_settings {
+    /* `sizeof(sidelane_service_settings_t)`. */
+    size_t size;
+    /* Bits of SIDELANE_SERVICE_*. */
+    uint32_t flags;
+    /* HTTP's major version to the service: 1, or 2 by prior knowledge. */
+    uint32_t http_version;
+    /* Most times that this exchange may be sent again; 0: the route has no policy, and only what is
+     * safe in any case is. */
+    uint32_t retries;
+    /* Unused connections to keep, per data-path thread; SIDELANE_UNSET: the plugin's own. */
+    uint32_t pool_idle;
+    /* Connections, used and unused, per data-path thread; SIDELANE_UNSET: the plugin's own. */
+    uint32_t pool_connections;
+    /* How long an unused connection is kept; SIDELANE_UNSET_NS: the plugin's own. */
+    uint64_t pool_idle_timeout_ns;
+};
+
+/* Bits of sidelane_service_settings_t.flags. */
+/* Each connection tells the service of one client: it serves the exchange that asked for it, and no
+ * other. */
+#define SIDELANE_SERVICE_UNSHARED 1u
+
+/* A count of sidelane_service_settings_t that says nothing. */
+#define SIDELANE_UNSET UINT32_MAX
+
+/* A time of sidelane_service_settings_t that says nothing. */
+#define SIDELANE_UNSET_NS UINT64_MAX
 
 /* The services that the host lends a plugin. Valid while the process lives. */
 struct sidelane_host {

@@ -118,10 +118,12 @@ pub enum LoadFault {
         /// The plugin's minor.
         found: u32,
     },
-    /// An older minor version, while the major is 0.
+    /// A minor version that is too old.
     #[error(
-        "speaks plugin ABI {}.{found}, this host speaks {}.{} only (0.x must match exactly); rebuild it with the sidelane-plugin of this host's release",
+        "speaks plugin ABI {}.{found}, this host speaks {}.{} to {}.{}; rebuild it with the sidelane-plugin of this host's release",
         abi::ABI_MAJOR,
+        abi::ABI_MAJOR,
+        abi::ABI_MINOR_OLDEST,
         abi::ABI_MAJOR,
         abi::ABI_MINOR
     )]

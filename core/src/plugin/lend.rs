@@ -89,6 +89,10 @@ pub struct Meta {
     /// The client is a proxy that the relay trusts: what it wrote in `Forwarded` and `X-Forwarded-*`
     /// is added to, not replaced.
     pub trusted_proxy: bool,
+    /// That proxy's own address, in the form of `client_address`; empty where it is not known.
+    pub peer_address: Text,
+    /// From dispatch to the service's response head; `None`: the plugin's own.
+    pub response_head_timeout: Option<std::time::Duration>,
 }
 
 /// A request's head, owned by the front and borrowed by the plugin until its call ends.
@@ -256,6 +260,36 @@ pub trait Opener: Send + 'static {
     ) -> Poll<OpenResult<Self::Send, Self::Recv>>;
 }
 
+/// What a tunnel and a route ask of whoever talks to a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServiceSettings {
+    /// A connection may serve exchanges of several clients.
+    pub shared: bool,
+    /// HTTP's major version to the service: 1 or 2.
+    pub http_version: u32,
+    /// Most times that this exchange may be sent again; 0: only what is safe in any case.
+    pub retries: u32,
+    /// Unused connections to keep, per data-path thread; `None`: the plugin's own.
+    pub pool_idle: Option<u32>,
+    /// Connections, per data-path thread; `None`: the plugin's own.
+    pub pool_connections: Option<u32>,
+    /// How long an unused connection is kept; `None`: the plugin's own.
+    pub pool_idle_timeout: Option<std::time::Duration>,
+}
+
+impl Default for ServiceSettings {
+    fn default() -> Self {
+        Self {
+            shared: true,
+            http_version: 1,
+            retries: 0,
+            pool_idle: None,
+            pool_connections: None,
+            pool_idle_timeout: None,
+        }
+    }
+}
+
 /// The service behind a tunnel.
 pub trait Service: Send + 'static {
     /// Stable for a tunnel's name.
@@ -266,4 +300,8 @@ pub trait Service: Send + 'static {
     fn address(&self) -> &str;
     /// Dials.
     fn connect(&self) -> StreamFuture;
+    /// What the tunnel and the route ask of whoever talks to it.
+    fn settings(&self) -> ServiceSettings;
+    /// Whether the exchange may be sent once more; takes that from the route's budget.
+    fn retry(&self) -> bool;
 }

@@ -196,7 +196,7 @@ fn judge(bytes: &[u8], endian: Endianness) -> Result<Stamp, LoadFault> {
     if minor > abi::ABI_MINOR {
         return Err(LoadFault::AbiMinorNewer { found: minor });
     }
-    if abi::ABI_MAJOR == 0 && minor < abi::ABI_MINOR {
+    if minor < abi::ABI_MINOR_OLDEST {
         return Err(LoadFault::AbiMinorOlder { found: minor });
     }
     if (word(std::mem::offset_of!(abi::Stamp, size)) as usize) < size_of::<abi::Stamp>() {

@@ -103,6 +103,7 @@ impl RelayOpener {
                 tls: None,
                 trace_parent: String::from(&*known.trace_parent),
                 trusted_proxy: known.trusted_proxy,
+                peer_address: String::from(&*known.peer_address),
                 options: String::from(&*options),
                 listener: String::from(&*known.listener),
                 ..proto::Open::default()

@@ -3,14 +3,19 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use sidelane_abi::failure;
-use tokio::net::TcpStream;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
-use crate::config;
-use crate::plugin::lend::{Service, Stream, StreamFuture};
+use super::proxy_header::{self, Origin};
+use super::retry::Budget;
+use crate::config::{self, HttpVersion, ServiceAddress};
+use crate::metrics::Metrics;
+use crate::plugin::lend::{Service, ServiceSettings, Stream, StreamFuture, Text};
 
 /// Services by tunnel.
 #[derive(Default)]
@@ -57,11 +62,71 @@ impl Services {
         next
     }
 
-    /// Returns the service of a tunnel.
+    /// Returns whether the tunnel has a service here.
     #[must_use]
-    pub fn find(&self, tunnel: &str) -> Option<ServiceHandle> {
+    pub fn has(&self, tunnel: &str) -> bool {
+        self.by_tunnel.contains_key(tunnel)
+    }
+
+    /// Returns the tunnels, by name.
+    pub fn tunnels(&self) -> impl Iterator<Item = &config::Tunnel> {
+        let mut tunnels: Vec<_> = self.by_tunnel.values().map(|entry| &*entry.tunnel).collect();
+        tunnels.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        tunnels.into_iter()
+    }
+
+    /// Returns the service of a tunnel, for one exchange.
+    #[must_use]
+    pub fn find(&self, tunnel: &str, asked: Asked) -> Option<ServiceHandle> {
         let entry = self.by_tunnel.get(tunnel)?;
-        Some(ServiceHandle { tunnel: Arc::clone(&entry.tunnel.name), entry: Arc::clone(entry) })
+        let tunnel = Arc::clone(&entry.tunnel.name);
+        Some(ServiceHandle { tunnel, entry: Arc::clone(entry), asked })
+    }
+}
+
+/// What one exchange asks for beyond its tunnel.
+pub struct Asked {
+    /// Whose connections are, where the service is told.
+    pub client_address: Text,
+    /// Instead of the tunnel's.
+    pub connect_timeout: Option<Duration>,
+    /// Whether it may be sent again; `None`: only what is safe in any case.
+    pub retries: Option<Retries>,
+}
+
+/// How often one exchange may be sent again.
+pub struct Retries {
+    /// Most times.
+    pub attempts: u32,
+    /// Times so far.
+    pub used: AtomicU32,
+    /// The route's; `None`: too many routes have one.
+    pub budget: Option<Arc<Budget>>,
+    /// The route's name.
+    pub route: Arc<str>,
+    /// Where it is counted.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Retries {
+    /// Takes one; false: there is none left, of the exchange's or of the route's.
+    fn take(&self, tunnel: &str) -> bool {
+        // One plugin's call at a time asks.
+        let used = self.used.load(Ordering::Relaxed);
+        let attempts = used < self.attempts;
+        let budget = self.budget.as_ref();
+        let granted = attempts && budget.is_some_and(|budget| budget.take(Instant::now()));
+        let route = &*self.route;
+        if granted {
+            self.used.store(used + 1, Ordering::Relaxed);
+            self.metrics.sidecar.retried(&self.route);
+            tracing::debug!(route, tunnel, attempt = used + 1, "sent to the service again");
+        } else {
+            self.metrics.sidecar.retry_refused(&self.route);
+            let ended = if attempts { "budget" } else { "attempts" };
+            tracing::debug!(route, tunnel, ended, "not sent to the service again");
+        }
+        granted
     }
 }
 
@@ -70,6 +135,7 @@ pub struct ServiceHandle {
     /// The tunnel's name.
     pub tunnel: Arc<str>,
     entry: Arc<Entry>,
+    asked: Asked,
 }
 
 impl Service for ServiceHandle {
@@ -87,9 +153,10 @@ impl Service for ServiceHandle {
 
     fn connect(&self) -> StreamFuture {
         let entry = Arc::clone(&self.entry);
+        let limit = self.asked.connect_timeout.unwrap_or(entry.tunnel.connect_timeout);
+        let client = self.asked.client_address.clone();
         Box::pin(async move {
-            let limit = entry.tunnel.connect_timeout;
-            let result = connect(&entry.address, limit).await;
+            let result = connect(&entry.tunnel, &entry.address, &client, limit).await;
             if let Err((_, error)) = &result {
                 tracing::warn!(tunnel = &*entry.tunnel.name, service = entry.address,
                     %error, "cannot connect to the service");
@@ -97,14 +164,82 @@ impl Service for ServiceHandle {
             result
         })
     }
+
+    fn settings(&self) -> ServiceSettings {
+        let tunnel = &self.entry.tunnel;
+        let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX - 1);
+        ServiceSettings {
+            shared: tunnel.proxy_protocol.is_none(),
+            http_version: match tunnel.http_version {
+                HttpVersion::Http1 => 1,
+                HttpVersion::Http2 => 2,
+            },
+            retries: self.asked.retries.as_ref().map_or(0, |retries| retries.attempts),
+            pool_idle: tunnel.pool.idle.map(count),
+            pool_connections: tunnel.pool.connections.map(count),
+            pool_idle_timeout: tunnel.pool.idle_timeout,
+        }
+    }
+
+    fn retry(&self) -> bool {
+        self.asked.retries.as_ref().is_some_and(|retries| retries.take(&self.tunnel))
+    }
 }
 
-async fn connect(address: &str, limit: Duration) -> Result<Box<dyn Stream>, (u32, io::Error)> {
-    let stream = match timeout(limit, TcpStream::connect(address)).await {
-        Ok(Ok(stream)) => stream,
-        Ok(Err(error)) => return Err((failure::SERVICE_UNREACHABLE, error)),
-        Err(_) => return Err((failure::SERVICE_TIMEOUT, io::ErrorKind::TimedOut.into())),
+async fn connect(
+    tunnel: &config::Tunnel,
+    address: &str,
+    client: &str,
+    limit: Duration,
+) -> Result<Box<dyn Stream>, (u32, io::Error)> {
+    let dial = async {
+        match &tunnel.service {
+            ServiceAddress::Tcp(_) => {
+                tcp(tunnel, address, Origin::of(client)).await.map(|s| Box::new(s) as Box<_>)
+            }
+            ServiceAddress::Unix(_) => {
+                unix(tunnel, Origin::of(client)).await.map(|s| Box::new(s) as Box<_>)
+            }
+        }
     };
-    stream.set_nodelay(true).map_err(|error| (failure::SERVICE_UNREACHABLE, error))?;
-    Ok(Box::new(stream))
+    match timeout(limit, dial).await {
+        Ok(Ok(stream)) => Ok(stream),
+        Ok(Err(error)) => Err((failure::SERVICE_UNREACHABLE, error)),
+        Err(_) => Err((failure::SERVICE_TIMEOUT, io::ErrorKind::TimedOut.into())),
+    }
+}
+
+/// Dials a tunnel's service for this program's own ends.
+///
+/// # Errors
+/// The system's.
+pub(super) async fn connect_own(tunnel: &config::Tunnel) -> io::Result<Box<dyn Stream>> {
+    match &tunnel.service {
+        ServiceAddress::Tcp(_) => {
+            let address = tunnel.service.to_string();
+            Ok(Box::new(tcp(tunnel, &address, Origin::Own).await?))
+        }
+        ServiceAddress::Unix(_) => Ok(Box::new(unix(tunnel, Origin::Own).await?)),
+    }
+}
+
+async fn tcp(tunnel: &config::Tunnel, address: &str, origin: Origin) -> io::Result<TcpStream> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    if let Some(version) = tunnel.proxy_protocol {
+        let service = stream.peer_addr().ok();
+        stream.write_all(&proxy_header::encode(version, origin, service)).await?;
+    }
+    Ok(stream)
+}
+
+async fn unix(tunnel: &config::Tunnel, origin: Origin) -> io::Result<UnixStream> {
+    let ServiceAddress::Unix(path) = &tunnel.service else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let mut stream = UnixStream::connect(path).await?;
+    if let Some(version) = tunnel.proxy_protocol {
+        stream.write_all(&proxy_header::encode(version, origin, None)).await?;
+    }
+    Ok(stream)
 }

@@ -16,6 +16,7 @@ use http::{Method, Request, Uri, Version};
 use sidelane_http_born::body::{self, BODY_BYTES_MAX, FIELD_TRAILERS, data_message};
 use sidelane_http_born::fields::{self, Kind};
 use sidelane_http_born::forwarded;
+use sidelane_http_born::retry::{self, Backoff};
 use sidelane_http_born::wire::{Field, FieldsSize};
 use sidelane_plugin::{
     Buf, Error, Exchange, Host, Message, Meta, OPEN_BYTES_MAX, RecvHalf, Reset, SendHalf, Service,
@@ -29,7 +30,7 @@ use crate::limits::{Limit, Limits, parse_timeout};
 use crate::payload::{
     self, FIELD_REQUEST, FIELD_REQUEST_BATCH, HEAD_BYTES_MAX, RequestChunk, Trailers,
 };
-use crate::pool::{Place, PoolError, Ticket};
+use crate::pool::{Place, PoolError, Ticket, User};
 use crate::splitter::{Incoming, Outgoing, Piece, SplitError};
 use crate::status::{self, h2_code};
 
@@ -112,13 +113,30 @@ async fn run(
         .clone()
         .find(|(name, _)| *name == b"grpc-timeout")
         .and_then(|(_, value)| parse_timeout(value));
-    let mut limits = Limits::new(&shared.drain, timeout.map(|timeout| start + timeout));
+    // The earlier of the client's and the route's.
+    let deadline = timeout.map(|timeout| start + timeout).into_iter().chain(meta.deadline()).min();
+    let mut limits = Limits::new(&shared.drain, deadline);
+    let settings = service.settings();
+    let user = shared.pool.user(service, settings);
+    let mut backoff = Backoff::default();
     recv.replay.taken(payload_bytes.slice(chunk.body.clone()), end);
     let mut retried = false;
     let mut ticket = Ticket::default();
     loop {
         let head = request(&payload_bytes, &chunk, meta)?;
-        let place = place(shared, service, send, &mut limits, &mut ticket).await?;
+        let place = match place(shared, service, &user, send, &mut limits, &mut ticket).await? {
+            Ok(place) => place,
+            Err(PoolError::Connect(_) | PoolError::Closed)
+                if settings.retries > 0 && service.retry() =>
+            {
+                // Nothing of it was sent.
+                wait(&mut backoff, send, &mut limits).await?;
+                shared.pool.count_retried();
+                ticket = Ticket::default();
+                continue;
+            }
+            Err(error) => return Err(Stop::failed(error.code(), error.to_string())),
+        };
         if !*dispatched {
             send.dispatched();
             *dispatched = true;
@@ -130,8 +148,15 @@ async fn run(
                 if closing {
                     place.retire();
                 }
-                if retried || recv.replay.is_lost {
+                if recv.replay.is_lost {
                     return Err(Stop::NotProcessed { why, closing });
+                }
+                // Once in any case; what is more takes from the route's budget.
+                if retried {
+                    if settings.retries == 0 || !service.retry() {
+                        return Err(Stop::NotProcessed { why, closing });
+                    }
+                    wait(&mut backoff, send, &mut limits).await?;
                 }
                 retried = true;
                 shared.pool.count_retried();
@@ -142,19 +167,38 @@ async fn run(
     }
 }
 
+/// Waits before the next try, no longer than anybody wants the answer.
+async fn wait(
+    backoff: &mut Backoff,
+    send: &mut SendHalf,
+    limits: &mut Limits<'_>,
+) -> Result<(), Stop> {
+    let host = Host::current();
+    let mut timer = host.timer(host.now() + backoff.next(retry::random()));
+    poll_fn(|cx| {
+        if timer.poll_fired(cx).is_ready() {
+            return Poll::Ready(Ok(()));
+        }
+        if let Poll::Ready(reset) = send.poll_closed(cx) {
+            return Poll::Ready(Err(Stop::Gone(reset)));
+        }
+        limits.poll(cx).map(|limit| Err(Stop::reached(limit)))
+    })
+    .await
+}
+
 /// Waits for a stream to the service.
 async fn place<'a>(
     shared: &'a Shared,
     service: &Service,
+    user: &User<'_>,
     send: &mut SendHalf,
     limits: &mut Limits<'_>,
     ticket: &mut Ticket,
-) -> Result<Place<'a>, Stop> {
+) -> Result<Result<Place<'a>, PoolError>, Stop> {
     poll_fn(|cx| {
-        if let Poll::Ready(place) = shared.pool.poll_place(cx, service, ticket) {
-            return Poll::Ready(
-                place.map_err(|error: PoolError| Stop::failed(error.code(), error.to_string())),
-            );
+        if let Poll::Ready(place) = shared.pool.poll_place(cx, service, user, ticket) {
+            return Poll::Ready(Ok(place));
         }
         if let Poll::Ready(reset) = send.poll_closed(cx) {
             return Poll::Ready(Err(Stop::Gone(reset)));

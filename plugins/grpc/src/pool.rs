@@ -16,8 +16,8 @@ use bytes::Bytes;
 use h2::client::{self, SendRequest};
 use h2::{Ping, PingPong};
 use sidelane_plugin::{
-    ByteStream, Connect, Counter, Gauge, Host, Instant, PerShard, Service, ServiceError, Timer,
-    failure,
+    ByteStream, Connect, Counter, Gauge, Host, Instant, PerShard, Service, ServiceError,
+    ServiceSettings, Timer, failure,
 };
 
 use crate::config::Config;
@@ -44,6 +44,10 @@ const HEAD_BYTES_MAX: u32 = 64 * 1024;
 
 /// How long a service may take from the connection to its HTTP/2 settings.
 const SETTINGS_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Most connections, per data-path thread, to a service whose connections each name a client and so
+/// serve one RPC, where its tunnel does not say how many. Bounds the descriptors that a burst takes.
+const UNSHARED_MAX: usize = 1024;
 
 /// Looks at whether a connection is used, in one idle timeout.
 const IDLE_LOOKS: u32 = 4;
@@ -106,10 +110,20 @@ pub(crate) struct Pool {
     draining: AtomicBool,
     /// Who waits for dials, on all threads: a stream that becomes free will do as well.
     waiting: AtomicUsize,
+    /// RPCs that had a connection of their own.
+    unshared: AtomicU64,
 }
 
-/// A service's id and version.
-type Key = (u64, u64);
+/// Which connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    /// The service's id.
+    id: u64,
+    /// Its version.
+    version: u64,
+    /// The RPC that alone uses them; 0: they are shared.
+    rpc: u64,
+}
 
 /// One thread's part.
 type Shard = HashMap<Key, Connections>;
@@ -170,6 +184,22 @@ impl Drop for Place<'_> {
     }
 }
 
+/// An RPC's use of connections to a service; where they are its own, they end with it.
+#[derive(Debug)]
+pub(crate) struct User<'a> {
+    pool: &'a Pool,
+    key: Key,
+    settings: ServiceSettings,
+}
+
+impl Drop for User<'_> {
+    fn drop(&mut self) {
+        if self.key.rpc > 0 {
+            self.pool.forget(self.key);
+        }
+    }
+}
+
 /// Someone's wait for a place.
 #[derive(Debug, Default)]
 pub(crate) struct Ticket {
@@ -213,7 +243,16 @@ impl Pool {
             metrics,
             draining: AtomicBool::new(false),
             waiting: AtomicUsize::new(0),
+            unshared: AtomicU64::new(0),
         }
+    }
+
+    /// Begins an RPC's use of connections to the service.
+    pub(crate) fn user(&self, service: &Service, settings: ServiceSettings) -> User<'_> {
+        let rpc =
+            if settings.shared { 0 } else { self.unshared.fetch_add(1, Ordering::Relaxed) + 1 };
+        let key = Key { id: service.id(), version: service.version(), rpc };
+        User { pool: self, key, settings }
     }
 
     /// Counts an RPC that is sent again.
@@ -226,17 +265,22 @@ impl Pool {
         self: &'a Arc<Self>,
         cx: &mut Context<'_>,
         service: &Service,
+        user: &User<'_>,
         ticket: &mut Ticket,
     ) -> Poll<Result<Place<'a>, PoolError>> {
-        let key = (service.id(), service.version());
+        let (key, settings) = (user.key, &user.settings);
+        let own = settings.pool_connections.map(|connections| connections as usize);
         loop {
             let mut stale = Vec::new();
             let turn = self.shards.with(|shard| {
                 if !shard.contains_key(&key) {
                     stale = shard.take_older(key);
+                    if key.rpc > 0 && shard.unshared(key.id) >= own.unwrap_or(UNSHARED_MAX) {
+                        return Turn::Failed(PoolError::Full);
+                    }
                 }
                 let connections = shard.entry(key).or_default();
-                connections.turn(cx, ticket, self.config.connections_max)
+                connections.turn(cx, ticket, own.unwrap_or(self.config.connections_max).max(1))
             });
             // Their RPCs go on; they end with the last of them.
             drop(stale);
@@ -251,7 +295,11 @@ impl Pool {
                     return Poll::Pending;
                 }
                 Turn::Dial => {
-                    let dial = dial(Arc::clone(self), key, service.connect());
+                    let idle_timeout = settings
+                        .pool_idle_timeout
+                        .filter(|timeout| !timeout.is_zero())
+                        .unwrap_or(self.config.idle_timeout);
+                    let dial = dial(Arc::clone(self), key, service.connect(), idle_timeout);
                     if !Host::current().try_spawn(dial) {
                         self.dialled(key, Err(PoolError::Full));
                     }
@@ -282,19 +330,37 @@ impl Pool {
 
     /// A dial has ended; who waits looks again.
     fn dialled(&self, key: Key, result: Result<Pooled, PoolError>) {
+        let mut result = Some(result);
         let waiting = self.shards.with(|shard| {
+            if key.rpc > 0 && !shard.contains_key(&key) {
+                // The RPC is over; nobody else may use its connection, which ends without a sender.
+                return Vec::new();
+            }
             let connections = shard.entry(key).or_default();
             connections.dialling = false;
             connections.dials += 1;
             connections.failed = None;
-            match result {
-                Ok(pooled) => connections.open.push(pooled),
-                Err(error) => connections.failed = Some(error),
+            match result.take() {
+                Some(Ok(pooled)) => connections.open.push(pooled),
+                Some(Err(error)) => connections.failed = Some(error),
+                None => {}
             }
             std::mem::take(&mut connections.waiting)
         });
+        // Outside the lock, as in `remove`.
+        drop(result);
         self.waiting.fetch_sub(waiting.len(), Ordering::Relaxed);
         waiting.into_iter().for_each(Waker::wake);
+    }
+
+    /// An RPC that had connections of its own is over.
+    fn forget(&self, key: Key) {
+        let own = self.shards.with(|shard| shard.remove(&key));
+        if let Some(own) = &own {
+            self.waiting.fetch_sub(own.waiting.len(), Ordering::Relaxed);
+        }
+        // Outside the lock, as in `remove`.
+        drop(own);
     }
 
     fn remove(&self, key: Key, link: &Arc<Link>) {
@@ -314,15 +380,22 @@ impl Pool {
 trait TakeOlder {
     /// Takes the connections to older versions of a service.
     fn take_older(&mut self, key: Key) -> Vec<Pooled>;
+    /// How many RPCs have connections to the service of their own.
+    fn unshared(&self, id: u64) -> usize;
 }
 
 impl TakeOlder for Shard {
-    fn take_older(&mut self, (id, version): Key) -> Vec<Pooled> {
-        let older = |key: &Key| key.0 == id && key.1 < version;
+    fn take_older(&mut self, newer: Key) -> Vec<Pooled> {
+        // An RPC that has a connection of its own forgets it itself.
+        let older = |key: &Key| key.id == newer.id && key.version < newer.version && key.rpc == 0;
         let of_older = self.iter_mut().filter(|(key, _)| older(key));
         let taken = of_older.flat_map(|(_, connections)| connections.open.drain(..)).collect();
         self.retain(|key, connections| !older(key) || connections.dialling);
         taken
+    }
+
+    fn unshared(&self, id: u64) -> usize {
+        self.keys().filter(|key| key.id == id && key.rpc > 0).count()
     }
 }
 
@@ -405,7 +478,8 @@ impl Drop for Counted {
 }
 
 /// Dials a service, and then drives the connection to its end.
-async fn dial(pool: Arc<Pool>, key: Key, connect: Connect) {
+async fn dial(pool: Arc<Pool>, key: Key, connect: Connect, idle_timeout: Duration) {
+    let config = Config { idle_timeout, ..pool.config.clone() };
     let mut dialling = Dialling { pool: Arc::clone(&pool), key, ended: false };
     let stream = match connect.await {
         Ok(stream) => stream,
@@ -424,7 +498,7 @@ async fn dial(pool: Arc<Pool>, key: Key, connect: Connect) {
     let link = Arc::new(Link::default());
     let mut driver = Driver {
         connection,
-        clock: Clock::new(&pool.config, host, deadline),
+        clock: Clock::new(&config, host, deadline),
         pings: None,
         link: Arc::clone(&link),
     };
@@ -437,10 +511,10 @@ async fn dial(pool: Arc<Pool>, key: Key, connect: Connect) {
         if driver.connection.max_concurrent_send_streams() > 0
             && let Some(sender) = sender.take()
         {
-            driver.begin(&pool.config);
+            driver.begin(&config);
             dialling.end(Ok(Pooled { sender, link: Arc::clone(&link) }));
         }
-        match driver.poll_clock(cx, &pool.config) {
+        match driver.poll_clock(cx, &config) {
             Poll::Ready(Time::Settings) => {
                 dialling.end(Err(PoolError::Slow));
                 Poll::Ready(PoolError::Slow)

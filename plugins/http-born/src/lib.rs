@@ -1,5 +1,5 @@
 //! What the plugins of HTTP-born protocols share: which fields pass, what a service is told of the
-//! client, failures in HTTP's words, and protobuf's wire format.
+//! client, failures in HTTP's words, waits before retries, and protobuf's wire format.
 //!
 //! Knows HTTP's semantics for intermediaries (RFC 9110 §7). Knows no protocol's payloads but HTTP's
 //! bodies and trailers, and does no I/O.
@@ -11,4 +11,5 @@ pub mod config;
 pub mod failure;
 pub mod fields;
 pub mod forwarded;
+pub mod retry;
 pub mod wire;

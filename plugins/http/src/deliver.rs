@@ -21,17 +21,18 @@ use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
 use sidelane_plugin::{
     Buf, Error, Exchange, Host, Message, Meta, OPEN_BYTES_MAX, RecvHalf, Reset, SendHalf, Service,
-    Timer, failure,
+    ServiceSettings, Timer, failure,
 };
 
 use sidelane_http_born::body::{self, BODY_BYTES_MAX, FIELD_TRAILERS, data_message};
 use sidelane_http_born::fields::{self, Kind, Nominated};
 use sidelane_http_born::forwarded;
+use sidelane_http_born::retry::{self, Backoff};
 use sidelane_http_born::wire::FieldsSize;
 
 use crate::config::Config;
 use crate::payload::{self, FIELD_REQUEST, FIELD_RESPONSE, RequestPayload};
-use crate::pool::{Connecting, Connection, Pool, PoolError};
+use crate::pool::{Connecting, Connection, Deadline, Pool, PoolError};
 use crate::upload::{SharedSource, Upload};
 
 /// How long what is left of a request is taken and thrown away after the service has answered and
@@ -89,6 +90,7 @@ pub(crate) async fn deliver(
         }
         Some(Err(reset)) => return Err(reset.into()),
     };
+    let mut deadline = Deadline::new(meta.deadline());
     let (mut delivery, request) = match Delivery::new(config, &meta, first, recv) {
         Ok(prepared) => prepared,
         Err(failed) => {
@@ -96,7 +98,7 @@ pub(crate) async fn deliver(
             return Err(Error::new(failed.code, failed.message));
         }
     };
-    match delivery.run(pool, &mut send, service, request).await {
+    match delivery.run(pool, &mut send, service, request, &mut deadline).await {
         Ok(()) => Ok(()),
         Err(Stop::Gone(reset)) => Err(reset.into()),
         Err(Stop::Failed(failed)) => {
@@ -128,10 +130,45 @@ struct Delivery<'a> {
 
 /// Why there is no response head.
 enum NoHead {
-    /// Nothing of the request can have been processed: it may be sent again, on a fresh connection.
-    /// The request, where hyper gave it back.
-    Repeat(Option<Box<Request<Upload>>>),
+    /// Nothing of the request can have been processed, or it may be twice: it may be sent again, on a
+    /// fresh connection. The request, where hyper gave it back, and how the exchange ends otherwise.
+    Repeat(Option<Box<Request<Upload>>>, Stop),
     Stop(Stop),
+}
+
+/// Retries of one exchange.
+struct Retry<'a> {
+    service: &'a Service,
+    /// The route has a policy.
+    allowed: bool,
+    backoff: Backoff,
+}
+
+impl Retry<'_> {
+    /// Whether the exchange may be sent once more, by the route's budget.
+    fn granted(&self) -> bool {
+        self.allowed && self.service.retry()
+    }
+
+    /// Waits before the next try, no longer than anybody wants the answer.
+    async fn wait(&mut self, send: &mut SendHalf, deadline: &mut Deadline) -> Result<(), Stop> {
+        let host = Host::current();
+        let mut timer = host.timer(host.now() + self.backoff.next(retry::random()));
+        poll_fn(|cx| {
+            if timer.poll_fired(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            if let Poll::Ready(reset) = send.poll_closed(cx) {
+                return Poll::Ready(Err(Stop::Gone(reset)));
+            }
+            deadline.poll(cx).map(|()| Err(late()))
+        })
+        .await
+    }
+}
+
+fn late() -> Stop {
+    Failed::new(failure::SERVICE_TIMEOUT, "the exchange's time is over").into()
 }
 
 impl<'a> Delivery<'a> {
@@ -193,37 +230,58 @@ impl<'a> Delivery<'a> {
         send: &mut SendHalf,
         service: &Service,
         mut request: Request<Upload>,
+        deadline: &mut Deadline,
     ) -> Result<(), Stop> {
-        let mut kept = pool.take(service);
+        let settings = service.settings();
+        let mut retry =
+            Retry { service, allowed: settings.retries > 0, backoff: Backoff::default() };
+        let mut kept = if settings.shared { pool.take(service) } else { None };
         loop {
             let mut connection = match kept.take() {
                 Some(connection) => connection,
-                None => pool.connect(service, send).await.map_err(connecting)?,
+                None => match pool.connect(service, &settings, send, deadline).await {
+                    Ok(connection) => connection,
+                    // Nothing was sent on it.
+                    Err(Connecting::Failed(PoolError::Connect(_))) if retry.granted() => {
+                        retry.wait(send, deadline).await?;
+                        continue;
+                    }
+                    Err(error) => return Err(connecting(error)),
+                },
             };
             if !self.dispatched {
                 send.dispatched();
                 self.dispatched = true;
             }
-            match self.head(&mut connection, send, request).await {
+            let (back, stop) = match self.head(&mut connection, send, request, deadline).await {
                 Ok(response) => {
                     let (head, body) = response.into_parts();
                     // hyper would speak HTTP/1.0 on this connection from here on.
                     let keep = head.version == Version::HTTP_11;
                     let mut download = self.download(connection, &head, body)?;
-                    download.pass(send, &head).await?;
-                    self.finish(pool, download.connection, send, service, keep).await;
+                    download.pass(send, &head, deadline).await?;
+                    let connection = download.connection;
+                    let parking = keep.then_some((service, &settings));
+                    self.finish(pool, connection, send, parking, deadline).await;
                     return Ok(());
                 }
-                // Only a connection that was kept is repeated for, and the next is a fresh one.
-                Err(NoHead::Repeat(back)) => {
-                    pool.count_repeated();
-                    request = match back {
-                        Some(request) => *request,
-                        None => self.request(&decode(&self.payload)?, self.whole())?,
-                    };
-                }
+                Err(NoHead::Repeat(back, stop)) => (back, stop),
                 Err(NoHead::Stop(stop)) => return Err(stop),
+            };
+            // A kept connection that was closing is the pool's mistake and no failure of the service:
+            // the request is sent on a fresh one, whatever the route allows. Anything else takes from
+            // the route's budget.
+            if connection.reused {
+                pool.count_repeated();
+            } else if retry.granted() {
+                retry.wait(send, deadline).await?;
+            } else {
+                return Err(stop);
             }
+            request = match back {
+                Some(request) => *request,
+                None => self.request(&decode(&self.payload)?, self.whole())?,
+            };
         }
     }
 
@@ -312,12 +370,15 @@ impl<'a> Delivery<'a> {
         connection: &mut Connection,
         send: &mut SendHalf,
         mut request: Request<Upload>,
+        deadline: &mut Deadline,
     ) -> Result<Response<Incoming>, NoHead> {
         let watch = Arc::clone(&connection.watch);
         watch.begin();
         request.extensions_mut().clone_from(&connection.extensions);
         let sending = !self.expects_continue || !self.body.is_empty();
-        let mut limits = Limits::new(self.config, connection.timer.take(), sending);
+        let response_timeout =
+            self.meta.response_head_timeout().unwrap_or(self.config.response_timeout);
+        let mut limits = Limits::new(response_timeout, connection.timer.take(), sending);
         let mut response = pin!(connection.sender.try_send_request(request));
         let mut interim = Vec::new().into_iter();
         let mut out = None;
@@ -331,7 +392,7 @@ impl<'a> Delivery<'a> {
                         }
                         Poll::Pending => {
                             let _ = connection.poll_drive(cx);
-                            return Poll::Pending;
+                            return deadline.poll(cx).map(|()| Err(NoHead::Stop(late())));
                         }
                     }
                 }
@@ -351,6 +412,9 @@ impl<'a> Delivery<'a> {
                 if let Poll::Ready(reset) = send.poll_closed(cx) {
                     return Poll::Ready(Err(gone(reset)));
                 }
+                if deadline.poll(cx).is_ready() {
+                    return Poll::Ready(Err(NoHead::Stop(late())));
+                }
                 return limits.poll(cx, self.source.as_ref()).map(|()| {
                     let failed = Failed::new(failure::SERVICE_TIMEOUT, "no response in time");
                     Err(NoHead::Stop(failed.into()))
@@ -364,10 +428,13 @@ impl<'a> Delivery<'a> {
 
     /// Decides what a request without a response means.
     fn no_head(&self, connection: &Connection, mut error: TrySendError<Request<Upload>>) -> NoHead {
-        if let Some(request) = error.take_message()
-            && connection.reused
-        {
-            return NoHead::Repeat(Some(Box::new(request)));
+        let unsent = error.take_message().map(Box::new);
+        let closed = |error: &hyper::Error| {
+            let text = format!("the service closed before its response: {error}");
+            Stop::from(Failed::new(failure::SERVICE_RESET, text))
+        };
+        if unsent.is_some() && connection.reused {
+            return NoHead::Repeat(unsent, closed(error.error()));
         }
         if let Some(reset) = self.source.as_ref().and_then(|source| source.lock().failed) {
             return NoHead::Stop(Failed::new(reset.code, "the request's body broke off").into());
@@ -377,15 +444,11 @@ impl<'a> Delivery<'a> {
             let text = format!("the service's response is invalid: {error}");
             return NoHead::Stop(Failed::new(failure::SERVICE_INVALID, text).into());
         }
-        if connection.reused
-            && connection.watch.nothing_came()
-            && self.method.is_idempotent()
-            && self.source.is_none()
-        {
-            return NoHead::Repeat(None);
+        let replayable = self.method.is_idempotent() && self.source.is_none();
+        if unsent.is_some() || (replayable && connection.watch.nothing_came()) {
+            return NoHead::Repeat(unsent, closed(&error));
         }
-        let text = format!("the service closed before its response: {error}");
-        NoHead::Stop(Failed::new(failure::SERVICE_RESET, text).into())
+        NoHead::Stop(closed(&error))
     }
 
     /// Checks the response's head.
@@ -422,8 +485,8 @@ impl<'a> Delivery<'a> {
         pool: &Arc<Pool>,
         mut connection: Box<Connection>,
         send: &mut SendHalf,
-        service: &Service,
-        keep: bool,
+        parking: Option<(&Service, &ServiceSettings)>,
+        deadline: &mut Deadline,
     ) {
         let settled = poll_fn(|cx| {
             if connection.poll_drive(cx).is_ready() || connection.is_idle() {
@@ -431,17 +494,18 @@ impl<'a> Delivery<'a> {
             }
             match send.poll_closed(cx) {
                 Poll::Ready(reset) if reset.code != failure::NONE => Poll::Ready(false),
-                _ => Poll::Pending,
+                _ => deadline.poll(cx).map(|()| false),
             }
         })
         .await;
         if !settled {
             return;
         }
-        if keep && connection.is_idle() {
-            pool.park(service, connection);
-        } else {
-            drop(connection);
+        match parking {
+            Some((service, settings)) if connection.is_idle() => {
+                pool.park(service, settings, connection);
+            }
+            _ => drop(connection),
         }
         if let Some(source) = &self.source {
             let _ =
@@ -458,6 +522,7 @@ fn decode(payload: &[u8]) -> Result<RequestPayload<'_>, Failed> {
 fn connecting(error: Connecting) -> Stop {
     match error {
         Connecting::Abandoned(reset) => Stop::Gone(reset),
+        Connecting::Late => late(),
         Connecting::Failed(PoolError::Connect(error)) => {
             Failed::new(error.code, error.to_string()).into()
         }
@@ -483,8 +548,7 @@ struct Limits {
 }
 
 impl Limits {
-    fn new(config: &Config, timer: Option<Timer>, sending: bool) -> Self {
-        let response_timeout = config.response_timeout;
+    fn new(response_timeout: Duration, timer: Option<Timer>, sending: bool) -> Self {
         let start = || {
             let host = Host::current();
             let deadline = host.now() + response_timeout;
@@ -549,6 +613,7 @@ impl Download {
         &mut self,
         send: &mut SendHalf,
         head: &http::response::Parts,
+        deadline: &mut Deadline,
     ) -> Result<(), Stop> {
         let mut chunk = Buf::new();
         let mut out = None;
@@ -567,7 +632,7 @@ impl Download {
                     Poll::Pending => {
                         // The request's body goes on meanwhile.
                         let _ = self.connection.poll_drive(cx);
-                        return Poll::Pending;
+                        return deadline.poll(cx).map(|()| Err(late()));
                     }
                 }
                 if chunk.is_empty() {
@@ -600,7 +665,10 @@ impl Download {
                         }
                         Poll::Ready(item) => self.peeked = Some(item),
                         Poll::Pending if begun => {
-                            return send.poll_closed(cx).map(|reset| Err(Stop::Gone(reset)));
+                            if let Poll::Ready(reset) = send.poll_closed(cx) {
+                                return Poll::Ready(Err(Stop::Gone(reset)));
+                            }
+                            return deadline.poll(cx).map(|()| Err(late()));
                         }
                         Poll::Pending => quiet = true,
                     }

@@ -16,7 +16,7 @@ use hyper::client::conn::http1;
 use hyper::rt::{Read, ReadBufCursor, Write};
 use sidelane_plugin::{
     Buf, ByteStream, Counter, Gauge, Host, Instant, Message, PerShard, Reset, SendHalf, Service,
-    ServiceError, Timer,
+    ServiceError, ServiceSettings, Timer,
 };
 
 use crate::config::Config;
@@ -81,8 +81,10 @@ struct Shard {
     services: HashMap<u64, Parked>,
     /// Connections in `services`.
     idle: usize,
-    /// Connections used and unused.
+    /// Connections used and unused, but for those counted in `open_of`.
     open: Arc<AtomicUsize>,
+    /// Connections to services whose tunnel has a bound of its own, used and unused.
+    open_of: HashMap<u64, Arc<AtomicUsize>>,
     reaping: bool,
 }
 
@@ -90,6 +92,8 @@ struct Shard {
 #[derive(Debug)]
 struct Parked {
     version: u64,
+    /// How long they are kept.
+    idle_timeout: Duration,
     /// Oldest first; taken from the back, so that what is not needed grows old.
     #[allow(clippy::vec_box, reason = "a connection is large, and moves from hand to hand")]
     connections: Vec<Box<Connection>>,
@@ -154,6 +158,8 @@ impl Connection {
 pub(crate) struct Watch {
     /// Reads that gave bytes or the end, since the request was begun.
     reads: AtomicU32,
+    /// A read has failed.
+    failed: AtomicBool,
     interim: Mutex<Vec<Message>>,
 }
 
@@ -165,9 +171,10 @@ impl Watch {
     }
 
     /// Whether no byte can have come since [`Self::begin`], the connection having ended: its end is
-    /// one read at most.
+    /// one read, or a read that failed.
     pub(crate) fn nothing_came(&self) -> bool {
-        self.reads.load(Ordering::Relaxed) <= 1
+        let end = u32::from(!self.failed.load(Ordering::Relaxed));
+        self.reads.load(Ordering::Relaxed) <= end
     }
 
     /// Takes the interim responses that came.
@@ -217,8 +224,12 @@ impl Read for Counted {
         buf: ReadBufCursor<'_>,
     ) -> Poll<std::io::Result<()>> {
         let read = Read::poll_read(Pin::new(&mut self.stream), cx, buf);
-        if matches!(read, Poll::Ready(Ok(()))) {
-            self.watch.reads.fetch_add(1, Ordering::Relaxed);
+        match &read {
+            Poll::Ready(Ok(())) => {
+                self.watch.reads.fetch_add(1, Ordering::Relaxed);
+            }
+            Poll::Ready(Err(_)) => self.watch.failed.store(true, Ordering::Relaxed),
+            Poll::Pending => {}
         }
         read
     }
@@ -301,9 +312,11 @@ impl Pool {
     pub(crate) async fn connect(
         &self,
         service: &Service,
+        settings: &ServiceSettings,
         send: &mut SendHalf,
+        deadline: &mut Deadline,
     ) -> Result<Box<Connection>, Connecting> {
-        let slot = self.slot().ok_or(Connecting::Failed(PoolError::Full))?;
+        let slot = self.slot(service, settings).ok_or(Connecting::Failed(PoolError::Full))?;
         let mut connect = service.connect();
         let stream = poll_fn(|cx| {
             if let Poll::Ready(stream) = Pin::new(&mut connect).poll(cx) {
@@ -311,7 +324,10 @@ impl Pool {
                     stream.map_err(|error| Connecting::Failed(PoolError::Connect(error))),
                 );
             }
-            send.poll_closed(cx).map(|reset| Err(Connecting::Abandoned(reset)))
+            if let Poll::Ready(reset) = send.poll_closed(cx) {
+                return Poll::Ready(Err(Connecting::Abandoned(reset)));
+            }
+            deadline.poll(cx).map(|()| Err(Connecting::Late))
         })
         .await?;
         let watch = Arc::new(Watch::default());
@@ -341,19 +357,29 @@ impl Pool {
         self.metrics.repeated.add(1);
     }
 
-    /// Keeps a connection for the next request, or closes it where there are enough.
-    pub(crate) fn park(self: &Arc<Self>, service: &Service, mut connection: Box<Connection>) {
-        if self.draining.load(Ordering::Relaxed) || self.config.idle_per_service == 0 {
+    /// Keeps a connection for the next request, or closes it where there are enough, or where it is
+    /// one client's.
+    pub(crate) fn park(
+        self: &Arc<Self>,
+        service: &Service,
+        settings: &ServiceSettings,
+        mut connection: Box<Connection>,
+    ) {
+        let idle_max =
+            settings.pool_idle.map_or(self.config.idle_per_service, |idle| idle as usize);
+        if self.draining.load(Ordering::Relaxed) || idle_max == 0 || !settings.shared {
             return;
         }
+        let idle_timeout = settings.pool_idle_timeout.unwrap_or(self.config.idle_timeout);
         let host = Host::current();
         connection.idle_since = host.now();
         let mut closing = Vec::new();
         let (change, reap) = self.shards.with(|shard| {
-            let parked = shard
-                .services
-                .entry(service.id())
-                .or_insert_with(|| Parked { version: service.version(), connections: Vec::new() });
+            let parked = shard.services.entry(service.id()).or_insert_with(|| Parked {
+                version: service.version(),
+                idle_timeout,
+                connections: Vec::new(),
+            });
             let before = parked.connections.len();
             if parked.version != service.version() {
                 // Whichever is newer, a connection to the other is of no use soon.
@@ -362,9 +388,10 @@ impl Pool {
                     return (0, false);
                 }
                 parked.version = service.version();
+                parked.idle_timeout = idle_timeout;
                 closing.append(&mut parked.connections);
             }
-            if parked.connections.len() >= self.config.idle_per_service {
+            if parked.connections.len() >= idle_max {
                 closing.push(parked.connections.remove(0));
             }
             parked.connections.push(connection);
@@ -392,8 +419,18 @@ impl Pool {
     }
 
     /// Takes a place among [`Config::connections_max`], for which another service's unused connection
-    /// may have to go.
-    fn slot(&self) -> Option<Slot> {
+    /// may have to go; where the tunnel says how many there may be, among those.
+    fn slot(&self, service: &Service, settings: &ServiceSettings) -> Option<Slot> {
+        let gauge = self.metrics.connections;
+        if let Some(connections_max) = settings.pool_connections {
+            let open = self.shards.with(|shard| shard.open_of(service.id()));
+            if open.load(Ordering::Relaxed) >= connections_max as usize {
+                return None;
+            }
+            open.fetch_add(1, Ordering::Relaxed);
+            gauge.add(1);
+            return Some(Slot { open, gauge });
+        }
         let (slot, closing) = self.shards.with(|shard| {
             let full = shard.open.load(Ordering::Relaxed) >= self.config.connections_max;
             let closing = if full { shard.take_oldest() } else { None };
@@ -401,8 +438,8 @@ impl Pool {
                 return (None, None);
             }
             shard.open.fetch_add(1, Ordering::Relaxed);
-            self.metrics.connections.add(1);
-            (Some(Slot { open: Arc::clone(&shard.open), gauge: self.metrics.connections }), closing)
+            gauge.add(1);
+            (Some(Slot { open: Arc::clone(&shard.open), gauge }), closing)
         });
         if closing.is_some() {
             self.count_idle(-1);
@@ -414,10 +451,13 @@ impl Pool {
     async fn reap(self: Arc<Self>) {
         let host = Host::current();
         loop {
-            host.sleep(REAP_INTERVAL.min(self.config.idle_timeout)).await;
+            let soonest = self
+                .shards
+                .with(|shard| shard.services.values().map(|parked| parked.idle_timeout).min());
+            host.sleep(soonest.map_or(REAP_INTERVAL, |soonest| soonest.min(REAP_INTERVAL))).await;
             let now = host.now();
             let (closing, left) = self.shards.with(|shard| {
-                let closing = shard.take_ended(now, self.config.idle_timeout);
+                let closing = shard.take_ended(now);
                 shard.reaping = shard.idle > 0;
                 (closing, shard.reaping)
             });
@@ -444,6 +484,28 @@ pub(crate) enum Connecting {
     Failed(PoolError),
     /// The exchange is over.
     Abandoned(Reset),
+    /// Its deadline has passed.
+    Late,
+}
+
+/// The end of the time that an exchange has; none for most.
+#[derive(Debug)]
+pub(crate) struct Deadline(Option<(Timer, bool)>);
+
+impl Deadline {
+    pub(crate) fn new(at: Option<Instant>) -> Self {
+        Self(at.map(|at| (Host::current().timer(at), false)))
+    }
+
+    /// Ready once it has passed, and from then on.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some((timer, has_passed)) = &mut self.0 else { return Poll::Pending };
+        if *has_passed || timer.poll_fired(cx).is_ready() {
+            *has_passed = true;
+            return Poll::Ready(());
+        }
+        Poll::Pending
+    }
 }
 
 impl Shard {
@@ -458,13 +520,24 @@ impl Shard {
         Some(parked.connections.remove(0))
     }
 
-    /// Takes what the service has closed, and what was unused for `idle_timeout`.
+    /// Returns the count of a service's connections, where its tunnel bounds them.
+    fn open_of(&mut self, service: u64) -> Arc<AtomicUsize> {
+        if let Some(open) = self.open_of.get(&service) {
+            return Arc::clone(open);
+        }
+        // Services that are gone leave no count behind.
+        self.open_of.retain(|_, open| open.load(Ordering::Relaxed) > 0);
+        Arc::clone(self.open_of.entry(service).or_default())
+    }
+
+    /// Takes what the service has closed, and what was unused for as long as it is kept.
     #[allow(clippy::vec_box, reason = "as in `Parked`")]
-    fn take_ended(&mut self, now: Instant, idle_timeout: Duration) -> Vec<Box<Connection>> {
+    fn take_ended(&mut self, now: Instant) -> Vec<Box<Connection>> {
         // Nobody waits for these connections; looking is enough.
         let mut cx = Context::from_waker(Waker::noop());
         let mut ended = Vec::new();
         self.services.retain(|_, parked| {
+            let idle_timeout = parked.idle_timeout;
             ended.extend(parked.connections.extract_if(.., |connection| {
                 now - connection.idle_since >= idle_timeout
                     || connection.poll_drive(&mut cx).is_ready()

@@ -19,6 +19,7 @@ use hyper::client::conn::http1;
 use sidelane_http_born::body::{self, BODY_BYTES_MAX, FIELD_TRAILERS, data_message};
 use sidelane_http_born::fields::{self, Kind, Nominated};
 use sidelane_http_born::forwarded;
+use sidelane_http_born::retry::{self, Backoff};
 use sidelane_http_born::wire::{Field, FieldsSize};
 use sidelane_plugin::{
     Buf, ByteStream, Error, Exchange, Message, Meta, OPEN_BYTES_MAX, RecvHalf, Reset, SendHalf,
@@ -132,16 +133,11 @@ async fn shake(
     let permit = plugin.connections.try_take(&plugin.host).ok_or_else(|| {
         failed(failure::OVERLOADED, "this sidecar carries as many WebSockets as it may")
     })?;
-    let mut timer = plugin.host.timer(plugin.host.now() + plugin.config.handshake_timeout);
-
-    let mut connecting = service.connect();
-    let stream = poll_fn(|cx| {
-        if let Poll::Ready(connected) = Pin::new(&mut connecting).poll(cx) {
-            return Poll::Ready(connected.map_err(|error| failed(error.code, error.to_string())));
-        }
-        interrupted(cx, send, &mut timer)
-    })
-    .await?;
+    let limit = meta.response_head_timeout().unwrap_or(plugin.config.handshake_timeout);
+    let end = plugin.host.now() + limit;
+    let end = meta.deadline().map_or(end, |deadline| end.min(deadline));
+    let mut timer = plugin.host.timer(end);
+    let stream = connect(plugin, service, send, &mut timer).await?;
     send.dispatched();
     *dispatched = true;
 
@@ -187,6 +183,42 @@ async fn shake(
     let message = head_message(&response, true, None, false);
     send_or_stop(send, message).await?;
     Ok(Shaken::Accepted { stream: parts.io, ahead: parts.read_buf, extended, permit })
+}
+
+/// Dials the service, and again where it cannot be reached and the route's budget allows: nothing was
+/// sent to it.
+async fn connect(
+    plugin: &WebSocket,
+    service: &Service,
+    send: &mut SendHalf,
+    timer: &mut Timer,
+) -> Result<ByteStream, Stop> {
+    let retries = service.settings().retries > 0;
+    let mut backoff = Backoff::default();
+    loop {
+        let mut connecting = service.connect();
+        let connected = poll_fn(|cx| {
+            if let Poll::Ready(connected) = Pin::new(&mut connecting).poll(cx) {
+                return Poll::Ready(Ok(connected));
+            }
+            interrupted(cx, send, timer)
+        })
+        .await?;
+        match connected {
+            Ok(stream) => return Ok(stream),
+            Err(_) if retries && service.retry() => {}
+            Err(error) => return Err(failed(error.code, error.to_string())),
+        }
+        let host = plugin.host;
+        let mut wait = host.timer(host.now() + backoff.next(retry::random()));
+        poll_fn(|cx| {
+            if wait.poll_fired(cx).is_ready() {
+                return Poll::Ready(Ok(()));
+            }
+            interrupted(cx, send, timer)
+        })
+        .await?;
+    }
 }
 
 type Connection = http1::Connection<ByteStream, Empty<Bytes>>;

@@ -18,7 +18,8 @@
 //!   [`poll::PANICKED`].
 //! * **Versions.** Every vtable and every struct passed by pointer begins with its `size`. Slots are
 //!   appended, never changed; a reader treats a slot at or beyond `size` as absent. Structs passed
-//!   by value are frozen within a major version. While [`ABI_MAJOR`] is 0 the minor must match.
+//!   by value are frozen within a major version. A host takes plugins of [`ABI_MINOR_OLDEST`] to
+//!   [`ABI_MINOR`]; what a minor version added says so ("since 0.3").
 #![no_std]
 #![warn(missing_docs)]
 
@@ -26,8 +27,10 @@ use core::ffi::c_void;
 
 /// Major version. Different majors do not load.
 pub const ABI_MAJOR: u32 = 0;
-/// Minor version. While the major is 0 it must match exactly; later it may not exceed the host's.
-pub const ABI_MINOR: u32 = 2;
+/// Minor version. A plugin's may not exceed its host's.
+pub const ABI_MINOR: u32 = 3;
+/// Oldest minor version that a host of this one takes: what came since was only appended.
+pub const ABI_MINOR_OLDEST: u32 = 2;
 /// First bytes of every [`Stamp`].
 pub const MAGIC: [u8; 16] = *b"sidelane-plugin\0";
 /// The one symbol a plugin exports: a [`Stamp`].
@@ -676,6 +679,21 @@ pub struct Meta {
     pub trace_parent: Str,
     /// The route's `options.<protocol_type>` as JSON, or empty.
     pub options: Str,
+    /// Where [`meta::TRUSTED_PROXY`] is set: the proxy's own address, in the form of
+    /// `client_address`, or empty where it is not known. Since 0.3.
+    pub peer_address: Str,
+    /// From dispatch to the service's response head, as the route says; 0: the plugin's own, or none.
+    /// Since 0.3.
+    pub response_head_timeout_ns: u64,
+    /// Bits of [`meta`]. Since 0.3.
+    pub flags: u32,
+}
+
+/// Bits of [`Meta::flags`].
+pub mod meta {
+    /// The client is a proxy that the relay trusts: what it wrote in `Forwarded` and `X-Forwarded-*`
+    /// is added to, not replaced.
+    pub const TRUSTED_PROXY: u32 = 1;
 }
 
 /// What an exchange is opened for.
@@ -761,7 +779,48 @@ pub struct ServiceVt {
     pub connect: unsafe extern "C" fn(data: *mut c_void) -> Future,
     /// Ends it.
     pub drop: unsafe extern "C" fn(data: *mut c_void),
+    /// What the tunnel and the route ask of whoever talks to the service; borrowed until the service
+    /// is dropped. Never null. Since 0.3.
+    pub settings: unsafe extern "C" fn(data: *mut c_void) -> *const ServiceSettings,
+    /// Asks whether this exchange may be sent to the service once more, and takes that from the route's
+    /// budget. Asked only where the service cannot have processed it, or may twice. 1, or 0: what the
+    /// client gets is what the last try gave. Since 0.3.
+    pub retry: unsafe extern "C" fn(data: *mut c_void) -> u32,
 }
+
+/// What a tunnel and a route ask of whoever talks to a service. Since 0.3.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServiceSettings {
+    /// `sizeof(ServiceSettings)`.
+    pub size: usize,
+    /// Bits of [`service`].
+    pub flags: u32,
+    /// HTTP's major version to the service: 1, or 2 by prior knowledge.
+    pub http_version: u32,
+    /// Most times that this exchange may be sent again; 0: the route has no policy, and only what is
+    /// safe in any case is.
+    pub retries: u32,
+    /// Unused connections to keep, per data-path thread; [`UNSET`]: the plugin's own.
+    pub pool_idle: u32,
+    /// Connections, used and unused, per data-path thread; [`UNSET`]: the plugin's own.
+    pub pool_connections: u32,
+    /// How long an unused connection is kept; [`UNSET_NS`]: the plugin's own.
+    pub pool_idle_timeout_ns: u64,
+}
+
+/// Bits of [`ServiceSettings::flags`].
+pub mod service {
+    /// Each connection tells the service of one client: it serves the exchange that asked for it, and
+    /// no other.
+    pub const UNSHARED: u32 = 1;
+}
+
+/// A count of [`ServiceSettings`] that says nothing.
+pub const UNSET: u32 = u32::MAX;
+
+/// A time of [`ServiceSettings`] that says nothing.
+pub const UNSET_NS: u64 = u64::MAX;
 
 /// The services that the host lends a plugin. Valid while the process lives.
 #[repr(C)]

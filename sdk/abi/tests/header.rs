@@ -68,13 +68,14 @@ structs! {
         RecvHalf sidelane_owned_recv_half_t { data, vt }
         RecvVt sidelane_recv_vt_t { size, poll_recv, drop }
         Exchange sidelane_owned_exchange_t { send, recv }
-        Meta sidelane_meta_t { size, deadline_ns, request_id, protocol_type, route, tunnel, client_address, listener, scheme, tls_sni, tls_alpn, tls_client, trace_parent, options }
+        Meta sidelane_meta_t { size, deadline_ns, request_id, protocol_type, route, tunnel, client_address, listener, scheme, tls_sni, tls_alpn, tls_client, trace_parent, options, peer_address, response_head_timeout_ns, flags }
         RouteKey sidelane_route_key_t { size, kind, host, path }
         Opened sidelane_opened_t { exchange, meta, failure }
         Opener sidelane_owned_opener_t { data, vt }
         OpenerVt sidelane_opener_vt_t { size, poll_open, drop }
         Service sidelane_owned_service_t { data, vt, id, version, address }
-        ServiceVt sidelane_service_vt_t { size, connect, drop }
+        ServiceVt sidelane_service_vt_t { size, connect, drop, settings, retry }
+        ServiceSettings sidelane_service_settings_t { size, flags, http_version, retries, pool_idle, pool_connections, pool_idle_timeout_ns }
         Host sidelane_host_t { vt }
         HostVt sidelane_host_vt_t { size, spawn, now, timer, connect, log, log_level, metric, metric_add, shard, shards, blocking, splice, dedicate }
         SpliceOutcome sidelane_splice_outcome_t { err, a_to_b, b_to_a }
@@ -92,6 +93,7 @@ macro_rules! constants {
 constants! {
         SIDELANE_ABI_MAJOR = ABI_MAJOR,
         SIDELANE_ABI_MINOR = ABI_MINOR,
+        SIDELANE_ABI_MINOR_OLDEST = ABI_MINOR_OLDEST,
         SIDELANE_PANIC_STRATEGY_UNWIND = panic_strategy::UNWIND,
         SIDELANE_PANIC_STRATEGY_ABORT = panic_strategy::ABORT,
         SIDELANE_PANIC_STRATEGY_NONE = panic_strategy::NONE,
@@ -139,8 +141,12 @@ constants! {
         SIDELANE_RECV_MESSAGE = recv::MESSAGE,
         SIDELANE_RECV_RESET = recv::RESET,
         SIDELANE_RECV_FINISHED = recv::FINISHED,
+        SIDELANE_META_TRUSTED_PROXY = meta::TRUSTED_PROXY,
         SIDELANE_ROUTE_KEY_LISTENER = route_key::LISTENER,
         SIDELANE_ROUTE_KEY_HOST = route_key::HOST,
+        SIDELANE_SERVICE_UNSHARED = service::UNSHARED,
+        SIDELANE_UNSET = UNSET,
+        SIDELANE_UNSET_NS = UNSET_NS,
         SIDELANE_LEVEL_ERROR = level::ERROR,
         SIDELANE_LEVEL_WARN = level::WARN,
         SIDELANE_LEVEL_INFO = level::INFO,

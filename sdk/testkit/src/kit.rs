@@ -63,6 +63,10 @@ pub struct TestMeta {
     pub tls_client: String,
     pub trace_parent: String,
     pub options: String,
+    pub peer_address: String,
+    /// 0: none.
+    pub response_head_timeout_ns: u64,
+    pub trusted_proxy: bool,
 }
 
 impl Default for TestMeta {
@@ -81,6 +85,9 @@ impl Default for TestMeta {
             tls_client: String::new(),
             trace_parent: String::new(),
             options: String::new(),
+            peer_address: String::new(),
+            response_head_timeout_ns: 0,
+            trusted_proxy: false,
         }
     }
 }

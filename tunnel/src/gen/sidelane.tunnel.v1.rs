@@ -138,6 +138,9 @@ pub struct Open {
     /// to, not replaced.
     #[prost(bool, tag = "14")]
     pub trusted_proxy: bool,
+    /// That proxy's own address, in the form of client_address; empty where it is not known.
+    #[prost(string, tag = "15")]
+    pub peer_address: ::prost::alloc::string::String,
 }
 /// A route's policies that only the end beside the service can carry out.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]

@@ -213,6 +213,14 @@ impl lend::Service for Service {
             Ok(Box::new(ours) as Box<dyn lend::Stream>)
         })
     }
+
+    fn settings(&self) -> lend::ServiceSettings {
+        lend::ServiceSettings::default()
+    }
+
+    fn retry(&self) -> bool {
+        false
+    }
 }
 
 pub(super) fn meta() -> lend::Meta {
@@ -230,6 +238,8 @@ pub(super) fn meta() -> lend::Meta {
         tls_client: none.clone(),
         trace_parent: none.clone(),
         trusted_proxy: false,
+        peer_address: none.clone(),
+        response_head_timeout: None,
         options: none,
         deadline: None,
     }

@@ -5,6 +5,7 @@ use std::ffi::c_void;
 use std::mem::offset_of;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
 use sidelane_abi as abi;
 
@@ -41,6 +42,9 @@ impl Meta {
             tls_client: text(&owned.tls_client),
             trace_parent: text(&owned.trace_parent),
             options: text(&owned.options),
+            peer_address: text(&owned.peer_address),
+            response_head_timeout_ns: owned.response_head_timeout.map_or(0, nanos),
+            flags: if owned.trusted_proxy { abi::meta::TRUSTED_PROXY } else { 0 },
         };
         Self { view, _owned: owned }
     }
@@ -49,6 +53,11 @@ impl Meta {
     pub(super) fn as_abi(&self) -> *const abi::Meta {
         &raw const self.view
     }
+}
+
+/// A time as the ABI says it; no longer than it can.
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX - 1)
 }
 
 /// A failure, and the ABI's view of it.
@@ -434,7 +443,8 @@ fn routable(path: &[u8]) -> &str {
 
 /// Returns the service to give a plugin.
 pub(super) fn lend_service<S: lend::Service>(service: S) -> abi::Service {
-    let lent = Box::new(Service { service, _counted: Counted::new() });
+    let settings = settings_to_abi(service.settings());
+    let lent = Box::new(Service { service, settings, _counted: Counted::new() });
     let (id, version) = (lent.service.id(), lent.service.version());
     let data = Box::into_raw(lent);
     // SAFETY: just leaked. The address is borrowed from where the service stays until `drop`.
@@ -442,8 +452,21 @@ pub(super) fn lend_service<S: lend::Service>(service: S) -> abi::Service {
     abi::Service { data: data.cast(), vt: &Service::<S>::VT, id, version, address }
 }
 
+fn settings_to_abi(settings: lend::ServiceSettings) -> abi::ServiceSettings {
+    abi::ServiceSettings {
+        size: size_of::<abi::ServiceSettings>(),
+        flags: if settings.shared { 0 } else { abi::service::UNSHARED },
+        http_version: settings.http_version,
+        retries: settings.retries,
+        pool_idle: settings.pool_idle.unwrap_or(abi::UNSET),
+        pool_connections: settings.pool_connections.unwrap_or(abi::UNSET),
+        pool_idle_timeout_ns: settings.pool_idle_timeout.map_or(abi::UNSET_NS, nanos),
+    }
+}
+
 struct Service<S> {
     service: S,
+    settings: abi::ServiceSettings,
     _counted: Counted,
 }
 
@@ -452,7 +475,21 @@ impl<S: lend::Service> Service<S> {
         size: size_of::<abi::ServiceVt>(),
         connect: Self::connect,
         drop: Self::drop,
+        settings: Self::settings,
+        retry: Self::retry,
     };
+
+    unsafe extern "C" fn settings(data: *mut c_void) -> *const abi::ServiceSettings {
+        // SAFETY: `data` is what `lend_service` leaked; shared, since `address` is borrowed from it.
+        let this = unsafe { &*data.cast::<Self>() };
+        &raw const this.settings
+    }
+
+    unsafe extern "C" fn retry(data: *mut c_void) -> u32 {
+        // SAFETY: as in `settings`.
+        let this = unsafe { &*data.cast::<Self>() };
+        guard("service.retry", 0, || u32::from(this.service.retry()))
+    }
 
     unsafe extern "C" fn connect(data: *mut c_void) -> abi::Future {
         // SAFETY: `data` is what `lend_service` leaked; shared, since `address` is borrowed from it.

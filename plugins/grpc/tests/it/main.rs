@@ -3,6 +3,7 @@
 
 mod library;
 mod path;
+mod policy;
 mod relay;
 mod service;
 mod sidecar;

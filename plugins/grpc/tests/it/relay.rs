@@ -199,7 +199,7 @@ fn codes() -> Vec<u32> {
     (1..).take_while(|code| failure::name(*code) != "unknown").collect()
 }
 
-const STATUSES: [(u32, &str); 21] = [
+const STATUSES: [(u32, &str); 22] = [
     (failure::CANCELLED, "1"),
     (failure::NO_ROUTE, "12"),
     (failure::NO_SIDECAR, "14"),
@@ -221,6 +221,7 @@ const STATUSES: [(u32, &str); 21] = [
     (failure::INTERNAL, "13"),
     (failure::UNSUPPORTED, "12"),
     (failure::CLIENT_TIMEOUT, "4"),
+    (failure::UNAUTHORIZED, "16"),
 ];
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod library;
 mod path;
+mod policy;
 mod relay;
 mod sidecar;
 mod wire;

@@ -6,6 +6,7 @@ mod handshake;
 mod library;
 mod limits;
 mod path;
+mod policy;
 mod wire;
 
 use std::pin::Pin;

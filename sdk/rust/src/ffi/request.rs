@@ -1,6 +1,8 @@
 //! What the host says of a request and of an exchange. Borrowed, read in place.
 
 use std::fmt;
+use std::mem::offset_of;
+use std::time::Duration;
 
 use sidelane_abi as abi;
 
@@ -229,6 +231,38 @@ impl<'a> Meta<'a> {
         trace_parent
         /// The route's `options.<protocol_type>` as JSON, or empty.
         options
+    }
+
+    /// Whether the client is a proxy that the relay trusts: what it wrote in `Forwarded` and
+    /// `X-Forwarded-*` is added to, not replaced.
+    #[must_use]
+    pub const fn is_trusted_proxy(&self) -> bool {
+        self.has(offset_of!(abi::Meta, flags) + size_of::<u32>())
+            && self.raw.flags & abi::meta::TRUSTED_PROXY != 0
+    }
+
+    /// Address of the proxy that [`Self::is_trusted_proxy`] says there is, in the form of
+    /// `client_address`; empty where it is not known.
+    #[must_use]
+    pub fn peer_address(&self) -> &'a str {
+        if !self.has(offset_of!(abi::Meta, peer_address) + size_of::<abi::Str>()) {
+            return "";
+        }
+        // SAFETY: valid for `'a` (H2).
+        unsafe { text(self.raw.peer_address) }
+    }
+
+    /// How long the service may take from dispatch to its response head, where the route says it.
+    #[must_use]
+    pub fn response_head_timeout(&self) -> Option<Duration> {
+        let known = self.has(offset_of!(abi::Meta, response_head_timeout_ns) + size_of::<u64>());
+        (known && self.raw.response_head_timeout_ns != 0)
+            .then(|| Duration::from_nanos(self.raw.response_head_timeout_ns))
+    }
+
+    /// Whether the record is as long: what is beyond, a host of an older ABI did not fill.
+    const fn has(&self, bytes: usize) -> bool {
+        self.raw.size >= bytes
     }
 
     /// The client's deadline, on the host's clock.

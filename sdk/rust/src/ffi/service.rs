@@ -1,9 +1,11 @@
 //! The service behind a tunnel.
 
 use std::future::Future;
+use std::mem::offset_of;
 use std::pin::Pin;
 use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use sidelane_abi as abi;
 
@@ -11,6 +13,38 @@ use super::future::Foreign;
 use super::io::ByteStream;
 use super::text::text;
 use crate::{ServiceError, failure};
+
+/// What a tunnel and a route ask of whoever talks to a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServiceSettings {
+    /// A connection may serve exchanges of several clients; where not, it serves the one exchange that
+    /// asked for it.
+    pub shared: bool,
+    /// HTTP's major version to the service: 1, or 2 by prior knowledge.
+    pub http_version: u32,
+    /// Most times that this exchange may be sent again, each asked for by [`Service::retry`]; 0: the
+    /// route has no policy, and only what is safe in any case is.
+    pub retries: u32,
+    /// Unused connections to keep, per data-path thread; `None`: the plugin's own.
+    pub pool_idle: Option<u32>,
+    /// Connections, used and unused, per data-path thread; `None`: the plugin's own.
+    pub pool_connections: Option<u32>,
+    /// How long an unused connection is kept; `None`: the plugin's own.
+    pub pool_idle_timeout: Option<Duration>,
+}
+
+impl Default for ServiceSettings {
+    fn default() -> Self {
+        Self {
+            shared: true,
+            http_version: 1,
+            retries: 0,
+            pool_idle: None,
+            pool_connections: None,
+            pool_idle_timeout: None,
+        }
+    }
+}
 
 /// The service behind a tunnel, at the sidecar.
 pub struct Service {
@@ -48,6 +82,45 @@ impl Service {
     pub fn address(&self) -> &str {
         // SAFETY: borrowed until the service is dropped.
         unsafe { text(self.raw.address) }
+    }
+
+    /// What the tunnel and the route ask of whoever talks to the service.
+    #[must_use]
+    pub fn settings(&self) -> ServiceSettings {
+        let known = offset_of!(abi::ServiceVt, settings) + size_of::<usize>();
+        // SAFETY: owned (H1).
+        let vt = unsafe { &*self.raw.vt };
+        if vt.size < known {
+            return ServiceSettings::default();
+        }
+        let _one = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: owned (H1), under `calls`; never null, borrowed until the service is dropped.
+        let raw = unsafe { &*(vt.settings)(self.raw.data) };
+        let count = |count: u32| (count != abi::UNSET).then_some(count);
+        ServiceSettings {
+            shared: raw.flags & abi::service::UNSHARED == 0,
+            http_version: raw.http_version,
+            retries: raw.retries,
+            pool_idle: count(raw.pool_idle),
+            pool_connections: count(raw.pool_connections),
+            pool_idle_timeout: (raw.pool_idle_timeout_ns != abi::UNSET_NS)
+                .then(|| Duration::from_nanos(raw.pool_idle_timeout_ns)),
+        }
+    }
+
+    /// Asks whether this exchange may be sent to the service once more, and takes that from the route's
+    /// budget. To be asked only where the service cannot have processed it, or may twice.
+    #[must_use]
+    pub fn retry(&self) -> bool {
+        let known = offset_of!(abi::ServiceVt, retry) + size_of::<usize>();
+        // SAFETY: owned (H1).
+        let vt = unsafe { &*self.raw.vt };
+        if vt.size < known {
+            return false;
+        }
+        let _one = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: owned (H1), under `calls`.
+        unsafe { (vt.retry)(self.raw.data) == 1 }
     }
 
     /// Dials. The host bounds it by the connect timeout.

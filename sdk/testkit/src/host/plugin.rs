@@ -310,6 +310,9 @@ impl MetaRecord {
             tls_client: own(&meta.tls_client),
             trace_parent: own(&meta.trace_parent),
             options: own(&meta.options),
+            peer_address: own(&meta.peer_address),
+            response_head_timeout_ns: meta.response_head_timeout_ns,
+            flags: if meta.trusted_proxy { abi::meta::TRUSTED_PROXY } else { 0 },
         };
         Self { raw, _texts: texts }
     }

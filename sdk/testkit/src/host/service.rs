@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use sidelane_abi as abi;
-use sidelane_plugin::failure;
+use sidelane_plugin::{ServiceSettings, failure};
 
 use super::buf::lend_text;
 use super::future;
@@ -27,6 +27,10 @@ struct Shared {
     accepted: VecDeque<TestStream>,
     acceptor: Option<Waker>,
     connects: usize,
+    /// Retries that the budget still has.
+    budget: usize,
+    /// How often the plugin asked for one.
+    asked: usize,
 }
 
 /// A service that the plugin connects to. By default it accepts.
@@ -39,13 +43,27 @@ pub struct TestService {
     pub version: u64,
     /// Where it is.
     pub address: &'static str,
+    /// What the tunnel and the route ask for.
+    pub settings: ServiceSettings,
 }
 
 impl Default for TestService {
     fn default() -> Self {
-        let shared =
-            Shared { mode: Mode::Accepts, accepted: VecDeque::new(), acceptor: None, connects: 0 };
-        Self { shared: Arc::new(Mutex::new(shared)), id: 1, version: 1, address: "127.0.0.1:3000" }
+        let shared = Shared {
+            mode: Mode::Accepts,
+            accepted: VecDeque::new(),
+            acceptor: None,
+            connects: 0,
+            budget: 0,
+            asked: 0,
+        };
+        Self {
+            shared: Arc::new(Mutex::new(shared)),
+            id: 1,
+            version: 1,
+            address: "127.0.0.1:3000",
+            settings: ServiceSettings::default(),
+        }
     }
 }
 
@@ -83,6 +101,25 @@ impl TestService {
         self.shared().mode = Mode::Hangs;
     }
 
+    /// From here on accepts connections, as it does from the start.
+    pub fn accept_again(&self) {
+        self.shared().mode = Mode::Accepts;
+    }
+
+    /// Allows every exchange `retries` retries, and all together `budget` of them.
+    #[must_use]
+    pub fn with_retries(mut self, retries: u32, budget: usize) -> Self {
+        self.settings.retries = retries;
+        self.shared().budget = budget;
+        self
+    }
+
+    /// How often the plugin asked whether it may send an exchange again.
+    #[must_use]
+    pub fn retries_asked(&self) -> usize {
+        self.shared().asked
+    }
+
     /// How often the plugin dialled.
     #[must_use]
     pub fn connects(&self) -> usize {
@@ -115,7 +152,12 @@ impl TestService {
 
     /// Lends it to a plugin.
     pub(crate) fn to_plugin(&self, world: &Arc<World>) -> abi::Service {
-        let own = ServiceLent { service: self.clone(), world: world.clone() };
+        let own = ServiceLent {
+            service: self.clone(),
+            world: world.clone(),
+            settings: Box::new(raw_settings(&self.settings)),
+            retries: 0,
+        };
         abi::Service {
             data: lend(&world.ledger, "service", own),
             vt: &VT,
@@ -135,10 +177,63 @@ pub(crate) fn refused(code: u32, err: i32) -> abi::IoOutcome {
 struct ServiceLent {
     service: TestService,
     world: Arc<World>,
+    settings: Box<abi::ServiceSettings>,
+    /// Retries of this exchange.
+    retries: u32,
 }
 
-static VT: abi::ServiceVt =
-    abi::ServiceVt { size: size_of::<abi::ServiceVt>(), connect, drop: drop_lent::<ServiceLent> };
+static VT: abi::ServiceVt = abi::ServiceVt {
+    size: size_of::<abi::ServiceVt>(),
+    connect,
+    drop: drop_lent::<ServiceLent>,
+    settings,
+    retry,
+};
+
+fn raw_settings(settings: &ServiceSettings) -> abi::ServiceSettings {
+    let nanos = |time: std::time::Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX - 1);
+    abi::ServiceSettings {
+        size: size_of::<abi::ServiceSettings>(),
+        flags: if settings.shared { 0 } else { abi::service::UNSHARED },
+        http_version: settings.http_version,
+        retries: settings.retries,
+        pool_idle: settings.pool_idle.unwrap_or(abi::UNSET),
+        pool_connections: settings.pool_connections.unwrap_or(abi::UNSET),
+        pool_idle_timeout_ns: settings.pool_idle_timeout.map_or(abi::UNSET_NS, nanos),
+    }
+}
+
+/// For a plugin that asks a service it has dropped.
+static NO_SETTINGS: abi::ServiceSettings = abi::ServiceSettings {
+    size: size_of::<abi::ServiceSettings>(),
+    flags: 0,
+    http_version: 1,
+    retries: 0,
+    pool_idle: abi::UNSET,
+    pool_connections: abi::UNSET,
+    pool_idle_timeout_ns: abi::UNSET_NS,
+};
+
+unsafe extern "C" fn settings(data: *mut std::ffi::c_void) -> *const abi::ServiceSettings {
+    // SAFETY: of this vtable.
+    let settings = unsafe { using(data, |own: &mut ServiceLent| &raw const *own.settings) };
+    settings.unwrap_or(&raw const NO_SETTINGS)
+}
+
+unsafe extern "C" fn retry(data: *mut std::ffi::c_void) -> u32 {
+    // SAFETY: of this vtable.
+    let granted = unsafe {
+        using(data, |own: &mut ServiceLent| {
+            let mut shared = own.service.shared();
+            shared.asked += 1;
+            let granted = own.retries < own.settings.retries && shared.budget > 0;
+            own.retries += u32::from(granted);
+            shared.budget -= usize::from(granted);
+            granted
+        })
+    };
+    u32::from(granted.unwrap_or(false))
+}
 
 unsafe extern "C" fn connect(data: *mut std::ffi::c_void) -> abi::Future {
     // SAFETY: of this vtable.

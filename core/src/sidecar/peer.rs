@@ -1,0 +1,226 @@
+//! One relay, as this sidecar knows it: its lanes, and what it said of the announced document.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use bytes::Bytes;
+use sidelane_tunnel::proto;
+use tokio::sync::watch;
+
+use crate::tunnel::Link;
+
+/// One relay, or one of the addresses that a relay's name stands for.
+pub struct Peer {
+    /// As configured.
+    pub relay: Arc<str>,
+    /// Which of the name's addresses; `None`: it is dialled as configured.
+    pub address: Option<SocketAddr>,
+    /// For people: the relay, and the address where it is one of several.
+    pub(super) name: String,
+    /// What is dialled.
+    pub(super) target: String,
+    /// False once the name no longer stands for the address: it is dialled no more.
+    pub(super) wanted: watch::Sender<bool>,
+    state: Mutex<PeerState>,
+    is_connected: AtomicBool,
+}
+
+#[derive(Default)]
+pub(super) struct PeerState {
+    pub(super) lanes: Vec<Arc<Link>>,
+    session: Option<SessionFacts>,
+    /// Of the relay at the other end of the last session.
+    instance: Bytes,
+    refused: Vec<String>,
+    notes: Vec<String>,
+    accepted: Option<u64>,
+    pub(super) last_error: Option<String>,
+}
+
+/// What is told of a session on the admin page.
+#[derive(Clone)]
+struct SessionFacts {
+    epoch: u64,
+    since: Instant,
+}
+
+impl Peer {
+    pub(super) fn new(relay: Arc<str>, address: Option<SocketAddr>) -> Self {
+        let name = match address {
+            Some(address) => format!("{relay} at {address}"),
+            None => relay.to_string(),
+        };
+        let target = address.map_or_else(|| relay.to_string(), |address| address.to_string());
+        Self {
+            relay,
+            address,
+            name,
+            target,
+            wanted: watch::Sender::new(true),
+            state: Mutex::default(),
+            is_connected: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn with<T>(&self, f: impl FnOnce(&mut PeerState) -> T) -> T {
+        f(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether a session can carry exchanges.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        self.is_connected.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn is_wanted(&self) -> bool {
+        *self.wanted.borrow()
+    }
+
+    /// Instance of the relay at the other end of the last session; empty: there was none.
+    pub(super) fn instance(&self) -> Bytes {
+        self.with(|state| state.instance.clone())
+    }
+
+    /// A relay has let us in.
+    pub(super) fn session_begun(&self, epoch: u64, instance: Bytes) {
+        self.with(|state| {
+            state.session = Some(SessionFacts { epoch, since: Instant::now() });
+            state.instance = instance;
+            state.last_error = None;
+            state.forget_answers();
+        });
+    }
+
+    /// The session can carry exchanges.
+    pub(super) fn connected(&self) {
+        self.is_connected.store(true, Ordering::Relaxed);
+    }
+
+    /// The session is lost, and what the relay said in it no longer counts.
+    pub(super) fn session_ended(&self) {
+        self.is_connected.store(false, Ordering::Relaxed);
+        self.with(|state| {
+            state.session = None;
+            state.forget_answers();
+        });
+    }
+
+    /// Takes what the relay says of a document.
+    pub(super) fn answered(&self, announced: &proto::Announced) {
+        let (relay, version) = (&*self.name, announced.version);
+        let keeps = self.with(|state| {
+            let keeps = state.accepted;
+            if announced.accepted {
+                state.accepted = Some(version);
+            }
+            state.refused.clone_from(&announced.reasons);
+            state.notes.clone_from(&announced.notes);
+            if !announced.accepted && state.refused.is_empty() {
+                state.refused.push("the relay gave no reason".to_owned());
+            }
+            keeps
+        });
+        let reasons = announced.reasons.join("; ");
+        match keeps {
+            _ if announced.accepted => {
+                tracing::info!(relay, version, "announcement accepted");
+            }
+            Some(last) => tracing::error!(
+                relay,
+                version,
+                reasons,
+                last,
+                "announcement refused: the relay keeps the last one"
+            ),
+            None => tracing::error!(
+                relay,
+                version,
+                reasons,
+                "announcement refused: the relay serves nothing of this sidecar"
+            ),
+        }
+        for note in &announced.notes {
+            tracing::warn!(relay, version, note, "the relay notes of the announcement");
+        }
+    }
+
+    /// Why the relay refuses the newest document that it has answered; `None`: it does not.
+    pub(super) fn refusal(&self) -> Option<String> {
+        self.with(|state| (!state.refused.is_empty()).then(|| state.refused.join("; ")))
+    }
+
+    /// What the admin page says of it.
+    pub fn describe(&self) -> serde_json::Value {
+        self.with(|state| {
+            serde_json::json!({
+                "relay": &*self.relay,
+                "address": self.address.map(|address| address.to_string()),
+                "connected": self.is_connected(),
+                "epoch": state.session.as_ref().map(|session| session.epoch),
+                "connected_for_seconds": state.session.as_ref().map(|s| s.since.elapsed().as_secs()),
+                "lanes": state.lanes.iter().map(|link| serde_json::json!({
+                    "lane": link.number, "thread": link.shard, "exchanges": link.load(), "open": link.is_open(),
+                })).collect::<Vec<_>>(),
+                "announcement_accepted": state.accepted,
+                "announcement_refused": state.refused,
+                "announcement_notes": state.notes,
+                "last_error": state.last_error,
+            })
+        })
+    }
+}
+
+impl PeerState {
+    fn forget_answers(&mut self) {
+        self.accepted = None;
+        self.refused.clear();
+        self.notes.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(version: u64, reasons: &[&str], notes: &[&str]) -> proto::Announced {
+        let texts = |texts: &[&str]| texts.iter().map(|text| (*text).to_owned()).collect();
+        proto::Announced {
+            version,
+            accepted: reasons.is_empty(),
+            reasons: texts(reasons),
+            notes: texts(notes),
+        }
+    }
+
+    #[test]
+    fn a_refusal_stands_until_a_document_is_accepted_or_the_session_ends() {
+        let peer = Peer::new("relay.example.org:9081".into(), None);
+        assert_eq!(peer.refusal(), None);
+        peer.answered(&answer(1, &[], &["route a: ours wins"]));
+        let page = peer.describe();
+        assert_eq!(page["announcement_accepted"], 1);
+        assert_eq!(page["announcement_notes"][0], "route a: ours wins");
+        peer.answered(&answer(2, &["route a: taken", "route b: taken"], &[]));
+        assert_eq!(peer.refusal().as_deref(), Some("route a: taken; route b: taken"));
+        let page = peer.describe();
+        assert_eq!(page["announcement_accepted"], 1, "it keeps the last one");
+        assert_eq!(page["announcement_refused"][1], "route b: taken");
+        peer.answered(&answer(3, &[], &[]));
+        assert_eq!(peer.refusal(), None);
+        peer.answered(&proto::Announced { accepted: false, ..answer(4, &[], &[]) });
+        assert_eq!(peer.refusal().as_deref(), Some("the relay gave no reason"));
+        peer.session_ended();
+        assert_eq!(peer.refusal(), None);
+    }
+
+    #[test]
+    fn an_address_of_a_name_is_dialled_and_named() {
+        let address = "192.0.2.1:9081".parse().expect("an address");
+        let peer = Peer::new("relay.example.org:9081".into(), Some(address));
+        assert_eq!(peer.name, "relay.example.org:9081 at 192.0.2.1:9081");
+        assert_eq!(peer.target, "192.0.2.1:9081");
+        assert_eq!(peer.describe()["address"], "192.0.2.1:9081");
+    }
+}
