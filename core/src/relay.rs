@@ -3,30 +3,27 @@
 //! Knows routes, sessions and documents; what a protocol says is the plugins' business.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use sidelane_abi::failure;
 use sidelane_tunnel::proto;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 
 use crate::config::{self, Route};
-use crate::front::{self, ConnectionInfo, Dispatch, FrontConfig};
-use crate::metrics::{Flows, Metrics, Record};
-use crate::plugin::lend::{self, Failure, Meta, Text};
-use crate::plugin::{Call, CallEnd, Plugins, PreparedHead, Protocol};
+use crate::front::FrontConfig;
+use crate::metrics::{Flows, Metrics};
+use crate::plugin::lend::{Meta, Text};
+use crate::plugin::{Plugins, Protocol};
 use crate::shard::Shard;
 use crate::tunnel::accept::Bounds;
 use crate::tunnel::pressure;
 use crate::tunnel::session::{Session, Sessions, Settings};
 
 mod document;
+mod entry;
 mod listen;
 mod open;
 mod routing;
@@ -35,7 +32,7 @@ mod tunnels;
 pub use listen::bind;
 
 use document::{Document, refused_options};
-use open::RelayOpener;
+use entry::HttpEntry;
 use routing::Routing;
 
 /// How long a name that a lost sidecar announced answers 503 (come back) before it answers 404
@@ -421,82 +418,6 @@ impl Relay {
             trusted_proxy: false,
             options: empty(),
             deadline: None,
-        }
-    }
-}
-
-/// What the HTTP front hands over; one for all connections.
-pub struct HttpEntry {
-    relay: Arc<Relay>,
-}
-
-impl Dispatch for HttpEntry {
-    type Call = HttpExchange;
-
-    fn accept<B: lend::Body, R: lend::Responder>(
-        &self,
-        connection: &Arc<ConnectionInfo>,
-        head: Box<lend::RequestHead>,
-        body: B,
-        mut responder: R,
-    ) -> HttpExchange {
-        let relay = &self.relay;
-        let head = PreparedHead::new(head);
-        let Some(plugin) = relay.plugins.claim(&head) else {
-            responder.abort(lend::Reset::new(failure::NO_PROTOCOL));
-            return HttpExchange::Refused(failure::NO_PROTOCOL);
-        };
-        let record = Arc::new(relay.metrics.exchange("relay", plugin.name()));
-        if plugin.quarantined() {
-            let failure = Failure {
-                code: failure::PLUGIN_FAILED,
-                retry_after_s: None,
-                detail: "the plugin failed too often".to_owned(),
-            };
-            record.unopened(failure::PLUGIN_FAILED);
-            return HttpExchange::Runs(plugin.refuse_http(head, responder, failure), record);
-        }
-        let mut meta = relay.meta(
-            &plugin,
-            &connection.client_address_text,
-            &connection.listener,
-            &connection.scheme,
-        );
-        if let Some(tls) = &connection.tls {
-            meta.tls_sni = Arc::clone(&tls.sni).into();
-            meta.tls_alpn = Arc::clone(&tls.alpn).into();
-            meta.tls_client = Arc::clone(&tls.client).into();
-        }
-        let opener = RelayOpener::new(Arc::clone(relay), meta.clone(), Arc::clone(&record));
-        HttpExchange::Runs(plugin.accept_http(head, meta, body, responder, opener), record)
-    }
-
-    fn note(&self, event: front::Event) {
-        match event {
-            front::Event::InformationalDropped => self.relay.metrics.informational_dropped(),
-            front::Event::Answered(code) => self.relay.metrics.front_answered(code),
-        }
-    }
-}
-
-/// An HTTP-born exchange that runs.
-pub enum HttpExchange {
-    /// In the plugin.
-    Runs(Call, Arc<Record>),
-    /// Nobody takes it.
-    Refused(u32),
-}
-
-impl Future for HttpExchange {
-    type Output = CallEnd;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<CallEnd> {
-        match self.get_mut() {
-            Self::Runs(call, record) => Pin::new(call).poll(cx).map(|end| {
-                record.end(end.code);
-                end
-            }),
-            Self::Refused(code) => Poll::Ready(CallEnd { code: *code, panicked: false }),
         }
     }
 }

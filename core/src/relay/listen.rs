@@ -15,8 +15,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use super::Relay;
+use super::entry::HttpEntry;
 use super::open::RelayOpener;
-use super::{HttpEntry, Relay};
 use crate::error::chain;
 use crate::front::{self, ConnectionInfo};
 use crate::metrics::Up;
