@@ -15,8 +15,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use super::Relay;
+use super::entry::HttpEntry;
 use super::open::RelayOpener;
-use super::{HttpEntry, Relay};
+use super::policy::watch_stream;
 use crate::error::chain;
 use crate::front::{self, ConnectionInfo};
 use crate::metrics::Up;
@@ -242,6 +244,7 @@ async fn serve_stream(
     }
     let record = Arc::new(relay.metrics.exchange("relay", plugin.name()));
     let opener = RelayOpener::new(Arc::clone(relay), meta.clone(), Arc::clone(&record));
-    let end = plugin.accept_stream(meta, stream, opener).await;
+    let held = opener.held();
+    let end = watch_stream(plugin.accept_stream(meta, stream, opener), held).await;
     record.end(end.code);
 }
