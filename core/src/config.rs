@@ -25,7 +25,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde_json::Value as Json;
 
-pub use diff::{Changes, Delta, diff};
+pub use diff::{Changes, Delta, diff, hold_back};
 pub use error::{ConfigError, ConfigErrors, Position};
 pub use value::{HostPort, Secret, duration_text, size_text};
 

@@ -2,11 +2,11 @@
 //!
 //! Knows routes, sessions and documents; what a protocol says is the plugins' business.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -14,27 +14,35 @@ use arc_swap::ArcSwap;
 use sidelane_abi::failure;
 use sidelane_tunnel::proto;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
-use crate::config::{self, Route};
-use crate::front::{self, ConnectionInfo, Dispatch, FrontConfig};
+use crate::config::{self, Match, Route};
+use crate::front::{self, ConnectionInfo, Dispatch, forwarded};
 use crate::metrics::{Flows, Metrics, Record};
 use crate::plugin::lend::{self, Failure, Meta, Text};
 use crate::plugin::{Call, CallEnd, Plugins, PreparedHead, Protocol};
 use crate::shard::Shard;
 use crate::tunnel::accept::Bounds;
 use crate::tunnel::pressure;
-use crate::tunnel::session::{Session, Sessions, Settings};
+use crate::tunnel::session::{Session, Sessions};
 
+mod bounds;
 mod document;
 mod listen;
+mod listeners;
 mod open;
+mod proxy_header;
+mod public;
 mod routing;
+mod stream;
 mod tunnels;
 
 pub use listen::bind;
+pub use listeners::{BindError, Prepared, Settings as EntrySettings};
 
+use bounds::{handshake_bounds, millis, session_settings};
 use document::{Document, refused_options};
+use listeners::Listeners;
 use open::RelayOpener;
 use routing::Routing;
 
@@ -55,7 +63,13 @@ pub struct Relay {
     stopping: watch::Sender<bool>,
     /// Told whenever an exchange that could not be opened might be now.
     changes: watch::Sender<()>,
-    open_wait: Duration,
+    /// In milliseconds; see [`config::RelayTimeouts::open_wait`].
+    open_wait_ms: AtomicU64,
+    listeners: Listeners,
+    /// The HTTP front's way in, made once.
+    entry: OnceLock<Arc<HttpEntry>>,
+    handshakes: ArcSwap<Bounds>,
+    /// Of clients, on all listeners.
     connections: AtomicUsize,
     flows: Flows,
 }
@@ -78,6 +92,18 @@ impl Sources {
     fn conflicts(&self, document: &Document) -> Vec<String> {
         let others = self.documents.range(..document.session.epoch);
         document.conflicts(others.map(|(_, other)| other))
+    }
+
+    /// Returns the routes of `document` that neither the file nor its sidecar's document before has.
+    fn fresh_routes(&self, document: &Document) -> Vec<Arc<Route>> {
+        let before = self.documents.get(&document.session.epoch);
+        let known: HashSet<&Match> = before
+            .iter()
+            .flat_map(|before| &before.routes)
+            .chain(&self.own)
+            .map(|route| &route.matches)
+            .collect();
+        document.routes.iter().filter(|route| !known.contains(&route.matches)).cloned().collect()
     }
 
     fn put_in_force(&mut self, document: Document) {
@@ -104,32 +130,17 @@ impl Sources {
     }
 }
 
-/// A client listener that is bound: one socket per thread.
-pub struct Bound {
-    /// Its name.
-    pub name: Arc<str>,
-    /// `None`: the HTTP front.
-    pub protocol_type: Option<Arc<str>>,
-    /// Not empty.
-    pub sockets: Vec<std::net::TcpListener>,
-}
-
 impl Relay {
     /// Returns the role; nobody is let in before [`Relay::start`].
-    pub fn new(
-        base_domains: Vec<Arc<str>>,
-        settings: Settings,
-        open_wait: Duration,
-        plugins: Arc<Plugins>,
-        metrics: Arc<Metrics>,
-    ) -> Arc<Self> {
+    pub fn new(section: &config::Relay, plugins: Arc<Plugins>, metrics: Arc<Metrics>) -> Arc<Self> {
+        let settings = session_settings(section, &plugins);
         Arc::new(Self {
             plugins,
             metrics,
             sessions: Sessions::new(settings),
             routing: ArcSwap::default(),
             sources: Mutex::new(Sources {
-                base_domains,
+                base_domains: section.base_domains.clone(),
                 own: Vec::new(),
                 documents: BTreeMap::new(),
                 waiting: BTreeMap::new(),
@@ -137,7 +148,10 @@ impl Relay {
             }),
             stopping: watch::Sender::new(false),
             changes: watch::Sender::new(()),
-            open_wait,
+            open_wait_ms: AtomicU64::new(millis(section.timeouts.open_wait)),
+            listeners: Listeners::new(EntrySettings::of(section)),
+            entry: OnceLock::new(),
+            handshakes: ArcSwap::from_pointee(handshake_bounds(section)),
             connections: AtomicUsize::new(0),
             flows: Flows::new("relay"),
         })
@@ -154,53 +168,70 @@ impl Relay {
         self.reroute(&sources);
     }
 
+    /// Takes a configuration's limits and timeouts: for new connections and sessions, and where a
+    /// limit is on what runs, for that at once.
+    pub fn limit(&self, section: &config::Relay) {
+        self.listeners.set_settings(EntrySettings::of(section));
+        self.sessions.set(session_settings(section, &self.plugins));
+        self.handshakes.store(Arc::new(handshake_bounds(section)));
+        self.open_wait_ms.store(millis(section.timeouts.open_wait), Ordering::Relaxed);
+    }
+
+    /// Binds a configuration's listeners that are not bound yet, for `threads` threads; nobody is
+    /// accepted before [`Relay::listen`].
+    ///
+    /// # Errors
+    /// The first that cannot be bound.
+    pub fn prepare(
+        &self,
+        listeners: &[Arc<config::Listener>],
+        threads: usize,
+    ) -> Result<Prepared, BindError> {
+        self.listeners.prepare(listeners, threads)
+    }
+
+    /// Puts listeners in force: new ones accept before those that are gone stop. Connections of these
+    /// end with what runs on them; nobody else's are touched.
+    pub fn listen(self: &Arc<Self>, prepared: Prepared) {
+        self.listeners.apply(self, prepared);
+    }
+
     /// Serves clients on `listeners` and sidecars on `tunnel`.
     pub fn start(
         self: &Arc<Self>,
         shards: &Arc<[Shard]>,
-        listeners: Vec<Bound>,
+        listeners: Prepared,
         tunnel: std::net::TcpListener,
-        front: FrontConfig,
-        connections_max: usize,
-        handshakes: Bounds,
     ) {
-        let front = Arc::new(front);
-        let entry = Arc::new(HttpEntry { relay: Arc::clone(self) });
-        let connections = Arc::new(Semaphore::new(connections_max));
-        for bound in listeners {
-            let listener = Arc::new(listen::Listener {
-                name: bound.name,
-                protocol_type: bound.protocol_type,
-                front: Arc::clone(&front),
-                connections: Arc::clone(&connections),
-                entry: Arc::clone(&entry),
-                stopping: self.stopping.subscribe(),
-            });
-            for (shard, socket) in shards.iter().zip(bound.sockets) {
-                let (relay, listener) = (Arc::clone(self), Arc::clone(&listener));
-                shard.spawn(async move {
-                    match TcpListener::from_std(socket) {
-                        Ok(socket) => listen::accept(relay, listener, socket).await,
-                        Err(error) => tracing::error!(%error, "a listener is lost"),
-                    }
-                });
-            }
-        }
+        self.listeners.set_threads(shards);
+        self.listen(listeners);
         let (relay, threads) = (Arc::clone(self), Arc::clone(shards));
         shards[0].spawn(async move {
             match TcpListener::from_std(tunnel) {
                 Ok(socket) => {
                     let stopping = relay.stopping.subscribe();
-                    tunnels::accept(relay, socket, threads, handshakes, stopping).await;
+                    tunnels::accept(relay, socket, threads, stopping).await;
                 }
                 Err(error) => tracing::error!(%error, "the tunnel's listener is lost"),
             }
         });
     }
 
+    /// Tells in the log where clients reach the file's routes.
+    pub fn tell_addresses(&self) {
+        let sources = self.lock_sources();
+        public::tell(&sources.own, &sources.base_domains, &self.listeners.addresses());
+    }
+
+    /// The HTTP front's way in.
+    fn entry(self: &Arc<Self>) -> Arc<HttpEntry> {
+        Arc::clone(self.entry.get_or_init(|| Arc::new(HttpEntry { relay: Arc::clone(self) })))
+    }
+
     /// Accepts nobody from here on, and asks clients' connections to end with their exchanges.
     pub fn drain(&self) {
         self.stopping.send_replace(true);
+        self.listeners.stop();
     }
 
     /// Ends all sessions once what is queued has been written.
@@ -290,7 +321,12 @@ impl Relay {
 
     /// Whether an exchange may wait for a session that is on its way.
     fn waits_for_sessions(&self) -> bool {
-        !self.open_wait.is_zero() && !*self.stopping.borrow()
+        !self.open_wait().is_zero() && !*self.stopping.borrow()
+    }
+
+    /// How long an exchange may.
+    fn open_wait(&self) -> Duration {
+        Duration::from_millis(self.open_wait_ms.load(Ordering::Relaxed))
     }
 
     /// Lets exchanges that wait for a session look again.
@@ -299,12 +335,12 @@ impl Relay {
     }
 
     fn session_begun(&self, session: &Arc<Session>) {
-        self.metrics.set_sessions(self.sessions.len());
+        self.metrics.set_sessions("relay", self.sessions.len());
         tracing::info!(sidecar = &*session.name, peer = %session.peer, epoch = session.epoch, "session begun");
     }
 
     fn session_ended(&self, session: &Arc<Session>) {
-        self.metrics.set_sessions(self.sessions.len());
+        self.metrics.set_sessions("relay", self.sessions.len());
         tracing::info!(sidecar = &*session.name, epoch = session.epoch, "session ended");
         let mut sources = self.lock_sources();
         sources.waiting.remove(&session.epoch);
@@ -364,6 +400,8 @@ impl Relay {
             Ok(document) => {
                 let conflicts = sources.conflicts(&document);
                 if conflicts.is_empty() {
+                    let fresh = sources.fresh_routes(&document);
+                    public::tell(&fresh, &sources.base_domains, &self.listeners.addresses());
                     sources.put_in_force(document);
                     freed = sources.take_waiting();
                     self.reroute(&sources);
@@ -441,6 +479,10 @@ impl Dispatch for HttpEntry {
         mut responder: R,
     ) -> HttpExchange {
         let relay = &self.relay;
+        let client = connection
+            .trusted_proxies
+            .as_ref()
+            .map(|trusted| forwarded::client(connection.client_address, &head.headers, trusted));
         let head = PreparedHead::new(head);
         let Some(plugin) = relay.plugins.claim(&head) else {
             responder.abort(lend::Reset::new(failure::NO_PROTOCOL));
@@ -462,6 +504,11 @@ impl Dispatch for HttpEntry {
             &connection.listener,
             &connection.scheme,
         );
+        if let Some(client) = client {
+            meta.client_address = Text::from(&*client.address.to_string());
+            meta.scheme = client.scheme.map_or(meta.scheme, Text::from);
+            meta.trusted_proxy = true;
+        }
         if let Some(tls) = &connection.tls {
             meta.tls_sni = Arc::clone(&tls.sni).into();
             meta.tls_alpn = Arc::clone(&tls.alpn).into();

@@ -29,6 +29,8 @@ pub(super) struct RelayOpener {
     record: Arc<Record>,
     /// Waits for a session that is on its way.
     wait: Option<Wait>,
+    /// What a byte-born connection is routed by, where its first bytes named a host.
+    host: Option<Arc<str>>,
 }
 
 /// The time that an exchange may wait for a session, and what to look at meanwhile.
@@ -66,7 +68,12 @@ impl Wait {
 
 impl RelayOpener {
     pub(super) fn new(relay: Arc<Relay>, meta: Meta, record: Arc<Record>) -> Self {
-        Self { relay, meta: Some(meta), record, wait: None }
+        Self { relay, meta: Some(meta), record, wait: None, host: None }
+    }
+
+    /// Returns the same, which routes what has no host of its own by this one.
+    pub(super) fn by_host(self, host: Option<Arc<str>>) -> Self {
+        Self { host, ..self }
     }
 
     fn open(&mut self, key: RouteKey<'_>) -> Result<Opened<SendHalf, RecvHalf>, Failure> {
@@ -77,7 +84,8 @@ impl RelayOpener {
         let routing = self.relay.routing.load();
         let query = match key {
             RouteKey::Listener => {
-                Query { host: None, path: "/", listener: &known.listener, protocol_type }
+                let host = self.host.as_deref();
+                Query { host, path: "/", listener: &known.listener, protocol_type }
             }
             RouteKey::Host { host, path } => {
                 Query { host: Some(host), path, listener: &known.listener, protocol_type }
@@ -164,7 +172,7 @@ impl Opener for RelayOpener {
                 None => {
                     // Changes are seen from here on; one that came just before is seen by the
                     // second look.
-                    self.wait = Some(Wait::new(&self.relay, self.relay.open_wait));
+                    self.wait = Some(Wait::new(&self.relay, self.relay.open_wait()));
                     true
                 }
             };
