@@ -49,10 +49,10 @@ enum Command {
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Run { file, ports_file } => process::run(&file, ports_file.as_deref()),
-        Command::Check { file } => process::check(&file).map(|summary| {
+        Command::Check { file } => process::check(&file).map(|checked| {
             use std::io::Write as _;
             // A closed standard output is not the file's fault.
-            let _ = writeln!(std::io::stdout(), "{summary}");
+            let _ = writeln!(std::io::stdout(), "{}", checked.summary);
         }),
     };
     match result {

@@ -17,7 +17,7 @@ use tokio::time::MissedTickBehavior;
 
 use crate::admin::{self, AdminState, Readiness, ReloadRequest};
 use crate::config::watch::{Reload, Watcher};
-use crate::config::{self, Config, ConfigErrors, Fault, PluginCheck, Relays};
+use crate::config::{self, Config, ConfigError, ConfigErrors, Fault, PluginCheck, Relays};
 use crate::error::chain;
 use crate::metrics::Metrics;
 use crate::plugin::{HostContext, Limits, LoadError, LoadFault, PluginSpec, Plugins};
@@ -27,10 +27,12 @@ use crate::sidecar::{self, Sidecar};
 use crate::tunnel::dial;
 use crate::tunnel::pressure::PRESSURE_TICK;
 
+mod check;
 mod log;
 mod reload;
 mod sockets;
 
+pub use check::{Checked, check};
 use sockets::{Addresses, Sockets};
 
 /// How often the end of running exchanges is looked for during shutdown.
@@ -52,9 +54,6 @@ pub enum RunError {
     /// The file does not hold.
     #[error(transparent)]
     Config(#[from] ConfigErrors),
-    /// A required plugin cannot be loaded; one line for each.
-    #[error("{0}")]
-    Plugins(String),
     /// The ports file cannot be written.
     #[error("cannot write {}", .path.display())]
     PortsFile {
@@ -69,33 +68,15 @@ pub enum RunError {
     Start(#[source] io::Error),
 }
 
-/// Validates a file as a start would, plugins included. Returns a summary.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn check(file: &Path) -> Result<String, RunError> {
-    let (_, config) = config::load(file)?;
-    let metrics = Arc::new(Metrics::new());
-    let plugins = Plugins::new(HostContext::new(metrics.sink()), limits(&config.plugins));
-    load_plugins(&plugins, &config)?;
-    config.check_plugins(&Asked(&plugins))?;
-    Ok(format!(
-        "{}: valid: {} routes, {} tunnels, protocol types {}",
-        file.display(),
-        config.routes.len(),
-        config.tunnels.len(),
-        plugins.types().join(", "),
-    ))
-}
-
 /// Runs the process until a signal ends it.
 ///
 /// # Errors
 /// Why it did not start.
 pub fn run(file: &Path, ports_file: Option<&Path>) -> Result<(), RunError> {
-    let (source, config) = config::load(file)?;
+    let (source, config) = check::load(file)?;
     let log = log::init(&config.log);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), file = %file.display(), "starting");
+    check::warn(&config);
     let metrics = Arc::new(Metrics::new());
     let relay_threads = config.relay.as_ref().map_or(0, |relay| threads(relay.threads));
     let sidecar_threads = config.sidecar.as_ref().map_or(0, |sidecar| threads(sidecar.threads));
@@ -104,8 +85,7 @@ pub fn run(file: &Path, ports_file: Option<&Path>) -> Result<(), RunError> {
         u32::try_from(total).map_err(|error| RunError::Start(io::Error::other(error)))?,
     );
     let plugins = Arc::new(Plugins::new(host, limits(&config.plugins)));
-    load_plugins(&plugins, &config)?;
-    config.check_plugins(&Asked(&plugins))?;
+    check::ask(&plugins, &config)?;
     let relay = config.relay.as_ref().map(|section| {
         let relay = Relay::new(section, Arc::clone(&plugins), Arc::clone(&metrics));
         relay.configure(&config);
@@ -351,24 +331,28 @@ async fn wait_until(deadline: Instant, done: impl Fn() -> bool) {
 /// Loads what the file names. Returns the names of those that were not running before.
 fn load_plugins(plugins: &Plugins, config: &Config) -> Result<Vec<String>, RunError> {
     let specs: Vec<PluginSpec> = config.plugins.libraries.iter().map(spec).collect();
-    let applied =
-        plugins.apply(&specs, config.drain_timeout).map_err(|errors| refused(config, &errors))?;
+    let applied = plugins.apply(&specs, config.drain_timeout).map_err(|faults| {
+        ConfigErrors::join(None, refused(config, &faults)).map_or_else(
+            || RunError::Start(io::Error::other("no plugin was loaded and none refused")),
+            RunError::Config,
+        )
+    })?;
     for error in &applied.failed {
         tracing::error!(error = chain(error), "a plugin that is not required is left out");
     }
     Ok(applied.loaded)
 }
 
-/// Tells which plugins cannot be loaded or refuse their block, each with its place in the file.
-fn refused(config: &Config, errors: &[LoadError]) -> RunError {
-    let lines = errors.iter().map(|error| match &error.fault {
+/// Returns which plugins cannot be loaded or refuse their block, each with its place in the file.
+fn refused(config: &Config, faults: &[LoadError]) -> Vec<ConfigError> {
+    let error = |error: &LoadError| match &error.fault {
         LoadFault::Refused(fault) => {
             let fault = Fault { message: fault.message.clone(), path: fault.path.clone() };
-            config.library_fault(&error.plugin, &fault).to_string()
+            config.library_fault(&error.plugin, &fault)
         }
-        _ => config.library_error(&error.plugin, chain(error)).to_string(),
-    });
-    RunError::Plugins(lines.collect::<Vec<_>>().join("\n"))
+        _ => config.library_error(&error.plugin, chain(error)),
+    };
+    faults.iter().map(error).collect()
 }
 
 fn spec(library: &config::Library) -> PluginSpec {

@@ -13,10 +13,10 @@ use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::options::DuplicateKeyPolicy;
 use serde_saphyr::{Location, Spanned};
 
-use super::error::{Position, Sink, did_you_mean, list};
+use super::error::{Position, Sink, did_you_mean, list, nearest};
 
-/// Most nodes of one file: about 20,000 routes. Bounds what a hostile file can make us allocate.
-const NODES_MAX: usize = 250_000;
+/// Most nodes of a configuration: about 20,000 routes. Bounds what a hostile file can make us allocate.
+pub(crate) const NODES_MAX: usize = 250_000;
 
 /// Deepest nesting; the language itself needs 6, plugin blocks may go deeper.
 const DEPTH_MAX: usize = 32;
@@ -129,6 +129,37 @@ impl Node {
         }
     }
 
+    /// Returns the value of `key` where this is a mapping that has it.
+    pub(crate) fn child(&self, key: &str) -> Option<&Self> {
+        let Value::Map(entries) = &self.value else { return None };
+        entries.iter().find(|entry| entry.key == key).map(|entry| &entry.node)
+    }
+
+    /// Returns the text of a scalar.
+    pub(crate) fn text(&self) -> Option<&str> {
+        let Value::Scalar(scalar) = &self.value else { return None };
+        Some(&scalar.text)
+    }
+
+    /// Returns how many values there are, itself included.
+    pub(crate) fn count(&self) -> usize {
+        1 + match &self.value {
+            Value::List(items) => items.iter().map(Self::count).sum(),
+            Value::Map(entries) => entries.iter().map(|entry| entry.node.count()).sum(),
+            _ => 0,
+        }
+    }
+
+    /// Returns whether a part of it is faulty, so that it is not what the file means.
+    pub(crate) fn is_faulty(&self) -> bool {
+        match &self.value {
+            Value::Faulty => true,
+            Value::List(items) => items.iter().any(Self::is_faulty),
+            Value::Map(entries) => entries.iter().any(|entry| entry.node.is_faulty()),
+            Value::Null | Value::Scalar(_) => false,
+        }
+    }
+
     /// Returns the place of `path`, or of its nearest ancestor that exists.
     ///
     /// Keys may hold dots, so each step takes the longest key that fits.
@@ -153,8 +184,34 @@ impl Node {
     }
 }
 
-/// Parses one YAML document.
-pub(crate) fn parse(text: &str) -> Result<Node, (Position, String)> {
+impl From<serde_json::Value> for Node {
+    /// Returns the same value without places, as YAML would give it.
+    fn from(json: serde_json::Value) -> Self {
+        use serde_json::Value as Json;
+        let scalar = |text: String, plain, json| {
+            Value::Scalar(Scalar { text, plain, hidden: false, resolved: Some(json) })
+        };
+        let value = match json {
+            Json::Null => Value::Null,
+            Json::Bool(_) | Json::Number(_) => scalar(json.to_string(), true, json),
+            Json::String(text) => scalar(text.clone(), false, Json::String(text)),
+            Json::Array(items) => Value::List(items.into_iter().map(Self::from).collect()),
+            Json::Object(map) => Value::Map(
+                map.into_iter()
+                    .map(|(key, value)| Entry {
+                        key,
+                        key_position: Position::default(),
+                        node: value.into(),
+                    })
+                    .collect(),
+            ),
+        };
+        Self { position: Position::default(), value }
+    }
+}
+
+/// Parses one YAML document, the file of that index.
+pub(crate) fn parse(text: &str, file: u16) -> Result<Node, (Position, String)> {
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! {
             max_nodes: NODES_MAX,
@@ -167,12 +224,14 @@ pub(crate) fn parse(text: &str) -> Result<Node, (Position, String)> {
     };
     // A file of nothing but comments holds no document at all, which is no error here.
     match serde_saphyr::from_str_with_options::<Option<Spanned<Yaml>>>(text, options) {
-        Ok(Some(root)) => Ok(node(root, text)),
-        Ok(None) => Ok(Node { position: Position::default(), value: Value::Null }),
+        Ok(Some(root)) => Ok(node(root, text, file)),
+        Ok(None) => {
+            Ok(Node { position: Position { file, ..Position::default() }, value: Value::Null })
+        }
         Err(error) => {
             let error = error.without_snippet();
-            let position =
-                error.location().map_or_else(Position::default, |location| position(&location));
+            let nowhere = Position { file, ..Position::default() };
+            let position = error.location().map_or(nowhere, |at| position(&at, file));
             Err((position, message(error)))
         }
     }
@@ -208,17 +267,18 @@ fn message(error: &serde_saphyr::Error) -> String {
     }
 }
 
-fn position(location: &Location) -> Position {
+fn position(location: &Location, file: u16) -> Position {
     let number = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
     Position {
+        file,
         line: number(location.line()),
         column: number(location.column()),
         len: number(location.span().len()),
     }
 }
 
-fn node(yaml: Spanned<Yaml>, text: &str) -> Node {
-    let position = position(&yaml.referenced);
+fn node(yaml: Spanned<Yaml>, text: &str, file: u16) -> Node {
+    let position = position(&yaml.referenced, file);
     let span = yaml.defined.span();
     // The text as written: `1.10` as a version is not the number 1.1.
     let written = span
@@ -241,14 +301,16 @@ fn node(yaml: Spanned<Yaml>, text: &str) -> Node {
             let resolved = Some(serde_json::Value::String(text.clone()));
             Value::Scalar(Scalar { text, plain, hidden: false, resolved })
         }
-        Yaml::List(items) => Value::List(items.into_iter().map(|item| node(item, text)).collect()),
+        Yaml::List(items) => {
+            Value::List(items.into_iter().map(|item| node(item, text, file)).collect())
+        }
         Yaml::Map(entries) => Value::Map(
             entries
                 .into_iter()
                 .map(|(key, value)| Entry {
-                    key_position: self::position(&key.referenced),
+                    key_position: self::position(&key.referenced, file),
                     key: key.value,
-                    node: node(value, text),
+                    node: node(value, text, file),
                 })
                 .collect(),
         ),
@@ -333,6 +395,8 @@ impl<'de> Visitor<'de> for YamlVisitor {
 /// A mapping whose keys the language knows.
 pub(crate) struct Section<'a> {
     entries: &'a [Entry],
+    /// What each unknown key is near to, where it is near to any.
+    unknown: Vec<Option<&'static str>>,
     position: Position,
     path: String,
     sink: &'a RefCell<Sink>,
@@ -348,7 +412,7 @@ impl<'a> Section<'a> {
     /// Returns the field; it is an error where the file lacks it.
     pub(crate) fn require(&self, key: &str, accepted: &str) -> Option<Field<'a>> {
         let field = self.field(key);
-        if field.is_none() {
+        if field.is_none() && !self.is_mistyped(key) {
             self.fail(&format!("`{key}` is missing (accepted: {accepted})"));
         }
         field
@@ -364,6 +428,16 @@ impl<'a> Section<'a> {
         if let Some(value) = self.field(key).and_then(|field| read(&field)) {
             *target = value;
         }
+    }
+
+    /// Returns whether an unknown key was told that is near to this one, which then is not missing.
+    pub(crate) fn is_mistyped(&self, key: &str) -> bool {
+        self.unknown.contains(&Some(key))
+    }
+
+    /// Returns whether an unknown key was told: what seems to be missing may be meant by it.
+    pub(crate) fn has_unknown(&self) -> bool {
+        !self.unknown.is_empty()
     }
 
     /// Records a fault of the section as a whole.
@@ -391,6 +465,21 @@ impl<'a> Field<'a> {
     /// Records a fault of this value.
     pub(crate) fn fail(&self, message: impl Into<String>) {
         self.sink.borrow_mut().push(self.node.position, &self.path, message.into());
+    }
+
+    /// Records a fault of the key that this value stands behind.
+    pub(crate) fn fail_key(&self, entry: &Entry, message: impl Into<String>) {
+        self.sink.borrow_mut().push(entry.key_position, &self.path, message.into());
+    }
+
+    /// Records what is accepted and yet likely a mistake.
+    pub(crate) fn warn(&self, message: impl Into<String>) {
+        self.sink.borrow_mut().warn(self.node.position, &self.path, message.into());
+    }
+
+    /// Returns its place for people: `sidecar.yaml:14:9`.
+    pub(crate) fn place(&self) -> String {
+        self.sink.borrow().place(self.node.position)
     }
 
     pub(crate) fn path(&self) -> &str {
@@ -431,14 +520,16 @@ impl<'a> Field<'a> {
 
     /// Returns the mapping; each key that is not in `keys` is an error. Nothing behind the key
     /// counts as an empty mapping.
-    pub(crate) fn section(&self, keys: &[&str]) -> Option<Section<'a>> {
+    pub(crate) fn section(&self, keys: &[&'static str]) -> Option<Section<'a>> {
         let entries = match &self.node.value {
             Value::Map(entries) => entries.as_slice(),
             Value::Null => &[],
             _ => return self.wrong_shape("a mapping of keys to values"),
         };
+        let mut unknown = Vec::new();
         for entry in entries.iter().filter(|entry| !keys.contains(&entry.key.as_str())) {
             let key = entry.key.as_str();
+            unknown.push(nearest(key, keys.iter().copied()));
             let message = format!(
                 "unknown key \"{key}\" (accepted: {}){}",
                 keys.join(", "),
@@ -448,6 +539,7 @@ impl<'a> Field<'a> {
         }
         Some(Section {
             entries,
+            unknown,
             position: self.node.position,
             path: self.path.clone(),
             sink: self.sink,
@@ -545,6 +637,11 @@ impl<'a> Field<'a> {
                 Err(format!("\"{text}\" is not accepted (accepted: true, false){hint}"))
             }
         })
+    }
+
+    /// Returns whether this is the text `true`; tells nothing.
+    pub(crate) fn is_true(&self) -> bool {
+        matches!(&self.node.value, Value::Scalar(scalar) if scalar.text == "true")
     }
 
     /// Returns the variant of that name.

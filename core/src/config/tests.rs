@@ -8,7 +8,7 @@ use super::*;
 const FILE: &str = "/etc/sidelane/test.yaml";
 
 fn source(text: &str) -> Source {
-    Source { path: FILE.into(), text: text.to_owned() }
+    Source::from_text(Path::new(FILE), text)
 }
 
 fn env(name: &str) -> Option<String> {
@@ -328,7 +328,7 @@ routes:
   - { subdomain: a, tunnel: t, options: { HTTP: { x: \"${file:secret}\", password: pl4in } } }
 tunnels: [{ name: t, service: \"127.0.0.1:3000\" }]
 ";
-    let source = Source { path: directory.path().join("c.yaml"), text: text.to_owned() };
+    let source = Source::from_text(&directory.path().join("c.yaml"), text);
     let config = parse(&source, &env).unwrap();
     assert_eq!(config.files, [directory.path().join("secret")]);
     assert_eq!(config.sidecar.as_ref().unwrap().token, Some(Secret::new("f1le-s3cret-0123456")));
@@ -359,7 +359,7 @@ fn errors_do_not_show_what_came_from_a_file() {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("secret"), "s3cret").unwrap();
     let text = "version: 1\nrelay: { threads: \"${file:secret}\", tunnel: \"${file:secret}\" }\n";
-    let source = Source { path: directory.path().join("c.yaml"), text: text.to_owned() };
+    let source = Source::from_text(&directory.path().join("c.yaml"), text);
     let report = parse(&source, &env).unwrap_err().report();
     assert!(report.contains("relay.threads") && report.contains("relay.tunnel"), "{report}");
     assert!(!report.contains("s3cret"), "{report}");
@@ -444,5 +444,234 @@ proptest! {
         if let Err(errors) = parse(&source(&text), &env) {
             prop_assert!(!errors.report().is_empty());
         }
+    }
+}
+
+/// A file that uses every key of policies, tunnels and listeners.
+const EVERYTHING: &str = "version: 1
+relay:
+  trusted_proxies: [10.0.0.0/8, \"192.0.2.7\"]
+  max_connection_age: 1h
+  listeners:
+    - { name: web, address: \"0.0.0.0:9080\", proxy_protocol: true, balance: exact }
+    - { name: any, address: \"0.0.0.0:9443\", sniff: true }
+sidecar:
+  relays: [\"localhost:9081\"]
+  resolve_interval: 10s
+tunnels:
+  - name: web
+    service: 127.0.0.1:3000
+    http_version: 2
+    pool: { idle_timeout: 55s, idle: 64, connections: 1024 }
+    health_check: { type: http, path: /healthz, host: app.local, interval: 6s, timeout: 2s, healthy_after: 2, unhealthy_after: 4 }
+    wait: 30s
+  - { name: canary, service: \"unix:/run/app.sock\", proxy_protocol: v2, health_check: { type: grpc, service: a.B } }
+routes:
+  - name: shop
+    subdomain: shop
+    path_prefix: /api
+    tunnels: [{ name: web, weight: 90 }, { name: canary, weight: 10 }]
+    timeouts: { connect: 2s, response_head: 10s, idle: 60s, total: 5m }
+    retries: { attempts: 2, budget: 25%, budget_min: 11 }
+    request_headers: { set: { X-Env: prod, x-two: [a, b] }, add: { x-tag: a, x-tags: [c, d] }, remove: [x-debug] }
+    response_headers: { set: { x-a: \"1\" }, remove: [server] }
+    rewrite: { host: \"App.internal:80\", path_prefix: / }
+    basic_auth: { realm: Shop, users: { bob: $2y$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW, alice: $2a$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW } }
+    addresses: { allow: [10.0.0.0/8, \"2001:db8::1\"], deny: [10.1.0.0/16] }
+    limits: { rate: { count: 100, per: 2s, burst: 200 }, rate_per_client: { count: 5 }, concurrent: 50, body: 10MiB }
+    compression: { level: 6, min_size: 2KiB }
+  - { subdomain: old, redirect: { status: 308, scheme: https, host: new.example.org, path_prefix: /x } }
+";
+
+#[test]
+fn every_new_key_reaches_its_type() {
+    let config = good(EVERYTHING);
+    let relay = config.relay.as_ref().unwrap();
+    assert_eq!(
+        relay.trusted_proxies.iter().map(network_text).collect::<Vec<_>>(),
+        ["10.0.0.0/8", "192.0.2.7"]
+    );
+    assert_eq!(relay.max_connection_age, Some(Duration::from_secs(3600)));
+    assert!(relay.listeners[0].proxy_protocol);
+    assert_eq!(relay.listeners[0].balance, Balance::Exact);
+    assert_eq!(relay.listeners[1].carries, Carries::Sniffed);
+    assert_eq!(config.sidecar.as_ref().unwrap().resolve_interval, Duration::from_secs(10));
+    let tunnel = &config.tunnels[0];
+    assert_eq!(tunnel.http_version, HttpVersion::Http2);
+    assert_eq!(
+        tunnel.pool,
+        Pool {
+            idle_timeout: Some(Duration::from_secs(55)),
+            idle: Some(64),
+            connections: Some(1024)
+        }
+    );
+    assert_eq!(
+        tunnel.health_check,
+        Some(HealthCheck {
+            probe: Probe::Http { path: "/healthz".into(), host: Some("app.local".into()) },
+            interval: Duration::from_secs(6),
+            timeout: Duration::from_secs(2),
+            healthy_after: 2,
+            unhealthy_after: 4,
+        })
+    );
+    assert_eq!(tunnel.wait, Duration::from_secs(30));
+    let canary = &config.tunnels[1];
+    assert_eq!(canary.service, ServiceAddress::Unix(Path::new("/run/app.sock").into()));
+    assert_eq!(canary.proxy_protocol, Some(ProxyVersion::V2));
+    let route = &config.routes[0];
+    assert_eq!(route.tunnels_text(), "web 90, canary 10");
+    let policies = route.policies.as_ref().unwrap();
+    assert_eq!(policies.retries.unwrap().budget_percent, 25);
+    assert_eq!(policies.rewrite.host.as_deref(), Some("app.internal:80"));
+    assert_eq!(policies.rewrite.path_prefix.as_deref(), Some(""));
+    let users: Vec<&str> =
+        policies.basic_auth.as_ref().unwrap().users.iter().map(|(name, _)| &**name).collect();
+    assert_eq!(users, ["alice", "bob"]);
+    // The first of several takes the place of what is there.
+    assert_eq!(policies.request_headers.set.len(), 2);
+    assert_eq!(policies.request_headers.add.len(), 4);
+    assert_eq!(policies.limits.rate_per_client.unwrap().burst, 5);
+    assert_eq!(config.routes[1].policies.as_ref().unwrap().redirect.as_ref().unwrap().status, 308);
+    assert!(config.routes[1].tunnels.is_empty());
+}
+
+#[test]
+fn policies_read_what_they_print() {
+    for route in &good(EVERYTHING).routes {
+        let policies = route.policies.as_deref().unwrap();
+        let text = policies.to_json().to_string();
+        assert_eq!(Policies::parse_json(&text).as_ref(), Ok(policies), "{text}");
+    }
+    assert_eq!(Policies::parse_json("{}"), Ok(Policies::default()));
+    assert_eq!(Policies::default().to_json().to_string(), "{}");
+}
+
+#[test]
+fn policies_of_an_announcement_are_checked_by_the_same_rules() {
+    let check = |json: &str, expected: &str| {
+        let errors = Policies::parse_json(json).unwrap_err().join("\n");
+        assert!(errors.contains(expected), "{json}: {errors}");
+    };
+    check("[]", "a list is not accepted");
+    check("{", "not valid JSON");
+    check("{\"timeout\":{}}", "timeout: unknown key \"timeout\"");
+    check("{\"limits\":{\"body\":5}}", "limits.body: \"5\" is not a size");
+    check("{\"basic_auth\":{\"users_file\":\"/etc/passwd\"}}", "names a file of another machine");
+    check("{\"basic_auth\":{\"users\":{\"a\":\"s3cret\"}}}", "is not a bcrypt hash");
+    check("{\"request_headers\":{\"remove\":[\"Host\"]}}", "use rewrite.host");
+}
+
+#[test]
+fn hashes_are_masked_for_people() {
+    let config = good(EVERYTHING);
+    for shown in [config.to_masked_json().to_string(), format!("{config:?}")] {
+        assert!(!shown.contains("$2"), "{shown}");
+    }
+    let report = bad(&EVERYTHING.replace("alice: $2a$05$CCCC", "alice: s3cret")).report();
+    assert!(report.contains("basic_auth.users.alice: is not a bcrypt hash"), "{report}");
+    assert!(!report.contains("s3cret") && !report.contains("CCCC"), "{report}");
+}
+
+/// A directory's files, by name.
+fn several(files: &[(&str, &str)]) -> (tempfile::TempDir, Source) {
+    let directory = tempfile::tempdir().unwrap();
+    for (name, text) in files {
+        std::fs::write(directory.path().join(name), text).unwrap();
+    }
+    let source = Source::read(directory.path()).unwrap();
+    (directory, source)
+}
+
+#[test]
+fn a_directorys_files_are_one_configuration() {
+    let (_directory, source) = several(&[
+        (
+            "10-base.yaml",
+            "version: 1\nrelay: { threads: 2, timeouts: { idle: 5s } }\nsidecar:\nplugins: { panics: 3 }\n",
+        ),
+        (
+            "20-shop.yaml",
+            "version: 1\nsidecar: { lanes: 3 }\ntunnels: [{ name: shop, service: \"127.0.0.1:1\" }]\nroutes: [{ subdomain: shop, tunnel: shop }]\n",
+        ),
+        (
+            "30-blog.yml",
+            "relay: { timeouts: { handshake: 5s }, listeners: [{ name: web, address: \"127.0.0.1:0\" }] }\ntunnels: [{ name: blog, service: \"127.0.0.1:2\" }]\nroutes: [{ subdomain: blog, tunnel: blog }]\nplugins: { libraries: [{ name: http, library: a.so }] }\n",
+        ),
+        ("40-empty.yaml", "# nothing\n"),
+    ]);
+    let config = parse(&source, &env).unwrap_or_else(|errors| panic!("{}", errors.report()));
+    let relay = config.relay.as_ref().unwrap();
+    assert_eq!((relay.threads, relay.listeners.len()), (2, 1));
+    assert_eq!(relay.timeouts.idle, Duration::from_secs(5));
+    assert_eq!(relay.timeouts.handshake, Duration::from_secs(5));
+    assert_eq!(config.sidecar.as_ref().unwrap().lanes, 3);
+    assert_eq!(config.routes.iter().map(|r| &*r.name).collect::<Vec<_>>(), ["shop", "blog"]);
+    assert_eq!((config.plugins.panics, config.plugins.libraries.len()), (3, 1));
+    assert!(config.plugins.libraries[0].path.starts_with(&source.path));
+    let error = config.origin.error("routes[1].tunnel", "x").to_string();
+    assert!(error.contains("30-blog.yml:3:37: routes[1].tunnel"), "{error}");
+}
+
+#[test]
+fn what_two_files_give_is_told_with_both_places() {
+    let (directory, source) = several(&[
+        (
+            "a.yaml",
+            "version: 1\nrelay: { threads: 2, base_domains: [a] }\ntunnels: [{ name: t, service: \"a:1\" }]\n",
+        ),
+        (
+            "b.yaml",
+            "version: 2\nrelay: { threads: 3, base_domains: [b] }\ntunnels: [{ name: t, service: \"a:2\" }]\nroutes: [{ subdomain: x, tunnel: u }]\n",
+        ),
+        ("c.yaml", "relay: 5\nroutes: [{ subdomain: x, tunnel: t }]\n"),
+    ]);
+    let errors = parse(&source, &env).unwrap_err();
+    let text = errors.to_string().replace(&format!("{}/", directory.path().display()), "");
+    assert_eq!(
+        text,
+        "b.yaml:1:10: version: is given already, at a.yaml:1:10 (accepted: in one file)\n\
+         b.yaml:2:19: relay.threads: is given already, at a.yaml:2:19 (accepted: in one file)\n\
+         b.yaml:2:36: relay.base_domains: is given already, at a.yaml:2:36 (accepted: in one file)\n\
+         b.yaml:3:19: tunnels[1].name: tunnel \"t\" is declared already, as tunnels[0], at a.yaml:3:11 \
+         (accepted: a name of its own)\n\
+         b.yaml:4:34: routes[0].tunnel: unknown tunnel \"u\" (declared: t)\n\
+         c.yaml:1:8: relay: is given already, at a.yaml:2:8 (accepted: in one file)\n\
+         c.yaml:2:10: routes[1]: route \"x\" takes the same exchanges as \"x\", routes[0], at b.yaml:4:10 \
+         (accepted: another host, path_prefix, listener or protocol_type)"
+    );
+    assert!(errors.report().contains(" 1 | version: 2\n"), "{}", errors.report());
+}
+
+#[test]
+fn each_file_that_is_not_yaml_is_told() {
+    let (_directory, source) =
+        several(&[("a.yaml", "a: ["), ("b.yaml", "version: 1"), ("c.yaml", "b: }")]);
+    let errors = parse(&source, &env).unwrap_err();
+    assert_eq!(errors.errors().len(), 2, "{errors}");
+    let (directory, source) = several(&[("a.yaml", ""), ("b.yaml", "log: {}")]);
+    let text = parse(&source, &env).unwrap_err().to_string();
+    // What all together lack stands in none of them.
+    let name = directory.path().display();
+    assert!(text.contains(&format!("{name}: `version` is missing")), "{text}");
+}
+
+#[test]
+fn a_faulty_file_is_asked_about_as_far_as_it_goes() {
+    let text = TWO_ROUTES
+        .replace("two, tunnel: web", "two, tunnel: wep")
+        .replace("name: one, ", "name: one, timeouts: { idle: 5 }, ");
+    let draft = draft(&source(&text), &env).unwrap();
+    let refused = draft.to_ask().unwrap().refused_by(&Checked);
+    let errors = draft.finish(refused).unwrap_err();
+    let paths: Vec<&str> = errors.errors().iter().map(|error| error.path.as_str()).collect();
+    assert_eq!(
+        paths,
+        ["routes[0].timeouts.idle", "routes[0].options.HTTP.a[1].b", "routes[1].tunnel"]
+    );
+    for typo in ["plugins: { panics: x }\n", "plugin: {}\n"] {
+        let draft = super::draft(&source(&format!("{TWO_ROUTES}{typo}")), &env).unwrap();
+        assert!(draft.to_ask().is_none(), "{typo}");
     }
 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::SystemTime;
 
 use super::sockets::Opened;
-use super::{Asked, Process, RunError, load_plugins, log};
+use super::{Asked, Process, RunError, check, load_plugins, log};
 use crate::admin::Side;
 use crate::config::{self, Changes, Config, ConfigErrors};
 use crate::error::chain;
@@ -45,7 +45,7 @@ impl Process {
         log: &log::Handle,
     ) -> Result<String, String> {
         let result = source
-            .and_then(|source| config::parse(&source, &|name| std::env::var(name).ok()))
+            .and_then(|source| check::reread(&source, &self.plugins, &self.config()))
             .map_err(RunError::from)
             .and_then(|config| self.take(config, log));
         match result {
@@ -91,6 +91,9 @@ impl Process {
         // The new file's places and warnings count in any case.
         let config = Arc::new(config);
         *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&config);
+        if config.warnings != old.warnings {
+            check::warn(&config);
+        }
         if is_same {
             return Ok(self.nothing_changed(&config) + &pending_text);
         }
