@@ -4,11 +4,12 @@
 //! Knows paths, texts and bounds; what there is to say it asks of an [`AdminState`]. Answers while
 //! the data path is busy or stuck, which is when it is needed.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -19,7 +20,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value as Json, json};
 use tokio::sync::{Semaphore, mpsc, oneshot};
-use tokio::task::JoinSet;
+use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 /// Connections of one listener at once. Probes and scrapers are few; more wait in the backlog.
@@ -86,32 +87,68 @@ pub trait AdminState: Send + Sync + 'static {
 }
 
 /// Serves on the listeners, on a thread of its own, until the process ends.
+///
+/// # Errors
+/// The system's, where the thread cannot be made or a socket not be used.
 pub fn start(
     state: Arc<dyn AdminState>,
     health: Option<TcpListener>,
     admin: Option<TcpListener>,
-) -> io::Result<()> {
+) -> io::Result<Listeners> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let entered = runtime.enter();
-    let mut accepting = JoinSet::new();
-    for (side, listener) in [(Side::Health, health), (Side::Admin, admin)] {
-        if let Some(listener) = listener {
-            listener.set_nonblocking(true)?;
-            let listener = tokio::net::TcpListener::from_std(listener)?;
-            accepting.spawn(accept(side, listener, Arc::clone(&state)));
-        }
-    }
-    drop(entered);
+    let listeners =
+        Listeners { state, runtime: runtime.handle().clone(), accepting: Mutex::default() };
+    listeners.replace(Side::Health, health)?;
+    listeners.replace(Side::Admin, admin)?;
     std::thread::Builder::new()
         .name("admin".to_owned())
-        .spawn(move || runtime.block_on(accepting.join_all()))?;
-    Ok(())
+        .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+    Ok(listeners)
+}
+
+/// The listeners that are served, at most one of each side.
+pub struct Listeners {
+    state: Arc<dyn AdminState>,
+    runtime: tokio::runtime::Handle,
+    accepting: Mutex<HashMap<Side, AbortHandle>>,
+}
+
+impl Listeners {
+    /// Serves one side on another listener, or on none: the one before closes once the new one
+    /// accepts, and requests that came by it are answered still.
+    ///
+    /// # Errors
+    /// The system's, where the socket cannot be used; the one before goes on then.
+    pub fn replace(&self, side: Side, listener: Option<TcpListener>) -> io::Result<()> {
+        let task = match listener {
+            Some(listener) => {
+                listener.set_nonblocking(true)?;
+                let entered = self.runtime.enter();
+                let listener = tokio::net::TcpListener::from_std(listener)?;
+                drop(entered);
+                let accepting = accept(side, listener, Arc::clone(&self.state));
+                Some(self.runtime.spawn(accepting).abort_handle())
+            }
+            None => None,
+        };
+        let mut accepting = self.accepting.lock().unwrap_or_else(PoisonError::into_inner);
+        let old = match task {
+            Some(task) => accepting.insert(side, task),
+            None => accepting.remove(&side),
+        };
+        if let Some(old) = old {
+            old.abort();
+        }
+        Ok(())
+    }
 }
 
 /// Which listener a request came in by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Side {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// Health and metrics.
     Health,
+    /// Administration.
     Admin,
 }
 
@@ -296,11 +333,9 @@ fn text_answer(status: StatusCode, content_type: &'static str, text: String) -> 
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use std::io::{Read as _, Write as _};
     use std::net::TcpStream;
-    use std::sync::Mutex;
-
-    use super::*;
 
     struct State {
         reasons: Mutex<Vec<String>>,

@@ -28,7 +28,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use serde_json::Value as Json;
 
-pub use diff::{Changes, Delta, diff};
+pub use diff::{Changes, Delta, diff, hold_back};
 pub use error::{ConfigError, ConfigErrors, Position};
 pub use schema::schema;
 pub use source::{FILE_BYTES_MAX, FILES_MAX, Source, SourceFile};

@@ -14,6 +14,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use ipnet::IpNet;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 
 use crate::plugin::CallEnd;
@@ -21,6 +22,7 @@ use crate::plugin::lend;
 
 mod answer;
 mod exchange;
+pub mod forwarded;
 mod h1;
 mod h2;
 mod head;
@@ -72,6 +74,8 @@ pub struct ConnectionInfo {
     pub scheme: Arc<str>,
     /// Facts of the TLS handshake, where there was one.
     pub tls: Option<TlsFacts>,
+    /// The client is a proxy whose word is taken; these are all of them ([`forwarded::client`]).
+    pub trusted_proxies: Option<Arc<[IpNet]>>,
 }
 
 impl ConnectionInfo {
@@ -84,6 +88,7 @@ impl ConnectionInfo {
             client_address_text: client_address.to_string().into(),
             scheme: "http".into(),
             tls: None,
+            trusted_proxies: None,
         }
     }
 }
@@ -257,7 +262,7 @@ async fn sniff<S: AsyncRead + Unpin>(stream: &mut S) -> io::Result<(Bytes, Proto
 }
 
 /// Returns `work`'s output, or `None` where `shutdown` is ready first.
-async fn or_shutdown<W: Future, F: Future<Output = ()>>(
+pub(crate) async fn or_shutdown<W: Future, F: Future<Output = ()>>(
     mut work: Pin<&mut W>,
     mut shutdown: Pin<&mut F>,
 ) -> Option<W::Output> {

@@ -37,6 +37,11 @@ pub use sidecar::SidecarMetrics;
 /// Sidecars announce names, and announce others later: bounds the memory they can take in a relay.
 const NAMES_MAX: usize = 10_000;
 
+/// Why handshakes are refused: by the relay's bounds, and by the tunnel's protocol
+/// (`RefuseReason`).
+const HANDSHAKE_REASONS: [&str; 7] =
+    ["rate", "hello", "VERSION", "CREDENTIAL", "UNKNOWN_SESSION", "OVERLOADED", "MALFORMED"];
+
 /// Stands for names beyond the bound.
 const OTHER: &str = "other";
 
@@ -74,6 +79,12 @@ struct ListenerLabel {
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ReasonLabel {
+    reason: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ListenerReasonLabels {
+    listener: Arc<str>,
     reason: &'static str,
 }
 
@@ -116,18 +127,21 @@ pub struct Metrics {
     messages: Family<FlowLabels, cell::Counter>,
     bytes: Family<FlowLabels, cell::Counter>,
     crossing: cell::Counter,
-    sessions: Gauge,
+    sessions: Family<RoleLabel, Gauge>,
     lanes: Family<RoleLabel, Gauge>,
     lanes_lost: Family<RoleLabel, Counter>,
     reconnects: Counter,
     handshakes_refused: Family<ReasonLabel, Counter>,
     connections: Family<ListenerLabel, Gauge>,
     connections_refused: Family<ListenerLabel, Counter>,
+    connections_aged: Family<ListenerLabel, Counter>,
+    proxy_headers_refused: Family<ListenerReasonLabels, Counter>,
     front_answers: Family<ReasonLabel, Counter>,
     informational_dropped: Counter,
     reloads: Family<ResultLabel, Counter>,
     reload_ok: Gauge,
     reload_time: Gauge,
+    restart_pending: Gauge,
     announcements: Family<ResultLabel, Counter>,
     announcements_waiting: Gauge,
     routes: RouteFamilies,
@@ -167,18 +181,21 @@ impl Metrics {
             messages: Family::default(),
             bytes: Family::default(),
             crossing: cell::Counter::default(),
-            sessions: Gauge::default(),
+            sessions: Family::default(),
             lanes: Family::default(),
             lanes_lost: Family::default(),
             reconnects: Counter::default(),
             handshakes_refused: Family::default(),
             connections: Family::default(),
             connections_refused: Family::default(),
+            connections_aged: Family::default(),
+            proxy_headers_refused: Family::default(),
             front_answers: Family::default(),
             informational_dropped: Counter::default(),
             reloads: Family::default(),
             reload_ok: Gauge::default(),
             reload_time: Gauge::default(),
+            restart_pending: Gauge::default(),
             announcements: Family::default(),
             announcements_waiting: Gauge::default(),
             routes: RouteFamilies::default(),
@@ -190,6 +207,7 @@ impl Metrics {
             registry,
         };
         metrics.register(&mut metrics.lock_registry());
+        metrics.begin();
         metrics
     }
 
@@ -214,7 +232,11 @@ impl Metrics {
             "Exchanges opened on a lane of another thread",
             self.crossing.clone(),
         );
-        r.register("sessions", "Sidecars connected to this relay", self.sessions.clone());
+        r.register(
+            "sessions",
+            "Sidecars connected to this relay, or relays that this sidecar is connected to",
+            self.sessions.clone(),
+        );
         r.register("lanes", "Lanes that are up", self.lanes.clone());
         r.register(
             "lanes_lost",
@@ -232,6 +254,16 @@ impl Metrics {
             "connections_refused",
             "Clients' connections closed because there were too many",
             self.connections_refused.clone(),
+        );
+        r.register(
+            "connections_aged",
+            "Clients' connections asked to end for their age",
+            self.connections_aged.clone(),
+        );
+        r.register(
+            "proxy_headers_refused",
+            "Connections closed for want of a PROXY header that holds",
+            self.proxy_headers_refused.clone(),
         );
         r.register(
             "front_answers",
@@ -260,6 +292,11 @@ impl Metrics {
             self.reload_time.clone(),
         );
         r.register(
+            "config_restart_pending",
+            "1 where the file says something that takes effect only after a restart",
+            self.restart_pending.clone(),
+        );
+        r.register(
             "announcements",
             "Documents of sidecars, by what became of them",
             self.announcements.clone(),
@@ -278,6 +315,36 @@ impl Metrics {
             self.quarantined.clone(),
         );
         self.sidecar.register(r);
+    }
+
+    /// Makes the rows of what is known beforehand, so that a rate over the first event is seen.
+    fn begin(&self) {
+        for result in ["success", "failure"] {
+            drop(self.reloads.get_or_create(&ResultLabel { result }));
+        }
+        for result in ["accepted", "refused"] {
+            drop(self.announcements.get_or_create(&ResultLabel { result }));
+        }
+    }
+
+    /// The process has this role: its rows stand from here on.
+    pub fn role(&self, role: &'static str) {
+        drop(self.sessions.get_or_create(&RoleLabel { role }));
+        drop(self.lanes.get_or_create(&RoleLabel { role }));
+        drop(self.lanes_lost.get_or_create(&RoleLabel { role }));
+        if role == "relay" {
+            for reason in HANDSHAKE_REASONS {
+                drop(self.handshakes_refused.get_or_create(&ReasonLabel { reason }));
+            }
+        }
+    }
+
+    /// A listener is there: its rows stand from here on.
+    pub fn listener(&self, listener: &Arc<str>) {
+        let label = || ListenerLabel { listener: Arc::clone(listener) };
+        drop(self.connections.get_or_create(&label()));
+        drop(self.connections_refused.get_or_create(&label()));
+        drop(self.connections_aged.get_or_create(&label()));
     }
 
     fn lock_registry(&self) -> std::sync::MutexGuard<'_, Registry> {
@@ -389,9 +456,16 @@ impl Metrics {
         self.crossing.inc();
     }
 
-    /// How many sidecars are connected.
-    pub fn set_sessions(&self, count: usize) {
-        self.sessions.set(i64::try_from(count).unwrap_or(i64::MAX));
+    /// How many peers this role is connected to.
+    pub fn set_sessions(&self, role: &'static str, count: usize) {
+        let count = i64::try_from(count).unwrap_or(i64::MAX);
+        self.sessions.get_or_create(&RoleLabel { role }).set(count);
+    }
+
+    /// A sidecar's session with a relay is up until the guard goes.
+    #[must_use]
+    pub fn session_up(&self, role: &'static str) -> Up {
+        Up::new(self.sessions.get_or_create_owned(&RoleLabel { role }))
     }
 
     /// A lane is up until the guard goes.
@@ -428,6 +502,18 @@ impl Metrics {
         self.connections_refused.get_or_create(&ListenerLabel { listener }).inc();
     }
 
+    /// A client's connection was asked to end for its age.
+    pub fn connection_aged(&self, listener: &Arc<str>) {
+        let listener = Arc::clone(listener);
+        self.connections_aged.get_or_create(&ListenerLabel { listener }).inc();
+    }
+
+    /// A connection was closed: its PROXY header did not hold.
+    pub fn proxy_header_refused(&self, listener: &Arc<str>, reason: &'static str) {
+        let listener = Arc::clone(listener);
+        self.proxy_headers_refused.get_or_create(&ListenerReasonLabels { listener, reason }).inc();
+    }
+
     /// The front answered by itself.
     pub fn front_answered(&self, code: u32) {
         let reason = failure::name(code);
@@ -448,6 +534,11 @@ impl Metrics {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
             self.reload_time.set(i64::try_from(now.as_secs()).unwrap_or(i64::MAX));
         }
+    }
+
+    /// Whether the file says something that only a restart puts in force.
+    pub fn set_restart_pending(&self, is_pending: bool) {
+        self.restart_pending.set(i64::from(is_pending));
     }
 
     /// A sidecar's document was taken or refused.

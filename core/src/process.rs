@@ -3,10 +3,9 @@
 //! Knows who is started in which order; what they do is theirs.
 
 use std::io;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::json;
@@ -18,24 +17,23 @@ use tokio::time::MissedTickBehavior;
 
 use crate::admin::{self, AdminState, Readiness, ReloadRequest};
 use crate::config::watch::{Reload, Watcher};
-use crate::config::{self, Changes, Config, ConfigError, ConfigErrors, Fault, PluginCheck, Relays};
+use crate::config::{self, Config, ConfigError, ConfigErrors, Fault, PluginCheck, Relays};
 use crate::error::chain;
-use crate::front::FrontConfig;
 use crate::metrics::Metrics;
 use crate::plugin::{HostContext, Limits, LoadError, LoadFault, PluginSpec, Plugins};
 use crate::relay::Relay;
 use crate::shard::Shards;
 use crate::sidecar::{self, Sidecar};
-use crate::tunnel::accept::Bounds;
+use crate::tunnel::dial;
 use crate::tunnel::pressure::PRESSURE_TICK;
-use crate::tunnel::{dial, session};
 
 mod check;
 mod log;
+mod reload;
 mod sockets;
 
 pub use check::{Checked, check};
-use sockets::Sockets;
+use sockets::{Addresses, Sockets};
 
 /// How often the end of running exchanges is looked for during shutdown.
 const DRAIN_TICK: Duration = Duration::from_millis(20);
@@ -56,17 +54,6 @@ pub enum RunError {
     /// The file does not hold.
     #[error(transparent)]
     Config(#[from] ConfigErrors),
-    /// An address cannot be bound.
-    #[error("{what}: cannot listen on {address}")]
-    Bind {
-        /// Path in the file.
-        what: String,
-        /// The address.
-        address: SocketAddr,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
     /// The ports file cannot be written.
     #[error("cannot write {}", .path.display())]
     PortsFile {
@@ -99,30 +86,24 @@ pub fn run(file: &Path, ports_file: Option<&Path>) -> Result<(), RunError> {
     );
     let plugins = Arc::new(Plugins::new(host, limits(&config.plugins)));
     check::ask(&plugins, &config)?;
-    let sockets = Sockets::bind(&config)?;
+    let relay = config.relay.as_ref().map(|section| {
+        let relay = Relay::new(section, Arc::clone(&plugins), Arc::clone(&metrics));
+        relay.configure(&config);
+        relay
+    });
+    let sockets = Sockets::bind(&config, relay.as_deref(), relay_threads)?;
     let start =
         |name, count, first| Shards::start(name, count, first, total).map_err(RunError::Start);
     let relay_shards = start("relay", relay_threads, 0)?;
     let sidecar_shards = start("sidecar", sidecar_threads, relay_threads)?;
 
     if let Some(path) = ports_file {
-        sockets.write(path)?;
+        sockets.addresses.write(path)?;
     }
-    let relay = config.relay.as_ref().map(|section| {
-        let relay = Relay::new(
-            section.base_domains.clone(),
-            session_settings(section, &plugins),
-            section.timeouts.open_wait,
-            Arc::clone(&plugins),
-            Arc::clone(&metrics),
-        );
-        relay.configure(&config);
-        relay
-    });
     let sidecar = config.sidecar.as_ref().map(|section| {
         let sidecar = Sidecar::new(
             sidecar_settings(section),
-            relay_addresses(section, &sockets),
+            relay_addresses(section, &sockets.addresses),
             Arc::clone(&plugins),
             Arc::clone(&metrics),
             Arc::clone(&sidecar_shards.all),
@@ -132,17 +113,31 @@ pub fn run(file: &Path, ports_file: Option<&Path>) -> Result<(), RunError> {
     });
 
     let (reloads, reload_requests) = mpsc::channel(RELOADS_MAX);
+    let config = Arc::new(config);
     let process = Arc::new(Process {
         relay,
+        relay_threads,
         sidecar,
         plugins,
         metrics,
-        config: Mutex::new(Arc::new(config)),
+        started: Arc::clone(&config),
+        config: Mutex::new(config),
+        taken: Mutex::new(reload::Taken::at_start()),
         last_error: Mutex::new(None),
         draining: AtomicBool::new(false),
         reloads,
+        admin: OnceLock::new(),
+        addresses: Mutex::new(sockets.addresses.clone()),
+        ports_file: ports_file.map(Path::to_owned),
     });
     process.metrics.reloaded(true);
+    for (role, is_there) in
+        [("relay", process.relay.is_some()), ("sidecar", process.sidecar.is_some())]
+    {
+        if is_there {
+            process.metrics.role(role);
+        }
+    }
     process.start(sockets, &relay_shards)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -156,32 +151,37 @@ pub fn run(file: &Path, ports_file: Option<&Path>) -> Result<(), RunError> {
 
 struct Process {
     relay: Option<Arc<Relay>>,
+    relay_threads: usize,
     sidecar: Option<Arc<Sidecar>>,
     plugins: Arc<Plugins>,
     metrics: Arc<Metrics>,
+    /// What takes effect at a start only is as it says.
+    started: Arc<Config>,
+    /// In force.
     config: Mutex<Arc<Config>>,
+    taken: Mutex<reload::Taken>,
     /// Why the last reload failed; the configuration before it is in force.
     last_error: Mutex<Option<String>>,
     draining: AtomicBool,
     reloads: mpsc::Sender<ReloadRequest>,
+    /// Set once it is served.
+    admin: OnceLock<admin::Listeners>,
+    addresses: Mutex<Addresses>,
+    /// Where `addresses` are written.
+    ports_file: Option<PathBuf>,
 }
 
 impl Process {
     /// Starts what the file asks for.
     fn start(self: &Arc<Self>, sockets: Sockets, relay_shards: &Shards) -> Result<(), RunError> {
-        let config = self.config();
         let Sockets { listeners, tunnel, health, admin, .. } = sockets;
         let state: Arc<dyn AdminState> = Arc::clone(self) as Arc<dyn AdminState>;
-        admin::start(state, health, admin).map_err(RunError::Start)?;
-        if let (Some(relay), Some(section), Some(tunnel)) = (&self.relay, &config.relay, tunnel) {
-            relay.start(
-                &relay_shards.all,
-                listeners,
-                tunnel,
-                front_config(section),
-                section.limits.connections,
-                handshake_bounds(section),
-            );
+        let listening = admin::start(state, health, admin).map_err(RunError::Start)?;
+        // The process starts once.
+        let _ = self.admin.set(listening);
+        if let (Some(relay), Some(listeners), Some(tunnel)) = (&self.relay, listeners, tunnel) {
+            relay.start(&relay_shards.all, listeners, tunnel);
+            relay.tell_addresses();
         }
         if let Some(sidecar) = &self.sidecar {
             sidecar.start();
@@ -308,71 +308,12 @@ impl Process {
         tracing::info!("ended");
     }
 
-    /// Takes a new configuration, or keeps the old one and says why.
-    fn reload(
-        &self,
-        source: Result<config::Source, ConfigErrors>,
-        log: &log::Handle,
-    ) -> Result<String, String> {
-        let result = source
-            .and_then(|source| check::reread(&source, &self.plugins, &self.config()))
-            .map_err(RunError::from)
-            .and_then(|config| self.take(config, log));
-        match result {
-            Ok(summary) => {
-                self.metrics.reloaded(true);
-                *self.lock_error() = None;
-                tracing::info!(summary, "configuration reloaded");
-                Ok(summary)
-            }
-            Err(error) => Err(self.reload_failed(&error)),
-        }
-    }
-
-    fn reload_failed(&self, error: &dyn std::error::Error) -> String {
-        let text = chain(error);
-        self.metrics.reloaded(false);
-        tracing::error!(
-            error = text,
-            "configuration not reloaded: the last good one stays in force"
-        );
-        *self.lock_error() = Some(text.clone());
-        text
-    }
-
-    fn take(&self, mut config: Config, log: &log::Handle) -> Result<String, RunError> {
-        let old = self.config();
-        config.reuse(&old);
-        let changes = config::diff(&old, &config);
-        // Always: a library's file may be another one under the same name.
-        let loaded = load_plugins(&self.plugins, &config)?;
-        if let Err(errors) = config.check_plugins(&Asked(&self.plugins)) {
-            // Only plugins that are loaded can be asked; what they refuse brings back those before.
-            if let Err(error) = load_plugins(&self.plugins, &old) {
-                tracing::error!(error = chain(&error), "the plugins before cannot be brought back");
-            }
-            return Err(errors.into());
-        }
-        if changes.is_empty() && loaded.is_empty() {
-            return Ok("nothing has changed".to_owned());
-        }
-        check::warn(&config);
-        for what in &changes.needs_restart {
-            tracing::warn!(setting = what, "changed, and takes effect only after a restart");
-        }
-        if let Some(relay) = &self.relay {
-            relay.configure(&config);
-        }
-        if let Some(sidecar) = &self.sidecar {
-            sidecar.configure(&config);
-        }
-        log.update(&config.log);
-        *self.config.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(config);
-        Ok(summary(&changes, &loaded))
-    }
-
     fn config(&self) -> Arc<Config> {
         Arc::clone(&self.config.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn lock_taken(&self) -> std::sync::MutexGuard<'_, reload::Taken> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_error(&self) -> std::sync::MutexGuard<'_, Option<String>> {
@@ -385,37 +326,6 @@ async fn wait_until(deadline: Instant, done: impl Fn() -> bool) {
     while !done() && Instant::now() < deadline {
         tokio::time::sleep(DRAIN_TICK).await;
     }
-}
-
-fn summary(changes: &Changes, loaded: &[String]) -> String {
-    let count = |added: usize, removed: usize, changed: usize, what: &str| {
-        format!("{what}: {added} added, {removed} removed, {changed} changed")
-    };
-    let routes = &changes.routes;
-    let tunnels = &changes.tunnels;
-    let mut text = format!(
-        "{}; {}",
-        count(routes.added.len(), routes.removed.len(), routes.changed.len(), "routes"),
-        count(tunnels.added.len(), tunnels.removed.len(), tunnels.changed.len(), "tunnels"),
-    );
-    let others = [
-        (changes.base_domains, "relay.base_domains"),
-        (changes.plugins, "plugins"),
-        (changes.log, "log"),
-        (changes.drain_timeout, "drain_timeout"),
-    ];
-    let others: Vec<_> =
-        others.into_iter().filter_map(|(differs, what)| differs.then_some(what)).collect();
-    if !others.is_empty() {
-        text += &format!("; changed: {}", others.join(", "));
-    }
-    if !loaded.is_empty() {
-        text += &format!("; plugins loaded: {}", loaded.join(", "));
-    }
-    if !changes.needs_restart.is_empty() {
-        text += &format!("; only after a restart: {}", changes.needs_restart.join(", "));
-    }
-    text
 }
 
 /// Loads what the file names. Returns the names of those that were not running before.
@@ -490,20 +400,6 @@ fn threads(configured: usize) -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-fn session_settings(section: &config::Relay, plugins: &Plugins) -> session::Settings {
-    let limits = &section.limits;
-    session::Settings {
-        token: section.tunnel.token.as_ref().map(|token| token.expose().as_bytes().into()),
-        sessions_max: limits.sessions,
-        lanes_max: u32::try_from(limits.lanes_per_session).unwrap_or(u32::MAX),
-        lane: LaneConfig {
-            exchanges_max: limits.exchanges_per_session,
-            ..windows(LaneConfig::new(Side::Relay), limits.window)
-        },
-        protocols: plugins.types(),
-    }
-}
-
 fn sidecar_settings(section: &config::Sidecar) -> sidecar::Settings {
     sidecar::Settings {
         name: section.name.to_string(),
@@ -527,30 +423,10 @@ fn windows(lane: LaneConfig, max: u64) -> LaneConfig {
     LaneConfig { receive_window: lane.receive_window.min(max), window_max: max, ..lane }
 }
 
-fn handshake_bounds(section: &config::Relay) -> Bounds {
-    Bounds {
-        timeout: section.timeouts.handshake,
-        per_second: section.limits.handshakes_per_second,
-        per_second_and_address: section.limits.handshakes_per_second_per_address,
-    }
-}
-
-fn relay_addresses(section: &config::Sidecar, sockets: &Sockets) -> Vec<String> {
+fn relay_addresses(section: &config::Sidecar, addresses: &Addresses) -> Vec<String> {
     match &section.relays {
-        Relays::Embedded => sockets.tunnel_address.iter().map(ToString::to_string).collect(),
+        Relays::Embedded => addresses.tunnel.iter().map(ToString::to_string).collect(),
         Relays::Listed(relays) => relays.iter().map(ToString::to_string).collect(),
-    }
-}
-
-fn front_config(section: &config::Relay) -> FrontConfig {
-    let limits = &section.limits;
-    FrontConfig {
-        request_head_timeout: section.timeouts.request_head,
-        idle_timeout: section.timeouts.idle,
-        head_bytes_max: u32::try_from(limits.request_head).unwrap_or(u32::MAX),
-        headers_max: limits.request_headers,
-        h2_streams_max: limits.streams_per_connection,
-        ..FrontConfig::default()
     }
 }
 
@@ -587,6 +463,7 @@ impl AdminState for Process {
         let mut config = self.config().to_masked_json();
         if let Some(map) = config.as_object_mut() {
             map.insert("last_reload_error".to_owned(), json!(*self.lock_error()));
+            map.insert("pending_restart".to_owned(), json!(self.lock_taken().pending));
         }
         config
     }

@@ -2,38 +2,45 @@
 //!
 //! Knows routes, sessions and documents; what a protocol says is the plugins' business.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use sidelane_tunnel::proto;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 use crate::config::{self, Match, Route};
-use crate::front::FrontConfig;
 use crate::metrics::{Flows, Metrics};
 use crate::plugin::lend::{Meta, Text};
 use crate::plugin::{Plugins, Protocol};
 use crate::shard::Shard;
 use crate::tunnel::accept::Bounds;
 use crate::tunnel::pressure;
-use crate::tunnel::session::{Session, Sessions, Settings};
+use crate::tunnel::session::{Session, Sessions};
 
+mod bounds;
 mod document;
 mod entry;
 mod listen;
+mod listeners;
 mod open;
 mod policy;
+mod proxy_header;
+mod public;
 mod routing;
+mod stream;
 mod tunnels;
 
 pub use listen::bind;
+pub use listeners::{BindError, Prepared, Settings as EntrySettings};
 
+use bounds::{handshake_bounds, millis, session_settings};
 use document::{Document, refused_options};
 use entry::HttpEntry;
+use listeners::Listeners;
 use routing::Routing;
 
 /// How long a name that a lost sidecar announced answers 503 (come back) before it answers 404
@@ -53,7 +60,13 @@ pub struct Relay {
     stopping: watch::Sender<bool>,
     /// Told whenever an exchange that could not be opened might be now.
     changes: watch::Sender<()>,
-    open_wait: Duration,
+    /// In milliseconds; see [`config::RelayTimeouts::open_wait`].
+    open_wait_ms: AtomicU64,
+    listeners: Listeners,
+    /// The HTTP front's way in, made once.
+    entry: OnceLock<Arc<HttpEntry>>,
+    handshakes: ArcSwap<Bounds>,
+    /// Of clients, on all listeners.
     connections: AtomicUsize,
     flows: Flows,
 }
@@ -82,6 +95,18 @@ impl Sources {
     fn notes(&self, document: &Document) -> Vec<String> {
         let others = self.documents.range(..document.session.epoch);
         document.notes(&self.own, others.map(|(_, other)| other))
+    }
+
+    /// Returns the routes of `document` that neither the file nor its sidecar's document before has.
+    fn fresh_routes(&self, document: &Document) -> Vec<Arc<Route>> {
+        let before = self.documents.get(&document.session.epoch);
+        let known: HashSet<&Match> = before
+            .iter()
+            .flat_map(|before| &before.routes)
+            .chain(&self.own)
+            .map(|route| &route.matches)
+            .collect();
+        document.routes.iter().filter(|route| !known.contains(&route.matches)).cloned().collect()
     }
 
     fn put_in_force(&mut self, mut document: Document) {
@@ -126,32 +151,17 @@ struct Accepted {
     notes: Vec<String>,
 }
 
-/// A client listener that is bound: one socket per thread.
-pub struct Bound {
-    /// Its name.
-    pub name: Arc<str>,
-    /// `None`: the HTTP front.
-    pub protocol_type: Option<Arc<str>>,
-    /// Not empty.
-    pub sockets: Vec<std::net::TcpListener>,
-}
-
 impl Relay {
     /// Returns the role; nobody is let in before [`Relay::start`].
-    pub fn new(
-        base_domains: Vec<Arc<str>>,
-        settings: Settings,
-        open_wait: Duration,
-        plugins: Arc<Plugins>,
-        metrics: Arc<Metrics>,
-    ) -> Arc<Self> {
+    pub fn new(section: &config::Relay, plugins: Arc<Plugins>, metrics: Arc<Metrics>) -> Arc<Self> {
+        let settings = session_settings(section, &plugins);
         Arc::new(Self {
             plugins,
             metrics,
             sessions: Sessions::new(settings),
             routing: ArcSwap::default(),
             sources: Mutex::new(Sources {
-                base_domains,
+                base_domains: section.base_domains.clone(),
                 own: Vec::new(),
                 documents: BTreeMap::new(),
                 waiting: BTreeMap::new(),
@@ -159,7 +169,10 @@ impl Relay {
             }),
             stopping: watch::Sender::new(false),
             changes: watch::Sender::new(()),
-            open_wait,
+            open_wait_ms: AtomicU64::new(millis(section.timeouts.open_wait)),
+            listeners: Listeners::new(EntrySettings::of(section)),
+            entry: OnceLock::new(),
+            handshakes: ArcSwap::from_pointee(handshake_bounds(section)),
             connections: AtomicUsize::new(0),
             flows: Flows::new("relay"),
         })
@@ -176,53 +189,70 @@ impl Relay {
         self.reroute(&sources);
     }
 
+    /// Takes a configuration's limits and timeouts: for new connections and sessions, and where a
+    /// limit is on what runs, for that at once.
+    pub fn limit(&self, section: &config::Relay) {
+        self.listeners.set_settings(EntrySettings::of(section));
+        self.sessions.set(session_settings(section, &self.plugins));
+        self.handshakes.store(Arc::new(handshake_bounds(section)));
+        self.open_wait_ms.store(millis(section.timeouts.open_wait), Ordering::Relaxed);
+    }
+
+    /// Binds a configuration's listeners that are not bound yet, for `threads` threads; nobody is
+    /// accepted before [`Relay::listen`].
+    ///
+    /// # Errors
+    /// The first that cannot be bound.
+    pub fn prepare(
+        &self,
+        listeners: &[Arc<config::Listener>],
+        threads: usize,
+    ) -> Result<Prepared, BindError> {
+        self.listeners.prepare(listeners, threads)
+    }
+
+    /// Puts listeners in force: new ones accept before those that are gone stop. Connections of these
+    /// end with what runs on them; nobody else's are touched.
+    pub fn listen(self: &Arc<Self>, prepared: Prepared) {
+        self.listeners.apply(self, prepared);
+    }
+
     /// Serves clients on `listeners` and sidecars on `tunnel`.
     pub fn start(
         self: &Arc<Self>,
         shards: &Arc<[Shard]>,
-        listeners: Vec<Bound>,
+        listeners: Prepared,
         tunnel: std::net::TcpListener,
-        front: FrontConfig,
-        connections_max: usize,
-        handshakes: Bounds,
     ) {
-        let front = Arc::new(front);
-        let entry = Arc::new(HttpEntry { relay: Arc::clone(self) });
-        let connections = Arc::new(Semaphore::new(connections_max));
-        for bound in listeners {
-            let listener = Arc::new(listen::Listener {
-                name: bound.name,
-                protocol_type: bound.protocol_type,
-                front: Arc::clone(&front),
-                connections: Arc::clone(&connections),
-                entry: Arc::clone(&entry),
-                stopping: self.stopping.subscribe(),
-            });
-            for (shard, socket) in shards.iter().zip(bound.sockets) {
-                let (relay, listener) = (Arc::clone(self), Arc::clone(&listener));
-                shard.spawn(async move {
-                    match TcpListener::from_std(socket) {
-                        Ok(socket) => listen::accept(relay, listener, socket).await,
-                        Err(error) => tracing::error!(%error, "a listener is lost"),
-                    }
-                });
-            }
-        }
+        self.listeners.set_threads(shards);
+        self.listen(listeners);
         let (relay, threads) = (Arc::clone(self), Arc::clone(shards));
         shards[0].spawn(async move {
             match TcpListener::from_std(tunnel) {
                 Ok(socket) => {
                     let stopping = relay.stopping.subscribe();
-                    tunnels::accept(relay, socket, threads, handshakes, stopping).await;
+                    tunnels::accept(relay, socket, threads, stopping).await;
                 }
                 Err(error) => tracing::error!(%error, "the tunnel's listener is lost"),
             }
         });
     }
 
+    /// Tells in the log where clients reach the file's routes.
+    pub fn tell_addresses(&self) {
+        let sources = self.lock_sources();
+        public::tell(&sources.own, &sources.base_domains, &self.listeners.addresses());
+    }
+
+    /// The HTTP front's way in.
+    fn entry(self: &Arc<Self>) -> Arc<HttpEntry> {
+        Arc::clone(self.entry.get_or_init(|| Arc::new(HttpEntry { relay: Arc::clone(self) })))
+    }
+
     /// Accepts nobody from here on, and asks clients' connections to end with their exchanges.
     pub fn drain(&self) {
         self.stopping.send_replace(true);
+        self.listeners.stop();
     }
 
     /// Ends all sessions once what is queued has been written.
@@ -343,7 +373,12 @@ impl Relay {
 
     /// Whether an exchange may wait for a session that is on its way.
     fn waits_for_sessions(&self) -> bool {
-        !self.open_wait.is_zero() && !*self.stopping.borrow()
+        !self.open_wait().is_zero() && !*self.stopping.borrow()
+    }
+
+    /// How long an exchange may.
+    fn open_wait(&self) -> Duration {
+        Duration::from_millis(self.open_wait_ms.load(Ordering::Relaxed))
     }
 
     /// Lets exchanges that wait for a session look again.
@@ -352,12 +387,12 @@ impl Relay {
     }
 
     fn session_begun(&self, session: &Arc<Session>) {
-        self.metrics.set_sessions(self.sessions.len());
+        self.metrics.set_sessions("relay", self.sessions.len());
         tracing::info!(sidecar = &*session.name, peer = %session.peer, epoch = session.epoch, "session begun");
     }
 
     fn session_ended(&self, session: &Arc<Session>) {
-        self.metrics.set_sessions(self.sessions.len());
+        self.metrics.set_sessions("relay", self.sessions.len());
         tracing::info!(sidecar = &*session.name, epoch = session.epoch, "session ended");
         let mut sources = self.lock_sources();
         if sources.waiting.remove(&session.epoch).is_some() {
@@ -417,6 +452,8 @@ impl Relay {
                 let conflicts = sources.conflicts(&document);
                 if conflicts.is_empty() {
                     notes = sources.notes(&document);
+                    let fresh = sources.fresh_routes(&document);
+                    public::tell(&fresh, &sources.base_domains, &self.listeners.addresses());
                     sources.put_in_force(document);
                     freed = sources.take_waiting();
                     self.reroute(&sources);

@@ -385,6 +385,7 @@ impl Sidecar {
         let wanted = self.settings.lanes.min(session.lanes_max) as usize;
         self.start_lane(peer, &session, first, ended.clone());
         peer.connected();
+        let _up = self.metrics.session_up("sidecar");
         self.announce(peer);
         document.mark_unchanged();
         let mut wait = jitter(LANE_STAGGER, random::number());

@@ -102,7 +102,12 @@ impl Client {
     /// Connects.
     #[must_use]
     pub fn connect(address: SocketAddr) -> Self {
-        let stream = TcpStream::connect(address).expect("the relay listens");
+        Self::over(TcpStream::connect(address).expect("the relay listens"))
+    }
+
+    /// The same over a connection that stands.
+    #[must_use]
+    pub fn over(stream: TcpStream) -> Self {
         stream.set_nodelay(true).expect("a fresh socket takes options");
         stream.set_read_timeout(Some(READ_DEADLINE)).expect("a fresh socket takes options");
         stream.set_write_timeout(Some(READ_DEADLINE)).expect("a fresh socket takes options");
@@ -258,6 +263,12 @@ impl Client {
                 Err(_) => return std::mem::take(&mut self.buffer),
             }
         }
+    }
+
+    /// Returns whether nothing was read that was not given out.
+    #[must_use]
+    pub fn has_nothing(&self) -> bool {
+        self.buffer.is_empty()
     }
 
     fn fill(&mut self) -> io::Result<()> {

@@ -7,6 +7,7 @@
 
 pub mod browser;
 pub mod client;
+pub mod load;
 pub mod peer;
 pub mod process;
 pub mod service;

@@ -318,6 +318,12 @@ impl Sidelane {
         Self::run(name, directory, Path::new("sidecar.yaml"), &[])
     }
 
+    /// Starts a program with a file that stands in a directory, as a test has laid it out.
+    #[must_use]
+    pub fn spawn_in(name: &'static str, directory: TempDir, file: &str) -> Self {
+        Self::run(name, directory, Path::new(file), &[])
+    }
+
     /// Starts a program with a file or directory of somebody else's and variables of the environment,
     /// and waits until its listeners stand.
     #[must_use]
@@ -392,6 +398,39 @@ impl Sidelane {
     #[must_use]
     pub fn listener(&self, name: &str) -> SocketAddr {
         self.address(&["listeners", name])
+    }
+
+    /// Returns where clients of a listener connect as the program says it now; `None`: it has no
+    /// such listener.
+    #[must_use]
+    pub fn listener_now(&self, name: &str) -> Option<SocketAddr> {
+        let ports = fs::read(self.directory.path().join("ports.json")).ok()?;
+        let ports: Value = serde_json::from_slice(&ports).ok()?;
+        ports["listeners"][name].as_str()?.parse().ok()
+    }
+
+    /// Returns the directory that the program runs in.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Returns how many file descriptors the program has open.
+    #[must_use]
+    pub fn descriptors(&self) -> usize {
+        let path = format!("/proc/{}/fd", self.child.id());
+        fs::read_dir(path).expect("the program runs").count()
+    }
+
+    /// Asks for a reload, and returns the status and what became of it.
+    #[must_use]
+    pub fn reload(&self) -> (u16, Value) {
+        let answer = client::request(
+            self.admin(),
+            "POST",
+            "POST /-/reload HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+        );
+        (answer.head.status, serde_json::from_slice(&answer.body).expect("JSON"))
     }
 
     /// Returns where sidecars connect.

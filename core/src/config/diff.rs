@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Config, Route, Tunnel};
+use super::{Config, Listener, Route, Tunnel};
 
 /// What differs between two configurations.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -12,16 +12,23 @@ pub struct Changes {
     pub routes: Delta<Route>,
     /// Tunnels.
     pub tunnels: Delta<Tunnel>,
+    /// Client listeners.
+    pub listeners: Delta<Listener>,
     /// Base domains: routes take other hosts.
     pub base_domains: bool,
+    /// What connections, sessions and handshakes go by: `relay.limits`, `relay.timeouts`,
+    /// `relay.trusted_proxies`, `relay.max_connection_age`.
+    pub relay: Vec<&'static str>,
+    /// Address of health and metrics.
+    pub health: bool,
+    /// Address of administration.
+    pub admin: bool,
     /// Plugins.
     pub plugins: bool,
     /// Logs.
     pub log: bool,
     /// Drain timeout.
     pub drain_timeout: bool,
-    /// Paths of what takes effect at the next start only.
-    pub needs_restart: Vec<&'static str>,
 }
 
 impl Changes {
@@ -29,6 +36,12 @@ impl Changes {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
+    }
+
+    /// Returns whether exchanges are routed, or delivered, in another way.
+    #[must_use]
+    pub fn is_routing(&self) -> bool {
+        !self.routes.is_empty() || !self.tunnels.is_empty() || self.base_domains
     }
 }
 
@@ -60,46 +73,75 @@ impl<T> Delta<T> {
 /// Compares two configurations.
 #[must_use]
 pub fn diff(old: &Config, new: &Config) -> Changes {
-    let mut needs_restart = Vec::new();
-    let mut restart = |path, differs: bool| {
-        if differs {
-            needs_restart.push(path);
-        }
-    };
-    match (&old.relay, &new.relay) {
-        (Some(old), Some(new)) => {
-            restart("relay.listeners", old.listeners != new.listeners);
-            restart("relay.tunnel", old.tunnel != new.tunnel);
-            restart("relay.threads", old.threads != new.threads);
-            restart("relay.limits", old.limits != new.limits);
-            restart("relay.timeouts", old.timeouts != new.timeouts);
-        }
-        (old, new) => restart("relay", old.is_some() != new.is_some()),
+    let mut relay = Vec::new();
+    let mut listeners = Delta::default();
+    if let (Some(old), Some(new)) = (&old.relay, &new.relay) {
+        listeners = delta(&old.listeners, &new.listeners, |listener| &listener.name);
+        let mut differs = |path, differs: bool| relay.extend(differs.then_some(path));
+        differs("relay.limits", old.limits != new.limits);
+        differs("relay.timeouts", old.timeouts != new.timeouts);
+        differs("relay.trusted_proxies", old.trusted_proxies != new.trusted_proxies);
+        differs("relay.max_connection_age", old.max_connection_age != new.max_connection_age);
     }
-    match (&old.sidecar, &new.sidecar) {
-        (Some(old), Some(new)) => {
-            restart("sidecar.name", old.name != new.name);
-            restart("sidecar.relays", old.relays != new.relays);
-            restart("sidecar.token", old.token != new.token);
-            restart("sidecar.lanes", old.lanes != new.lanes);
-            restart("sidecar.threads", old.threads != new.threads);
-            restart("sidecar.limits", old.limits != new.limits);
-            restart("sidecar.timeouts", old.timeouts != new.timeouts);
-        }
-        (old, new) => restart("sidecar", old.is_some() != new.is_some()),
-    }
-    restart("health", old.health != new.health);
-    restart("admin", old.admin != new.admin);
     let base_domains =
         |config: &Config| config.relay.as_ref().map(|relay| relay.base_domains.clone());
     Changes {
         routes: delta(&old.routes, &new.routes, |route| &route.name),
         tunnels: delta(&old.tunnels, &new.tunnels, |tunnel| &tunnel.name),
+        listeners,
+        relay,
+        health: old.health != new.health,
+        admin: old.admin != new.admin,
         base_domains: base_domains(old) != base_domains(new),
         plugins: old.plugins != new.plugins,
         log: old.log != new.log,
         drain_timeout: old.drain_timeout != new.drain_timeout,
-        needs_restart,
+    }
+}
+
+/// Puts back into `new` what `started` says of all that takes effect at a start only. Returns the
+/// paths of what differed, in the file's order.
+pub fn hold_back(new: &mut Config, started: &Config) -> Vec<&'static str> {
+    let mut held = Held(Vec::new());
+    match (&mut new.relay, &started.relay) {
+        (Some(new), Some(old)) => {
+            held.keep("relay.tunnel", &mut new.tunnel, &old.tunnel);
+            held.keep("relay.threads", &mut new.threads, &old.threads);
+        }
+        (new, old) => held.keep("relay", new, old),
+    }
+    match (&mut new.sidecar, &started.sidecar) {
+        (Some(new), Some(old)) => {
+            held.keep("sidecar.name", &mut new.name, &old.name);
+            held.keep("sidecar.relays", &mut new.relays, &old.relays);
+            let (interval, old_interval) = (&mut new.resolve_interval, &old.resolve_interval);
+            held.keep("sidecar.resolve_interval", interval, old_interval);
+            held.keep("sidecar.token", &mut new.token, &old.token);
+            held.keep("sidecar.lanes", &mut new.lanes, &old.lanes);
+            held.keep("sidecar.threads", &mut new.threads, &old.threads);
+            held.keep("sidecar.limits", &mut new.limits, &old.limits);
+            held.keep("sidecar.timeouts", &mut new.timeouts, &old.timeouts);
+        }
+        (new, old) => held.keep("sidecar", new, old),
+    }
+    let (plugins, old) = (&mut new.plugins, &started.plugins);
+    held.keep("plugins.generations", &mut plugins.generations, &old.generations);
+    held.keep("plugins.panics", &mut plugins.panics, &old.panics);
+    held.keep("plugins.panics_within", &mut plugins.panics_within, &old.panics_within);
+    held.keep("plugins.slow_poll", &mut plugins.slow_poll, &old.slow_poll);
+    held.keep("log.format", &mut new.log.format, &started.log.format);
+    held.0
+}
+
+/// Paths of what was put back.
+struct Held(Vec<&'static str>);
+
+impl Held {
+    fn keep<T: PartialEq + Clone>(&mut self, path: &'static str, new: &mut T, old: &T) {
+        if new != old {
+            self.0.push(path);
+            new.clone_from(old);
+        }
     }
 }
 

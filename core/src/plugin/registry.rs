@@ -80,6 +80,8 @@ pub enum SniffResult {
         protocol: Protocol,
         /// The host name that the bytes hold.
         host: Option<String>,
+        /// Other types that say so too.
+        rivals: Vec<Arc<str>>,
     },
     /// Somebody cannot say yet.
     NeedMore,
@@ -286,6 +288,8 @@ impl Plugins {
     pub fn sniff(&self, bytes: &[u8], candidates: &[impl AsRef<str>]) -> SniffResult {
         let set = self.current.load();
         let mut result = SniffResult::No;
+        let mut taken: Option<(Protocol, Option<String>)> = None;
+        let mut rivals = Vec::new();
         for protocol in &set.protocols {
             let named = |candidate: &dyn AsRef<str>| *candidate.as_ref() == **protocol.name();
             let asked = candidates.is_empty() || candidates.iter().any(|c| named(c));
@@ -295,13 +299,14 @@ impl Plugins {
             match protocol.generation.instance().sniff(protocol.served().index, bytes) {
                 Sniffed::No => {}
                 Sniffed::NeedMore => result = SniffResult::NeedMore,
-                Sniffed::Yes { host } => {
-                    let host = host.map(str::to_owned);
-                    return SniffResult::Yes { protocol: protocol.clone(), host };
-                }
+                Sniffed::Yes { .. } if taken.is_some() => rivals.push(Arc::clone(protocol.name())),
+                Sniffed::Yes { host } => taken = Some((protocol.clone(), host.map(str::to_owned))),
             }
         }
-        result
+        match taken {
+            Some((protocol, host)) => SniffResult::Yes { protocol, host, rivals },
+            None => result,
+        }
     }
 
     /// The types that are served, sorted.

@@ -1,81 +1,184 @@
 //! The addresses of one process, bound before anything starts: a busy port is an error of the
-//! start, not of a thread.
+//! start, not of a thread. A reload binds what is new in the same way, before anything of it counts.
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::sync::Arc;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
-use super::{RunError, threads};
-use crate::config::Config;
-use crate::relay::{Bound, bind};
+use super::RunError;
+use crate::config::{Changes, Config, ConfigErrors};
+use crate::relay::{Prepared, Relay, bind};
 
 /// All listening sockets.
 pub(super) struct Sockets {
-    pub(super) listeners: Vec<Bound>,
+    pub(super) listeners: Option<Prepared>,
     pub(super) tunnel: Option<TcpListener>,
-    pub(super) tunnel_address: Option<SocketAddr>,
     pub(super) health: Option<TcpListener>,
     pub(super) admin: Option<TcpListener>,
-    addresses: Value,
+    pub(super) addresses: Addresses,
 }
 
 impl Sockets {
     /// Binds what the file asks for.
-    pub(super) fn bind(config: &Config) -> Result<Self, RunError> {
-        let mut listeners = Vec::new();
+    pub(super) fn bind(
+        config: &Config,
+        relay: Option<&Relay>,
+        threads: usize,
+    ) -> Result<Self, RunError> {
+        let mut listeners = None;
         let mut tunnel = None;
-        if let Some(relay) = &config.relay {
-            for (index, listener) in relay.listeners.iter().enumerate() {
-                let what = format!("relay.listeners[{index}]");
-                listeners.push(Bound {
-                    name: Arc::clone(&listener.name),
-                    protocol_type: listener.protocol_type().cloned(),
-                    sockets: bind_all(&what, listener.address, threads(relay.threads))?,
-                });
-            }
-            tunnel = Some(bind_one("relay.tunnel", relay.tunnel.address)?);
+        if let (Some(section), Some(relay)) = (&config.relay, relay) {
+            listeners = Some(bind_listeners(config, relay, threads)?);
+            tunnel = Some(bind_one(config, "relay.tunnel", section.tunnel.address)?);
         }
-        let health = config.health.map(|address| bind_one("health", address)).transpose()?;
-        let admin = config.admin.map(|address| bind_one("admin", address)).transpose()?;
-        let address = |socket: &Option<TcpListener>| socket.as_ref().and_then(local);
-        let by_name: serde_json::Map<String, Value> = listeners
-            .iter()
-            .map(|bound| (bound.name.to_string(), json!(local(&bound.sockets[0]))))
-            .collect();
-        let addresses = json!({
-            "listeners": by_name,
-            "tunnel": address(&tunnel),
-            "health": address(&health),
-            "admin": address(&admin),
-        });
-        for (what, address) in addresses.as_object().into_iter().flatten() {
-            if !address.is_null() {
+        let health = bind_some(config, "health", config.health)?;
+        let admin = bind_some(config, "admin", config.admin)?;
+        let addresses = Addresses {
+            listeners: listeners.iter().flat_map(of_listeners).collect(),
+            tunnel: local(tunnel.as_ref()),
+            health: local(health.as_ref()),
+            admin: local(admin.as_ref()),
+        };
+        addresses.log(&Addresses::default());
+        Ok(Self { listeners, tunnel, health, admin, addresses })
+    }
+}
+
+/// What a reload opens: beside what is open, which closes once these are served.
+#[derive(Default)]
+pub(super) struct Opened {
+    pub(super) listeners: Option<Prepared>,
+    /// The outer is `Some` where the address changes.
+    pub(super) health: Option<Option<TcpListener>>,
+    pub(super) admin: Option<Option<TcpListener>>,
+}
+
+impl Opened {
+    /// Binds what is new in `config`.
+    pub(super) fn bind(
+        config: &Config,
+        changes: &Changes,
+        relay: Option<&Relay>,
+        threads: usize,
+    ) -> Result<Self, RunError> {
+        let listeners = match relay {
+            Some(relay) if !changes.listeners.is_empty() => {
+                Some(bind_listeners(config, relay, threads)?)
+            }
+            _ => None,
+        };
+        let changed = |differs: bool, what, address| {
+            differs.then(|| bind_some(config, what, address)).transpose()
+        };
+        Ok(Self {
+            listeners,
+            health: changed(changes.health, "health", config.health)?,
+            admin: changed(changes.admin, "admin", config.admin)?,
+        })
+    }
+
+    /// Returns where the process listens once these are in force.
+    pub(super) fn addresses(&self, before: &Addresses) -> Addresses {
+        let mut addresses = before.clone();
+        if let Some(prepared) = &self.listeners {
+            addresses.listeners = of_listeners(prepared).collect();
+        }
+        if let Some(health) = &self.health {
+            addresses.health = local(health.as_ref());
+        }
+        if let Some(admin) = &self.admin {
+            addresses.admin = local(admin.as_ref());
+        }
+        addresses
+    }
+}
+
+/// Where a process listens.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Addresses {
+    pub(super) listeners: Vec<(Arc<str>, SocketAddr)>,
+    pub(super) tunnel: Option<SocketAddr>,
+    pub(super) health: Option<SocketAddr>,
+    pub(super) admin: Option<SocketAddr>,
+}
+
+impl Addresses {
+    /// Tells what is there and was not `before`.
+    pub(super) fn log(&self, before: &Self) {
+        for (name, address) in &self.listeners {
+            if !before.listeners.iter().any(|other| *other == (Arc::clone(name), *address)) {
+                tracing::info!(%address, listener = &**name, "listening: clients");
+            }
+        }
+        let others = [
+            ("tunnel", self.tunnel, before.tunnel),
+            ("health", self.health, before.health),
+            ("admin", self.admin, before.admin),
+        ];
+        for (what, address, before) in others {
+            if let Some(address) = address.filter(|_| address != before) {
                 tracing::info!(%address, "listening: {what}");
             }
         }
-        Ok(Self { listeners, tunnel_address: address(&tunnel), tunnel, health, admin, addresses })
     }
 
-    /// Writes the addresses as JSON, whole or not at all.
+    /// Writes them as JSON, whole or not at all.
     pub(super) fn write(&self, path: &Path) -> Result<(), RunError> {
         let failed = |source| RunError::PortsFile { path: path.to_owned(), source };
         let part = path.with_extension("part");
-        std::fs::write(&part, self.addresses.to_string()).map_err(failed)?;
+        let by_name: Map<String, Value> = self
+            .listeners
+            .iter()
+            .map(|(name, address)| (name.to_string(), json!(address)))
+            .collect();
+        let addresses = json!({
+            "listeners": by_name,
+            "tunnel": self.tunnel,
+            "health": self.health,
+            "admin": self.admin,
+        });
+        std::fs::write(&part, addresses.to_string()).map_err(failed)?;
         std::fs::rename(&part, path).map_err(failed)
     }
 }
 
-fn local(socket: &TcpListener) -> Option<SocketAddr> {
-    socket.local_addr().ok()
+fn of_listeners(prepared: &Prepared) -> impl Iterator<Item = (Arc<str>, SocketAddr)> {
+    prepared.addresses().map(|(name, address)| (Arc::clone(name), address))
 }
 
-fn bind_one(what: &str, address: SocketAddr) -> Result<TcpListener, RunError> {
-    let mut sockets = bind_all(what, address, 1)?;
-    Ok(sockets.remove(0))
+fn local(socket: Option<&TcpListener>) -> Option<SocketAddr> {
+    socket.and_then(|socket| socket.local_addr().ok())
 }
 
-fn bind_all(what: &str, address: SocketAddr, count: usize) -> Result<Vec<TcpListener>, RunError> {
-    bind(address, count).map_err(|source| RunError::Bind { what: what.to_owned(), address, source })
+fn bind_listeners(config: &Config, relay: &Relay, threads: usize) -> Result<Prepared, RunError> {
+    let listeners = config.relay.as_ref().map(|section| &*section.listeners).unwrap_or_default();
+    relay.prepare(listeners, threads).map_err(|error| {
+        let what = format!("relay.listeners[{}]", error.index);
+        cannot_listen(config, &what, listeners[error.index].address, &error.source).into()
+    })
+}
+
+fn bind_some(
+    config: &Config,
+    what: &str,
+    address: Option<SocketAddr>,
+) -> Result<Option<TcpListener>, RunError> {
+    address.map(|address| bind_one(config, what, address)).transpose()
+}
+
+fn bind_one(config: &Config, what: &str, address: SocketAddr) -> Result<TcpListener, RunError> {
+    let bound = bind(address, 1).map(|mut sockets| sockets.remove(0));
+    bound.map_err(|error| cannot_listen(config, what, address, &error).into())
+}
+
+fn cannot_listen(
+    config: &Config,
+    what: &str,
+    address: SocketAddr,
+    error: &std::io::Error,
+) -> ConfigErrors {
+    let message = format!("cannot listen on {address}: {error}");
+    config.origin.error(&format!("{what}.address"), message).into()
 }

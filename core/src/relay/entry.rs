@@ -21,9 +21,9 @@ use super::open::RelayOpener;
 use super::policy::{
     self, Admitted, LimitedBody, Refusal, RouteState, Shaped, Shaping, Verdict, Watch,
 };
-use crate::front::{self, ConnectionInfo, Dispatch};
+use crate::front::{self, ConnectionInfo, Dispatch, forwarded};
 use crate::metrics::Record;
-use crate::plugin::lend::{self, Failure, Meta, Responder as _};
+use crate::plugin::lend::{self, Failure, Meta, Responder as _, Text};
 use crate::plugin::{Call, CallEnd, PreparedHead, Protocol};
 use crate::router::{self, Query};
 
@@ -43,6 +43,10 @@ impl Dispatch for HttpEntry {
         mut responder: R,
     ) -> HttpExchange {
         let relay = &self.relay;
+        let told = connection
+            .trusted_proxies
+            .as_ref()
+            .map(|trusted| forwarded::client(connection.client_address, &head.headers, trusted));
         let head = PreparedHead::new(head);
         let Some(plugin) = relay.plugins.claim(&head) else {
             responder.abort(lend::Reset::new(failure::NO_PROTOCOL));
@@ -65,6 +69,13 @@ impl Dispatch for HttpEntry {
             &connection.listener,
             &connection.scheme,
         );
+        let client = told.map_or(connection.client_address, |told| told.address);
+        if let Some(told) = told {
+            meta.client_address = Text::from(&*told.address.to_string());
+            meta.peer_address = Arc::clone(&connection.client_address_text).into();
+            meta.scheme = told.scheme.map_or(meta.scheme, Text::from);
+            meta.trusted_proxy = true;
+        }
         if let Some(tls) = &connection.tls {
             meta.tls_sni = Arc::clone(&tls.sni).into();
             meta.tls_alpn = Arc::clone(&tls.alpn).into();
@@ -96,7 +107,7 @@ impl Dispatch for HttpEntry {
             relay: Arc::clone(relay),
             state: Arc::clone(state),
             plugin,
-            client: connection.client_address.ip(),
+            client: client.ip(),
             head,
             meta,
             body,

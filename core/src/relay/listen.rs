@@ -1,28 +1,36 @@
-//! The relay's client listeners: one socket per data-path thread and address, so that the kernel
-//! spreads connections and none crosses a thread.
+//! Clients' connections from accept to their protocol. One socket per data-path thread and address,
+//! so that the kernel spreads connections and none crosses a thread, unless a listener asks for an
+//! exact balance.
+//!
+//! Knows how a connection begins: its PROXY header, its first bytes. Which listeners there are is
+//! `listeners`' business.
 
 use std::io;
 use std::net::SocketAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use bytes::{Bytes, BytesMut};
 use sidelane_abi::failure;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::Relay;
-use super::entry::HttpEntry;
+use super::listeners::{Listener, Settings};
 use super::open::RelayOpener;
 use super::policy::watch_stream;
+use super::proxy_header;
+use super::stream::{ClientStream, Place};
+use crate::config::{self, Balance, Carries};
 use crate::error::chain;
-use crate::front::{self, ConnectionInfo};
-use crate::metrics::Up;
+use crate::front::{self, ConnectionInfo, forwarded, or_shutdown};
+use crate::plugin::SniffResult;
 use crate::plugin::lend::Failure;
+use crate::random;
 
 /// Connections that the kernel completes before they are accepted.
 const BACKLOG: i32 = 4096;
@@ -39,6 +47,18 @@ const PROBE_EVERY: Duration = Duration::from_secs(20);
 
 /// Probes without an answer that end the connection.
 const PROBES: u32 = 3;
+
+/// A connection of a listener that goes is not asked to end before this age: its first request may be
+/// under way.
+const FIRST_REQUEST_GRACE: Duration = Duration::from_secs(1);
+
+/// Bytes shown to plugins until they know whose a connection is. A magic number, or the first line of
+/// a protocol; what is not decided by then goes to the HTTP front.
+const SNIFF_BYTES_MAX: usize = 4 * 1024;
+
+/// A connection's age is shortened by up to one in this many parts of it, at random, so that clients
+/// that came together do not come back together.
+const AGE_JITTER_PART: u32 = 10;
 
 /// Binds `count` sockets to one address; port 0 is chosen once for all of them.
 ///
@@ -63,44 +83,85 @@ pub fn bind(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpLi
     Ok(listeners)
 }
 
-/// One listener as its accept loops share it.
-pub(super) struct Listener {
-    pub(super) name: Arc<str>,
-    /// `None`: the HTTP front.
-    pub(super) protocol_type: Option<Arc<str>>,
-    pub(super) front: Arc<front::FrontConfig>,
-    /// Connections of all listeners of the process.
-    pub(super) connections: Arc<Semaphore>,
-    pub(super) entry: Arc<HttpEntry>,
-    pub(super) stopping: watch::Receiver<bool>,
-}
-
-/// Accepts clients on this thread until `stopping` turns true.
-pub(super) async fn accept(relay: Arc<Relay>, listener: Arc<Listener>, socket: TcpListener) {
-    let mut stopping = listener.stopping.clone();
+/// Accepts clients on this thread, the relay's `own`, until the listener stops; those that the kernel
+/// has let in by then are served still.
+pub(super) async fn accept(
+    relay: Arc<Relay>,
+    listener: Arc<Listener>,
+    socket: TcpListener,
+    own: usize,
+) {
+    let mut stopping = listener.stopping();
     loop {
         let accepted = tokio::select! {
             accepted = socket.accept() => accepted,
-            _ = stopping.wait_for(|stopping| *stopping) => return,
+            // An error means that the listener is gone: it stops too.
+            _ = stopping.wait_for(|stopping| *stopping) => break,
         };
-        let (stream, client) = match accepted {
-            Ok(accepted) => accepted,
+        match accepted {
+            Ok((stream, peer)) => admit(&relay, &listener, stream, peer, own),
             Err(error) => {
-                tracing::error!(listener = &*listener.name, %error, "cannot accept a connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
+                let name = listener.config().name.clone();
+                tracing::error!(listener = &*name, %error, "cannot accept a connection");
+                sleep(ACCEPT_PAUSE).await;
             }
-        };
-        let Ok(permit) = Arc::clone(&listener.connections).try_acquire_owned() else {
-            relay.metrics.connection_refused(&listener.name);
-            tracing::warn!(listener = &*listener.name, %client, "too many connections; closed");
-            continue;
-        };
-        let (relay, listener) = (Arc::clone(&relay), Arc::clone(&listener));
-        let stream = ClientStream::new(stream, permit, &relay, &listener.name);
-        tokio::spawn(async move {
-            serve(&relay, &listener, stream, client).await;
-        });
+        }
+    }
+    let Ok(socket) = socket.into_std() else { return };
+    // Ends, since nothing is waited for: with the last that is there, or with a lack of descriptors.
+    while let Ok((stream, peer)) = socket.accept() {
+        let stream = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
+        match stream {
+            Ok(stream) => admit(&relay, &listener, stream, peer, own),
+            Err(error) => tracing::debug!(%peer, %error, "client lost while its listener closed"),
+        }
+    }
+}
+
+/// Gives a connection its place, and begins to serve it on its thread.
+fn admit(
+    relay: &Arc<Relay>,
+    listener: &Arc<Listener>,
+    stream: TcpStream,
+    peer: SocketAddr,
+    own: usize,
+) {
+    let config = listener.config();
+    let settings = relay.listeners.settings();
+    let place = match config.balance {
+        Balance::Kernel => Place::try_new(relay, own, settings.connections_max),
+        Balance::Exact => Place::try_balanced(relay, own, settings.connections_max),
+    };
+    let Some(place) = place else {
+        relay.metrics.connection_refused(&config.name);
+        tracing::warn!(listener = &*config.name, client = %peer, "too many connections; closed");
+        return;
+    };
+    let thread = place.thread();
+    let client = Client {
+        relay: Arc::clone(relay),
+        listener: Arc::clone(listener),
+        config,
+        settings,
+        peer,
+        began: Instant::now(),
+    };
+    if thread == own {
+        tokio::spawn(client.serve(stream, place));
+        return;
+    }
+    let name = Arc::clone(&client.config.name);
+    let handed_over = stream.into_std().is_ok_and(|stream| {
+        relay.listeners.shards()[thread].spawn(async move {
+            match TcpStream::from_std(stream) {
+                Ok(stream) => client.serve(stream, place).await,
+                Err(error) => tracing::debug!(%peer, %error, "client lost between threads"),
+            }
+        })
+    });
+    if !handed_over {
+        relay.metrics.connection_refused(&name);
+        tracing::warn!(listener = &*name, client = %peer, "its thread takes no connection; closed");
     }
 }
 
@@ -113,138 +174,254 @@ fn tune(stream: &TcpStream) -> io::Result<()> {
     SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }
 
-async fn serve(
-    relay: &Arc<Relay>,
-    listener: &Arc<Listener>,
-    stream: ClientStream,
-    client: SocketAddr,
-) {
-    if let Err(error) = tune(&stream.stream) {
-        tracing::debug!(%client, %error, "client gone before it was served");
-        return;
-    }
-    if let Some(protocol_type) = &listener.protocol_type {
-        return serve_stream(relay, listener, protocol_type, stream, client).await;
-    }
-    let info = Arc::new(ConnectionInfo::plain(Arc::clone(&listener.name), client));
-    let mut stopping = listener.stopping.clone();
-    let shutdown = async move {
-        // An error means that the relay is gone: shut down too.
-        let _ = stopping.wait_for(|stopping| *stopping).await;
-    };
-    let (front, entry) = (Arc::clone(&listener.front), Arc::clone(&listener.entry));
-    if let Err(error) = front::serve(stream, info, front, entry, shutdown).await {
-        tracing::debug!(%client, error = chain(&error), "connection ended");
-    }
+/// A client that was let in, and what its connection goes by from begin to end.
+struct Client {
+    relay: Arc<Relay>,
+    listener: Arc<Listener>,
+    config: Arc<config::Listener>,
+    settings: Arc<Settings>,
+    /// Who connected: the client itself, or a proxy.
+    peer: SocketAddr,
+    began: Instant,
 }
 
-/// A client's connection, which is counted for as long as its socket lives: an upgraded one outlives
-/// the front's call.
-struct ClientStream {
-    stream: TcpStream,
-    /// Of all connections that the process may have.
-    _permit: OwnedSemaphorePermit,
-    _up: Up,
-    _counted: Counted,
-}
-
-impl ClientStream {
-    fn new(
-        stream: TcpStream,
-        permit: OwnedSemaphorePermit,
-        relay: &Arc<Relay>,
-        listener: &Arc<str>,
-    ) -> Self {
-        let up = relay.metrics.connection_open(listener);
-        Self { stream, _permit: permit, _up: up, _counted: Counted::new(relay) }
-    }
-}
-
-impl AsyncRead for ClientStream {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for ClientStream {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        parts: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, parts)
+impl Client {
+    async fn serve(self, stream: TcpStream, place: Place) {
+        if let Err(error) = tune(&stream) {
+            tracing::debug!(client = %self.peer, %error, "client gone before it was served");
+            return;
+        }
+        let up = self.relay.metrics.connection_open(&self.config.name);
+        let mut stream = ClientStream::new(stream, place, up);
+        let mut shutdown = pin!(self.shutdown());
+        let mut address = self.peer;
+        if self.config.proxy_protocol {
+            // Boxed, as below: what few connections wait for is no part of the memory of all.
+            match Box::pin(self.proxy_header(stream, shutdown.as_mut())).await {
+                Some((behind, client)) => {
+                    stream = behind;
+                    address = client.unwrap_or(address);
+                }
+                None => return,
+            }
+        }
+        match &self.config.carries {
+            Carries::Http => {}
+            Carries::Type(protocol_type) => {
+                return self.serve_stream(protocol_type, None, stream, address).await;
+            }
+            Carries::Sniffed => match Box::pin(self.sniff(stream, shutdown.as_mut())).await {
+                Some(Sniffed::Http(behind)) => stream = behind,
+                Some(Sniffed::Stream { protocol_type, host, stream }) => {
+                    return self.serve_stream(&protocol_type, host, stream, address).await;
+                }
+                None => return,
+            },
+        }
+        let mut info = ConnectionInfo::plain(Arc::clone(&self.config.name), address);
+        let trusted = &self.settings.trusted_proxies;
+        if !trusted.is_empty() && forwarded::is_in(address.ip(), trusted) {
+            info.trusted_proxies = Some(Arc::clone(trusted));
+        }
+        let front = Arc::clone(&self.settings.front);
+        let entry = self.relay.entry();
+        if let Err(error) = front::serve(stream, Arc::new(info), front, entry, shutdown).await {
+            tracing::debug!(client = %self.peer, error = chain(&error), "connection ended");
+        }
     }
 
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+    /// Ready when the connection shall end with what runs on it: its listener goes, or it has its age.
+    fn shutdown(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut stopping = self.listener.stopping();
+        let (relay, name) = (Arc::clone(&self.relay), Arc::clone(&self.config.name));
+        let began = self.began;
+        let end =
+            self.settings.max_connection_age.map(|age| began + jittered(age, random::number()));
+        async move {
+            let stopped = async {
+                // An error means that the listener is gone, which is the same.
+                let _ = stopping.wait_for(|stopping| *stopping).await;
+                if began.elapsed() < FIRST_REQUEST_GRACE {
+                    // Boxed: few connections ever wait here, and all would have room for it.
+                    Box::pin(sleep_until(began + FIRST_REQUEST_GRACE)).await;
+                }
+            };
+            let Some(end) = end else { return stopped.await };
+            tokio::select! {
+                () = stopped => {}
+                () = Box::pin(sleep_until(end)) => relay.metrics.connection_aged(&name),
+            }
+        }
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-/// A connection that shutdown waits for.
-struct Counted(Arc<Relay>);
-
-impl Counted {
-    fn new(relay: &Arc<Relay>) -> Self {
-        relay.connections.fetch_add(1, Ordering::Relaxed);
-        Self(Arc::clone(relay))
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.connections.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// A byte-born protocol: the plugin owns the client's bytes.
-async fn serve_stream(
-    relay: &Arc<Relay>,
-    listener: &Arc<Listener>,
-    protocol_type: &Arc<str>,
-    stream: ClientStream,
-    client: SocketAddr,
-) {
-    let Some(plugin) = relay.plugins.find(protocol_type) else {
-        tracing::warn!(
-            listener = &*listener.name,
-            protocol_type = &**protocol_type,
-            "no plugin carries the listener's protocol_type; connection closed"
-        );
-        return;
-    };
-    let meta = relay.meta(&plugin, &client.to_string().into(), &listener.name, &Arc::default());
-    if plugin.quarantined() {
-        let failure = Failure {
-            code: failure::PLUGIN_FAILED,
-            retry_after_s: None,
-            detail: "the plugin failed too often".to_owned(),
+    /// Takes the PROXY header off a connection. `None`: it is closed.
+    async fn proxy_header(
+        &self,
+        mut stream: ClientStream,
+        shutdown: Pin<&mut impl Future<Output = ()>>,
+    ) -> Option<(ClientStream, Option<SocketAddr>)> {
+        let trusted = &self.settings.trusted_proxies;
+        if !trusted.is_empty() && !forwarded::is_in(self.peer.ip(), trusted) {
+            self.refuse_proxy("untrusted", "its address is not in relay.trusted_proxies");
+            return None;
+        }
+        let mut ahead = BytesMut::new();
+        let limit = self.settings.front.request_head_timeout;
+        let read = {
+            let read = pin!(timeout(limit, proxy_header::read(&mut stream.stream, &mut ahead)));
+            or_shutdown(read, shutdown).await?
         };
-        plugin.refuse_stream(stream, failure).await;
-        return;
+        match read {
+            Ok(Ok(client)) => Some((stream.with_ahead(ahead.freeze()), client)),
+            Ok(Err(error)) => {
+                self.refuse_proxy(error.label(), &chain(&error));
+                None
+            }
+            Err(_elapsed) => {
+                self.refuse_proxy("timeout", "no whole PROXY header within timeouts.request_head");
+                None
+            }
+        }
     }
-    let record = Arc::new(relay.metrics.exchange("relay", plugin.name()));
-    let opener = RelayOpener::new(Arc::clone(relay), meta.clone(), Arc::clone(&record));
-    let held = opener.held();
-    let end = watch_stream(plugin.accept_stream(meta, stream, opener), held).await;
-    record.end(end.code);
+
+    fn refuse_proxy(&self, label: &'static str, reason: &str) {
+        let name = &self.config.name;
+        self.relay.metrics.proxy_header_refused(name, label);
+        tracing::debug!(listener = &**name, peer = %self.peer, reason, "no PROXY header; closed");
+    }
+
+    /// Finds out whose a connection is by its first bytes. `None`: it is closed.
+    async fn sniff(
+        &self,
+        mut stream: ClientStream,
+        shutdown: Pin<&mut impl Future<Output = ()>>,
+    ) -> Option<Sniffed> {
+        let limit = self.settings.front.request_head_timeout;
+        let read = {
+            let read = pin!(timeout(limit, read_until_known(&self.relay, &mut stream)));
+            or_shutdown(read, shutdown).await?
+        };
+        let (ahead, known) = match read {
+            Ok(Ok(read)) => read,
+            Ok(Err(error)) => {
+                tracing::debug!(client = %self.peer, %error, "client gone before it said anything");
+                return None;
+            }
+            Err(_elapsed) => {
+                tracing::debug!(client = %self.peer, "too slow to say what it is; closed");
+                return None;
+            }
+        };
+        if ahead.is_empty() {
+            return None;
+        }
+        let stream = stream.with_ahead(ahead);
+        Some(match known {
+            None => Sniffed::Http(stream),
+            Some((protocol_type, host)) => Sniffed::Stream { protocol_type, host, stream },
+        })
+    }
+
+    /// A byte-born protocol: the plugin owns the client's bytes. `host`, where the first bytes named
+    /// one, is what it is routed by.
+    async fn serve_stream(
+        &self,
+        protocol_type: &Arc<str>,
+        host: Option<Arc<str>>,
+        stream: ClientStream,
+        client: SocketAddr,
+    ) {
+        let (relay, listener) = (&self.relay, &self.config.name);
+        let Some(plugin) = relay.plugins.find(protocol_type) else {
+            tracing::warn!(
+                listener = &**listener,
+                protocol_type = &**protocol_type,
+                "no plugin carries the listener's protocol_type; connection closed"
+            );
+            return;
+        };
+        let meta = relay.meta(&plugin, &client.to_string().into(), listener, &Arc::default());
+        if plugin.quarantined() {
+            let failure = Failure {
+                code: failure::PLUGIN_FAILED,
+                retry_after_s: None,
+                detail: "the plugin failed too often".to_owned(),
+            };
+            plugin.refuse_stream(stream, failure).await;
+            return;
+        }
+        let record = Arc::new(relay.metrics.exchange("relay", plugin.name()));
+        let opener = RelayOpener::new(Arc::clone(relay), meta.clone(), Arc::clone(&record));
+        let opener = opener.by_host(host);
+        let held = opener.held();
+        let end = watch_stream(plugin.accept_stream(meta, stream, opener), held).await;
+        record.end(end.code);
+    }
+}
+
+/// Whose a connection is that may be anybody's.
+enum Sniffed {
+    /// No plugin knows it.
+    Http(ClientStream),
+    /// A plugin does.
+    Stream { protocol_type: Arc<str>, host: Option<Arc<str>>, stream: ClientStream },
+}
+
+/// A type, and the host that the first bytes named.
+type Known = (Arc<str>, Option<Arc<str>>);
+
+/// Reads until the plugins know whose the bytes are, or that they are nobody's.
+async fn read_until_known(
+    relay: &Relay,
+    stream: &mut (impl AsyncRead + Unpin),
+) -> io::Result<(Bytes, Option<Known>)> {
+    let mut ahead = BytesMut::with_capacity(SNIFF_BYTES_MAX);
+    loop {
+        let room = SNIFF_BYTES_MAX - ahead.len();
+        let read = (&mut *stream).take(room as u64).read_buf(&mut ahead).await?;
+        if read == 0 {
+            // All there is, or all that is looked at.
+            return Ok((ahead.freeze(), None));
+        }
+        let known = match relay.plugins.sniff(&ahead, &[] as &[&str]) {
+            SniffResult::NeedMore => continue,
+            SniffResult::No => None,
+            SniffResult::Yes { protocol, host, rivals } => {
+                note_rivals(protocol.name(), &rivals);
+                Some((Arc::clone(protocol.name()), host.map(Arc::from)))
+            }
+        };
+        return Ok((ahead.freeze(), known));
+    }
+}
+
+/// Says once that several types claim the same bytes: a client chooses which, so it may come often.
+fn note_rivals(taken: &str, rivals: &[Arc<str>]) {
+    static SAID: AtomicBool = AtomicBool::new(false);
+    if !rivals.is_empty() && !SAID.swap(true, Ordering::Relaxed) {
+        tracing::warn!(
+            taken,
+            others = rivals.join(", "),
+            "several protocol types recognise the same connection: the first by name takes it"
+        );
+    }
+}
+
+/// Returns the age shortened by up to a tenth.
+fn jittered(age: Duration, random: u64) -> Duration {
+    let part = u32::try_from(random >> 32).expect("32 bits are left");
+    age - (age / AGE_JITTER_PART).mul_f64(f64::from(part) / f64::from(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_age_is_shortened_by_a_tenth_at_most() {
+        let age = Duration::from_secs(100);
+        assert_eq!(jittered(age, 0), age);
+        assert_eq!(jittered(age, u64::MAX), Duration::from_secs(90));
+        assert_eq!(jittered(age, u64::from(u32::MAX / 2) << 32).as_secs(), 95);
+    }
 }

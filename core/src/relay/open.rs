@@ -34,6 +34,8 @@ pub(super) struct RelayOpener {
     routed: Routed,
     /// Waits for a session that is on its way.
     wait: Option<Wait>,
+    /// What a byte-born connection is routed by, where its first bytes named a host.
+    host: Option<Arc<str>>,
 }
 
 /// How the exchange's route is found.
@@ -82,7 +84,7 @@ impl RelayOpener {
     /// Returns the opener of a byte-born exchange.
     pub(super) fn new(relay: Arc<Relay>, meta: Meta, record: Arc<Record>) -> Self {
         let routed = Routed::ByKey(Arc::default(), None);
-        Self { relay, meta: Some(meta), record, routed, wait: None }
+        Self { relay, meta: Some(meta), record, routed, wait: None, host: None }
     }
 
     /// Returns the opener of an HTTP-born exchange for this route, and the route's policies.
@@ -94,7 +96,7 @@ impl RelayOpener {
         state: Option<Arc<RouteState>>,
     ) -> Self {
         let routed = Routed::Before(route, state);
-        Self { relay, meta: Some(meta), record, routed, wait: None }
+        Self { relay, meta: Some(meta), record, routed, wait: None, host: None }
     }
 
     /// What the call of a byte-born exchange is watched by.
@@ -103,6 +105,11 @@ impl RelayOpener {
             Routed::ByKey(held, _) => Arc::clone(held),
             Routed::Before(..) => Arc::default(),
         }
+    }
+
+    /// Returns the same, which routes what has no host of its own by this one.
+    pub(super) fn by_host(self, host: Option<Arc<str>>) -> Self {
+        Self { host, ..self }
     }
 
     fn open(&mut self, key: RouteKey<'_>) -> Result<Opened<SendHalf, RecvHalf>, Failure> {
@@ -116,7 +123,7 @@ impl RelayOpener {
             Routed::Before(route, state) => (route.as_ref().ok_or_else(no_route)?, state.as_ref()),
             Routed::ByKey(_, admitted) => {
                 let (host, path) = match key {
-                    RouteKey::Listener => (None, "/"),
+                    RouteKey::Listener => (self.host.as_deref(), "/"),
                     RouteKey::Host { host, path } => (Some(host), path),
                 };
                 let query = Query { host, path, listener: &known.listener, protocol_type };
@@ -262,7 +269,7 @@ impl Opener for RelayOpener {
                 None => {
                     // Changes are seen from here on; one that came just before is seen by the
                     // second look.
-                    self.wait = Some(Wait::new(&self.relay, self.relay.open_wait));
+                    self.wait = Some(Wait::new(&self.relay, self.relay.open_wait()));
                     true
                 }
             };

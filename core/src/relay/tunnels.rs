@@ -17,7 +17,7 @@ use super::Relay;
 use crate::error::chain;
 use crate::plugin::lend::Reset;
 use crate::shard::Shard;
-use crate::tunnel::accept::{self, Bounds, Gate, HANDSHAKES_MAX, HelloError, RETRY_AFTER_RATE_MS};
+use crate::tunnel::accept::{self, Gate, HANDSHAKES_MAX, HelloError, RETRY_AFTER_RATE_MS};
 use crate::tunnel::session::{Admitted, Session, SessionId};
 use crate::tunnel::{Link, dial, drive};
 
@@ -40,10 +40,9 @@ pub(super) async fn accept(
     relay: Arc<Relay>,
     listener: TcpListener,
     shards: Arc<[Shard]>,
-    bounds: Bounds,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let gate = Gate::new(bounds);
+    let gate = Gate::default();
     let turned_away = Arc::new(Semaphore::new(TURNED_AWAY_MAX));
     let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     loop {
@@ -60,7 +59,8 @@ pub(super) async fn accept(
             }
         };
         let permit = Arc::clone(&handshakes).try_acquire_owned();
-        let (true, Ok(permit)) = (gate.enter(peer.ip(), Instant::now()), permit) else {
+        let bounds = **relay.handshakes.load();
+        let (true, Ok(permit)) = (gate.enter(&bounds, peer.ip(), Instant::now()), permit) else {
             relay.metrics.handshake_refused("rate");
             tracing::debug!(%peer, "too many handshakes; turned away");
             if let Ok(permit) = Arc::clone(&turned_away).try_acquire_owned() {

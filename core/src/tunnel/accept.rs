@@ -18,7 +18,7 @@ pub const HANDSHAKES_MAX: usize = 512;
 pub const RETRY_AFTER_RATE_MS: u32 = 1_000;
 
 /// What handshakes are bounded by.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
     /// From a dialler's connection to its whole hello, and for our answer to be taken.
     pub timeout: Duration,
@@ -90,8 +90,8 @@ pub async fn send_refuse<S: AsyncWrite + Unpin>(
 }
 
 /// Bounds handshakes per second, over all and per address.
+#[derive(Default)]
 pub struct Gate {
-    bounds: Bounds,
     window: Mutex<Window>,
 }
 
@@ -99,29 +99,23 @@ pub struct Gate {
 struct Window {
     began: Option<Instant>,
     total: u32,
-    /// Invariant: at most [`Bounds::per_second`] entries, emptied each second.
+    /// Invariant: as many entries as handshakes in this second at most, emptied each second.
     by_address: HashMap<IpAddr, u32>,
 }
 
 impl Gate {
-    /// Returns a gate that nobody has passed.
-    #[must_use]
-    pub fn new(bounds: Bounds) -> Self {
-        Self { bounds, window: Mutex::default() }
-    }
-
     /// Returns whether one more may begin.
-    pub fn enter(&self, address: IpAddr, now: Instant) -> bool {
+    pub fn enter(&self, bounds: &Bounds, address: IpAddr, now: Instant) -> bool {
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
         let is_over = window.began.is_none_or(|began| now - began >= Duration::from_secs(1));
         if is_over {
             *window = Window { began: Some(now), ..Window::default() };
         }
-        if window.total >= self.bounds.per_second {
+        if window.total >= bounds.per_second {
             return false;
         }
         let of_address = window.by_address.entry(address.to_canonical()).or_default();
-        if *of_address >= self.bounds.per_second_and_address {
+        if *of_address >= bounds.per_second_and_address {
             return false;
         }
         *of_address += 1;
@@ -145,19 +139,20 @@ mod tests {
 
     #[test]
     fn one_address_cannot_take_all_handshakes() {
-        let gate = Gate::new(BOUNDS);
+        let gate = Gate::default();
         let now = Instant::now();
-        let entered = (0..100).filter(|_| gate.enter(address(1), now)).count();
+        let entered = (0..100).filter(|_| gate.enter(&BOUNDS, address(1), now)).count();
         assert_eq!(entered, 3);
-        assert!(gate.enter(address(2), now));
+        assert!(gate.enter(&BOUNDS, address(2), now));
     }
 
     #[test]
     fn the_total_is_bounded_and_comes_back_after_a_second() {
-        let gate = Gate::new(BOUNDS);
+        let gate = Gate::default();
         let now = Instant::now();
-        let entered = (0..=255).cycle().take(2000).filter(|n| gate.enter(address(*n), now)).count();
+        let entered =
+            (0..=255).cycle().take(2000).filter(|n| gate.enter(&BOUNDS, address(*n), now)).count();
         assert_eq!(entered, 7);
-        assert!(gate.enter(address(1), now + Duration::from_secs(1)));
+        assert!(gate.enter(&BOUNDS, address(1), now + Duration::from_secs(1)));
     }
 }

@@ -209,6 +209,11 @@ impl Sessions {
         });
     }
 
+    /// Takes other settings: for sessions that begin from here on.
+    pub fn set(&self, settings: Settings) {
+        self.settings.store(Arc::new(settings));
+    }
+
     /// Sessions with at least one lane.
     #[must_use]
     pub fn len(&self) -> usize {

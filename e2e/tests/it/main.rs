@@ -3,6 +3,7 @@
 mod bounds;
 mod browser;
 mod crowd;
+mod entry;
 mod examples;
 mod failures;
 mod framing;
@@ -16,6 +17,9 @@ mod plugins;
 mod pool;
 mod refused;
 mod reload;
+mod reload_files;
+mod reload_listeners;
+mod reload_soak;
 mod residue;
 mod service_double;
 mod shutdown;

@@ -468,14 +468,18 @@ fn sniffing_tells_yes_no_and_need_more() {
     let all: [&str; 0] = [];
     assert!(matches!(plugins.sniff(b"PRO", &all), SniffResult::NeedMore));
     assert!(matches!(plugins.sniff(b"GET / HTTP/1.1", &all), SniffResult::No));
-    let SniffResult::Yes { protocol, host } = plugins.sniff(b"PROBE api.example\nx", &all) else {
+    let SniffResult::Yes { protocol, host, rivals } = plugins.sniff(b"PROBE api.example\nx", &all)
+    else {
         panic!("not recognised")
     };
     assert_eq!((&**protocol.name(), host.as_deref()), ("PROBE", Some("api.example")));
     assert_eq!(protocol.born(), Born::Bytes);
-    let SniffResult::Yes { protocol, host } = plugins.sniff(b"PROBE \xff\n", &["PROBE2"]) else {
+    assert_eq!(rivals, ["PROBE2".into()]);
+    let SniffResult::Yes { protocol, host, rivals } = plugins.sniff(b"PROBE \xff\n", &["PROBE2"])
+    else {
         panic!("not recognised")
     };
+    assert!(rivals.is_empty());
     assert_eq!((&**protocol.name(), host), ("PROBE2", None));
     assert!(matches!(plugins.sniff(b"PROBE x\n", &["OTHER"]), SniffResult::No));
 }

@@ -1,0 +1,44 @@
+//! A relay's limits and timeouts, as sessions and handshakes take them.
+
+use std::time::Duration;
+
+use sidelane_tunnel::{LaneConfig, Side};
+
+use crate::config;
+use crate::plugin::Plugins;
+use crate::tunnel::accept::Bounds;
+use crate::tunnel::session::Settings;
+
+/// Saturates.
+pub(super) fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// How sessions that begin are set up.
+pub(super) fn session_settings(section: &config::Relay, plugins: &Plugins) -> Settings {
+    let limits = &section.limits;
+    let lane = LaneConfig::new(Side::Relay);
+    let window_max = limits.window;
+    Settings {
+        token: section.tunnel.token.as_ref().map(|token| token.expose().as_bytes().into()),
+        sessions_max: limits.sessions,
+        lanes_max: u32::try_from(limits.lanes_per_session).unwrap_or(u32::MAX),
+        lane: LaneConfig {
+            exchanges_max: limits.exchanges_per_session,
+            // An exchange's credit, that which it begins with too.
+            receive_window: lane.receive_window.min(window_max),
+            window_max,
+            ..lane
+        },
+        protocols: plugins.types(),
+    }
+}
+
+/// What handshakes are bounded by.
+pub(super) fn handshake_bounds(section: &config::Relay) -> Bounds {
+    Bounds {
+        timeout: section.timeouts.handshake,
+        per_second: section.limits.handshakes_per_second,
+        per_second_and_address: section.limits.handshakes_per_second_per_address,
+    }
+}

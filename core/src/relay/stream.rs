@@ -1,0 +1,125 @@
+//! A client's connection as the relay counts it, and what was read of it before its protocol.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
+
+use bytes::{Buf as _, Bytes};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+
+use super::Relay;
+use crate::metrics::Up;
+
+/// A client's connection, which is counted for as long as its socket lives: an upgraded one outlives
+/// the front's call.
+pub(super) struct ClientStream {
+    pub(super) stream: TcpStream,
+    /// Read before, and not given out yet.
+    ahead: Bytes,
+    _place: Place,
+    _up: Up,
+}
+
+impl ClientStream {
+    pub(super) fn new(stream: TcpStream, place: Place, up: Up) -> Self {
+        Self { stream, ahead: Bytes::new(), _place: place, _up: up }
+    }
+
+    /// Returns the same with `ahead`, read from the socket before, in front.
+    pub(super) fn with_ahead(self, ahead: Bytes) -> Self {
+        Self { ahead, ..self }
+    }
+}
+
+impl AsyncRead for ClientStream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.ahead.is_empty() {
+            return Pin::new(&mut self.stream).poll_read(cx, buf);
+        }
+        let length = self.ahead.len().min(buf.remaining());
+        buf.put_slice(&self.ahead[..length]);
+        self.ahead.advance(length);
+        if self.ahead.is_empty() {
+            // Lets the memory go.
+            self.ahead = Bytes::new();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for ClientStream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// A client's place among all that the process may have, and on the thread that serves it.
+pub(super) struct Place {
+    relay: Arc<Relay>,
+    thread: usize,
+}
+
+impl Place {
+    /// Takes a place on the relay's thread of that number, where `max` others do not hold theirs yet.
+    pub(super) fn try_new(relay: &Arc<Relay>, thread: usize, max: usize) -> Option<Self> {
+        if relay.connections.fetch_add(1, Ordering::Relaxed) >= max {
+            relay.connections.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        relay.listeners.loads().add(thread);
+        Some(Self { relay: Arc::clone(relay), thread })
+    }
+
+    /// The same on the thread that has the fewest; on `own` where that is one of them.
+    pub(super) fn try_balanced(relay: &Arc<Relay>, own: usize, max: usize) -> Option<Self> {
+        if relay.connections.fetch_add(1, Ordering::Relaxed) >= max {
+            relay.connections.fetch_sub(1, Ordering::Relaxed);
+            return None;
+        }
+        let thread = relay.listeners.loads().add_to_least(own);
+        Some(Self { relay: Arc::clone(relay), thread })
+    }
+
+    /// The thread, by its number among the relay's.
+    pub(super) fn thread(&self) -> usize {
+        self.thread
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.relay.listeners.loads().remove(self.thread);
+        self.relay.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
