@@ -477,6 +477,11 @@ impl<'a> Field<'a> {
         self.sink.borrow_mut().warn(self.node.position, &self.path, message.into());
     }
 
+    /// Returns whether an error at `path`, or below it, was told.
+    pub(crate) fn is_told(&self, path: &str) -> bool {
+        self.sink.borrow().has_errors_at(path)
+    }
+
     /// Returns its place for people: `sidecar.yaml:14:9`.
     pub(crate) fn place(&self) -> String {
         self.sink.borrow().place(self.node.position)
@@ -686,12 +691,29 @@ impl<'a> Field<'a> {
     }
 }
 
+/// Leaves of the message about a hidden value what is accepted: the rest may hold parts of it.
 fn mask(scalar: &Scalar, message: String) -> String {
-    if scalar.hidden && !scalar.text.is_empty() {
-        message.replace(&scalar.text, "***")
-    } else {
-        message
+    if !scalar.hidden {
+        return message;
     }
+    let accepted = [" (accepted: ", " (declared: "]
+        .iter()
+        .filter_map(|start| message.find(start))
+        .min()
+        .and_then(|start| {
+            let mut depth = 0_usize;
+            let end = message[start..].char_indices().find_map(|(at, c)| {
+                match c {
+                    '(' => depth += 1,
+                    ')' => depth = depth.saturating_sub(1),
+                    _ => {}
+                }
+                (c == ')' && depth == 0).then_some(start + at + 1)
+            })?;
+            message.get(start..end)
+        })
+        .filter(|accepted| scalar.text.is_empty() || !accepted.contains(&scalar.text));
+    format!("\"***\" is not accepted{}", accepted.unwrap_or_default())
 }
 
 fn join(path: &str, key: &str) -> String {

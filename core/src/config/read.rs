@@ -17,6 +17,7 @@ use super::{
     duplicates, duration_text, merge, size_text, value,
 };
 
+mod meaning;
 mod plugins;
 mod policies;
 mod relay;
@@ -342,12 +343,28 @@ impl Reader<'_> {
                 }),
             };
             let routes = items(&field, |item| routes::route(item, &known, &mut self.files));
-            if routes::ambiguous(&field, &routes, config.relay.as_ref()) {
+            if meaning::ambiguous(&field, &routes, config.relay.as_ref()) {
                 // Routes without a name that take the same are called the same as well.
                 unique(&field, "route", &routes, |route| &route.name);
+                if let Some(relay) = &config.relay {
+                    meaning::shadowed(&field, &routes, relay);
+                }
             }
-            routes::unreachable(&field, &routes, &config);
+            meaning::unreachable(&field, &routes, &config);
+            meaning::unlikely(
+                tunnels_field.as_ref(),
+                Some((&field, &routes)),
+                root.field("sidecar").as_ref(),
+                &config,
+            );
             config.routes = arcs(routes);
+        } else {
+            meaning::unlikely(
+                tunnels_field.as_ref(),
+                None,
+                root.field("sidecar").as_ref(),
+                &config,
+            );
         }
 
         if let Some(field) = root.field("plugins") {
@@ -394,7 +411,9 @@ impl Reader<'_> {
             _ => field.text().and_then(|name| {
                 let text = (self.env)(name);
                 if text.is_none() {
-                    field.fail(format!("environment variable \"{name}\" is not set"));
+                    field.fail(format!(
+                        "environment variable {name} is not set (accepted: one that is)"
+                    ));
                 }
                 text
             }),
@@ -408,7 +427,7 @@ impl Reader<'_> {
             return false;
         }
         if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
-            field.fail("is a token with white space or control characters in it");
+            field.fail("is a token with white space or control characters in it (accepted: none)");
             return false;
         }
         *target = Some(Secret::new(&text));
