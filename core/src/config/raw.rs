@@ -6,6 +6,7 @@
 //! are [`Section`] and [`Field`]; they know nothing of the language's keys.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -218,7 +219,8 @@ pub(crate) fn parse(text: &str, file: u16) -> Result<Node, (Position, String)> {
             max_depth: DEPTH_MAX,
             max_documents: 1,
         },
-        duplicate_keys: DuplicateKeyPolicy::Error,
+        // Told by `once`, which names both places and goes on.
+        duplicate_keys: DuplicateKeyPolicy::PassThrough,
         strict_booleans: true,
         with_snippet: false,
     };
@@ -237,6 +239,36 @@ pub(crate) fn parse(text: &str, file: u16) -> Result<Node, (Position, String)> {
     }
 }
 
+/// Tells keys that stand twice in a mapping, and leaves the first.
+pub(crate) fn once(node: &mut Node, path: &str, sink: &mut Sink) {
+    match &mut node.value {
+        Value::List(items) => {
+            for (index, item) in items.iter_mut().enumerate() {
+                once(item, &format!("{path}[{index}]"), sink);
+            }
+        }
+        Value::Map(entries) => {
+            let mut first: HashMap<String, Position> = HashMap::new();
+            entries.retain_mut(|entry| {
+                let path = join(path, &entry.key);
+                if let Some(first) = first.get(&entry.key) {
+                    let message = format!(
+                        "the key \"{}\" stands twice in one mapping, first at {} (accepted: once)",
+                        entry.key,
+                        sink.place(*first)
+                    );
+                    sink.push(entry.key_position, &path, message);
+                    return false;
+                }
+                first.insert(entry.key.clone(), entry.key_position);
+                once(&mut entry.node, &path, sink);
+                true
+            });
+        }
+        Value::Null | Value::Faulty | Value::Scalar(_) => {}
+    }
+}
+
 /// Our words where the crate's speak to programmers; its own texts end in the place, which stands
 /// in front of ours.
 fn message(error: &serde_saphyr::Error) -> String {
@@ -250,12 +282,6 @@ fn message(error: &serde_saphyr::Error) -> String {
         _ => text,
     };
     match error {
-        serde_saphyr::Error::DuplicateMappingKey { key: Some(key), .. } => {
-            format!("the key \"{key}\" stands twice in one mapping")
-        }
-        serde_saphyr::Error::DuplicateMappingKey { key: None, .. } => {
-            "a key stands twice in one mapping".to_owned()
-        }
         serde_saphyr::Error::MultipleDocuments { .. }
         | serde_saphyr::Error::Budget { breach: BudgetBreach::Documents { .. }, .. } => {
             "a second document begins here (accepted: one)".to_owned()

@@ -223,7 +223,8 @@ pub(super) fn read(
     for (index, text) in texts.iter().enumerate() {
         let file = u16::try_from(index).unwrap_or(u16::MAX);
         match raw::parse(text, file) {
-            Ok(document) => {
+            Ok(mut document) => {
+                raw::once(&mut document, "", &mut sink.borrow_mut());
                 values += document.count();
                 documents.push(document);
             }

@@ -82,20 +82,29 @@ fn with_comments_read(text: &str) -> String {
         "sha256:",
         "protocol_types:",
         "config:",
+        "max_connection_age:",
+        "pool:",
+        "proxy_protocol:",
+        "health_check:",
     ];
-    text.lines()
-        .map(|line| match line.trim_start().strip_prefix("# ") {
-            Some(rest)
-                if format!("{rest} ").split_once(": ").is_some_and(|(key, _)| {
-                    key.trim_start().bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
-                }) && !not_defaults.iter().any(|text| rest.contains(text)) =>
-            {
-                line.replacen("# ", "", 1)
-            }
+    let mut example = false;
+    let mut lines = Vec::new();
+    for line in text.lines() {
+        let comment = line.trim_start().strip_prefix("# ");
+        // An item of a list, and what is indented below it, is one more.
+        example = comment
+            .is_some_and(|rest| rest.starts_with("- ") || (example && rest.starts_with("  ")));
+        let is_default = |rest: &str| {
+            format!("{rest} ").split_once(": ").is_some_and(|(key, _)| {
+                key.trim_start().bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+            }) && !not_defaults.iter().any(|text| rest.contains(text))
+        };
+        lines.push(match comment {
+            Some(rest) if !example && is_default(rest) => line.replacen("# ", "", 1),
             _ => line.to_owned(),
-        })
-        .collect::<Vec<_>>()
-        .join("\n")
+        });
+    }
+    lines.join("\n")
 }
 
 fn default_file() -> String {
@@ -764,4 +773,13 @@ fn routes_that_take_something_are_no_shadows() {
     // A path below the other's is shadowed by an exact host, not by an equal one.
     let text = format!("{subdomain} name: e }}\n{subdomain} name: s, path_prefix: /a }}\n");
     routes(a, "localhost", &text);
+}
+
+#[test]
+fn a_merged_mapping_gives_way_to_what_stands_there() {
+    let config = good(
+        "version: 1\nrelay:\n  timeouts: &t { idle: 5s, handshake: 5s }\n  tunnel: {}\nsidecar:\n  timeouts: { <<: { dial: 1s, handshake: 2s }, handshake: 3s }\n",
+    );
+    let timeouts = &config.sidecar.unwrap().timeouts;
+    assert_eq!((timeouts.dial.as_secs(), timeouts.handshake.as_secs()), (1, 3));
 }
