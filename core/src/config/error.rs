@@ -182,6 +182,11 @@ impl Sink {
         self.files.get(usize::from(position.file)).cloned().unwrap_or_default()
     }
 
+    /// Returns whether further errors are counted only, so that their texts need not be made.
+    pub(crate) fn is_full(&self) -> bool {
+        self.errors.len() >= ERRORS_MAX
+    }
+
     /// Returns the file index that stands for all files together.
     pub(crate) fn whole(&self) -> u16 {
         u16::try_from(self.files.len().saturating_sub(1)).unwrap_or(u16::MAX)
@@ -271,11 +276,17 @@ pub(crate) fn nearest<'a>(
 ) -> Option<&'a str> {
     /// Shorter beginnings say nothing.
     const BEGINNING_MIN: usize = 4;
+    /// Most candidates that are compared: a file may name tens of thousands.
+    const COMPARED_MAX: usize = 4096;
     let lower = value.to_lowercase();
     let rank = |candidate: &'a str| {
         let other = candidate.to_lowercase();
-        let distance = strsim::damerau_levenshtein(&lower, &other);
         let letters = candidate.chars().count();
+        let distance = if letters.abs_diff(value.chars().count()) > letters.max(3) / 3 {
+            usize::MAX
+        } else {
+            strsim::damerau_levenshtein(&lower, &other)
+        };
         // A third of the letters may be wrong: "apii" is api, "foo" is not web.
         if distance <= letters.max(3) / 3 && distance < letters {
             return Some((0, distance, candidate));
@@ -284,7 +295,12 @@ pub(crate) fn nearest<'a>(
             |whole: &str, part: &str| part.len() >= BEGINNING_MIN && whole.starts_with(part);
         (begins(&lower, &other) || begins(&other, &lower)).then_some((1, distance, candidate))
     };
-    candidates.into_iter().filter_map(rank).min().map(|(_, _, candidate)| candidate)
+    candidates
+        .into_iter()
+        .take(COMPARED_MAX)
+        .filter_map(rank)
+        .min()
+        .map(|(_, _, candidate)| candidate)
 }
 
 /// Returns `a, b, c`, shortened beyond 12 items.

@@ -503,6 +503,11 @@ impl<'a> Field<'a> {
         self.sink.borrow_mut().warn(self.node.position, &self.path, message.into());
     }
 
+    /// Returns whether further errors are counted only.
+    pub(crate) fn is_full(&self) -> bool {
+        self.sink.borrow().is_full()
+    }
+
     /// Returns whether an error at `path`, or below it, was told.
     pub(crate) fn is_told(&self, path: &str) -> bool {
         self.sink.borrow().has_errors_at(path)

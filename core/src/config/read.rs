@@ -2,6 +2,7 @@
 //! between them. Goes on after a fault, with a default in its place, so that all are told.
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -338,9 +339,12 @@ impl Reader<'_> {
             let known = routes::Known {
                 tunnels: ((root.field("sidecar").is_some() || tunnels_field.is_some())
                     && !root.is_mistyped("tunnels"))
-                .then(|| tunnels_field.as_ref().map(Field::item_names).unwrap_or_default()),
+                .then(|| {
+                    Names::new(tunnels_field.as_ref().map(Field::item_names).unwrap_or_default())
+                }),
                 listeners: root.field("relay").map(|relay| {
-                    relay.child("listeners").as_ref().map_or_else(|| vec!["web"], Field::item_names)
+                    let listeners = relay.child("listeners");
+                    Names::new(listeners.as_ref().map_or_else(|| vec!["web"], Field::item_names))
                 }),
             };
             let routes = items(&field, |item| routes::route(item, &known, &mut self.files));
@@ -482,16 +486,31 @@ fn protocol_types(field: &Field<'_>) -> Option<Vec<Arc<str>>> {
     Some(types)
 }
 
-fn refer(field: &Field<'_>, kind: &str, declared: &[&str]) {
+/// Names that may be referred to.
+struct Names<'a> {
+    set: HashSet<&'a str>,
+    sorted: Vec<&'a str>,
+}
+
+impl<'a> Names<'a> {
+    fn new(mut names: Vec<&'a str>) -> Self {
+        names.sort_unstable();
+        names.dedup();
+        Self { set: names.iter().copied().collect(), sorted: names }
+    }
+}
+
+fn refer(field: &Field<'_>, kind: &str, declared: &Names<'_>) {
     field.parse(|text| {
-        if declared.contains(&text) {
+        if declared.set.contains(text) {
             return Ok(());
         }
-        let mut declared = declared.to_vec();
-        declared.sort_unstable();
-        declared.dedup();
-        let near = did_you_mean(text, declared.iter().copied());
-        let declared = list(declared.iter().copied());
+        // Whoever has thousands of wrong names has the time for a hundred suggestions only.
+        if field.is_full() {
+            return Err(String::new());
+        }
+        let near = did_you_mean(text, declared.sorted.iter().copied());
+        let declared = list(declared.sorted.iter().copied());
         Err(format!("unknown {kind} \"{text}\" (declared: {declared}){near}"))
     });
 }

@@ -783,3 +783,22 @@ fn a_merged_mapping_gives_way_to_what_stands_there() {
     let timeouts = &config.sidecar.unwrap().timeouts;
     assert_eq!((timeouts.dial.as_secs(), timeouts.handshake.as_secs()), (1, 3));
 }
+
+/// Of wrong names a hundred are told with suggestions, the rest are counted.
+#[test]
+fn thousands_of_routes_are_read_and_thousands_of_faults_counted() {
+    let file = |tunnel: &str| {
+        let mut text = String::from("version: 1\nrelay: {}\ntunnels:\n");
+        for index in 0..3_000 {
+            writeln!(text, "- {{ name: tunnel-{index}, service: \"localhost:1\" }}").unwrap();
+        }
+        text += "routes:\n";
+        for index in 0..3_000 {
+            writeln!(text, "- {{ subdomain: s{index}, tunnel: {tunnel}-{index} }}").unwrap();
+            writeln!(text, "- {{ host: s{index}.example.org, tunnel: {tunnel}-{index} }}").unwrap();
+        }
+        text
+    };
+    assert_eq!(good(&file("tunnel")).routes.len(), 6_000);
+    assert!(bad(&file("unknown")).to_string().ends_with("\nand 5900 more"));
+}

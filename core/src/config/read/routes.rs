@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::policies::policies;
-use super::{ROUTE_KEYS, SHARE_KEYS, block, refer};
+use super::{Names, ROUTE_KEYS, SHARE_KEYS, block, refer};
 use crate::config::policy::Policies;
 use crate::config::raw::{Field, Section};
 use crate::config::substitute::Files;
@@ -18,8 +18,8 @@ pub(crate) const WEIGHT_MAX: u32 = 10_000;
 
 /// What a route's references are checked against; `None`: not known in this process.
 pub(super) struct Known<'a> {
-    pub(super) tunnels: Option<Vec<&'a str>>,
-    pub(super) listeners: Option<Vec<&'a str>>,
+    pub(super) tunnels: Option<Names<'a>>,
+    pub(super) listeners: Option<Names<'a>>,
 }
 
 pub(super) fn route(field: &Field<'_>, known: &Known<'_>, files: &mut Files<'_>) -> Option<Route> {
