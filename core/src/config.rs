@@ -833,6 +833,21 @@ impl Config {
         self.origin.error(&path, message.into())
     }
 
+    /// Returns the error of a directory that is not there, in which a library was looked for: at
+    /// `plugins.directory` where the file gives it.
+    #[must_use]
+    pub fn directory_error(&self, name: &str, directory: &Path) -> ConfigError {
+        let message = format!(
+            "no such directory: {} (accepted: where the plugins' libraries are)",
+            directory.display()
+        );
+        let given = self.origin.root.child("plugins").and_then(|node| node.child("directory"));
+        match given {
+            Some(_) => self.origin.error("plugins.directory", message),
+            None => self.library_error(name, message),
+        }
+    }
+
     fn fault(&self, path: &str, fault: &Fault) -> ConfigError {
         let separator = if fault.path.is_empty() || fault.path.starts_with('[') { "" } else { "." };
         self.origin.error(&format!("{path}{separator}{}", fault.path), fault.message.clone())

@@ -182,6 +182,11 @@ impl Sink {
         self.files.get(usize::from(position.file)).cloned().unwrap_or_default()
     }
 
+    /// Returns whether further errors are counted only, so that their texts need not be made.
+    pub(crate) fn is_full(&self) -> bool {
+        self.errors.len() >= ERRORS_MAX
+    }
+
     /// Returns the file index that stands for all files together.
     pub(crate) fn whole(&self) -> u16 {
         u16::try_from(self.files.len().saturating_sub(1)).unwrap_or(u16::MAX)
@@ -263,25 +268,39 @@ pub(crate) fn did_you_mean<'a>(
         .map_or_else(String::new, |candidate| format!("; did you mean \"{candidate}\"?"))
 }
 
-/// Returns the candidate that is near enough to be meant.
+/// Returns the candidate that is near enough to be meant: by a letter or two, or as the beginning of
+/// it (`hostname` for `host`, `path` for `path_prefix`).
 pub(crate) fn nearest<'a>(
     value: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {
+    /// Shorter beginnings say nothing.
+    const BEGINNING_MIN: usize = 4;
+    /// Most candidates that are compared: a file may name tens of thousands.
+    const COMPARED_MAX: usize = 4096;
+    let lower = value.to_lowercase();
+    let rank = |candidate: &'a str| {
+        let other = candidate.to_lowercase();
+        let letters = candidate.chars().count();
+        let distance = if letters.abs_diff(value.chars().count()) > letters.max(3) / 3 {
+            usize::MAX
+        } else {
+            strsim::damerau_levenshtein(&lower, &other)
+        };
+        // A third of the letters may be wrong: "apii" is api, "foo" is not web.
+        if distance <= letters.max(3) / 3 && distance < letters {
+            return Some((0, distance, candidate));
+        }
+        let begins =
+            |whole: &str, part: &str| part.len() >= BEGINNING_MIN && whole.starts_with(part);
+        (begins(&lower, &other) || begins(&other, &lower)).then_some((1, distance, candidate))
+    };
     candidates
         .into_iter()
-        .map(|candidate| {
-            let distance =
-                strsim::damerau_levenshtein(&value.to_lowercase(), &candidate.to_lowercase());
-            (distance, candidate)
-        })
-        // A third of the letters may be wrong: "apii" is api, "foo" is not web.
-        .filter(|(distance, candidate)| {
-            let letters = candidate.chars().count();
-            *distance <= letters.max(3) / 3 && *distance < letters
-        })
+        .take(COMPARED_MAX)
+        .filter_map(rank)
         .min()
-        .map(|(_, candidate)| candidate)
+        .map(|(_, _, candidate)| candidate)
 }
 
 /// Returns `a, b, c`, shortened beyond 12 items.

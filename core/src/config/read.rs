@@ -2,6 +2,7 @@
 //! between them. Goes on after a fault, with a default in its place, so that all are told.
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +18,7 @@ use super::{
     duplicates, duration_text, merge, size_text, value,
 };
 
+mod meaning;
 mod plugins;
 mod policies;
 mod relay;
@@ -222,7 +224,8 @@ pub(super) fn read(
     for (index, text) in texts.iter().enumerate() {
         let file = u16::try_from(index).unwrap_or(u16::MAX);
         match raw::parse(text, file) {
-            Ok(document) => {
+            Ok(mut document) => {
+                raw::once(&mut document, "", &mut sink.borrow_mut());
                 values += document.count();
                 documents.push(document);
             }
@@ -336,18 +339,37 @@ impl Reader<'_> {
             let known = routes::Known {
                 tunnels: ((root.field("sidecar").is_some() || tunnels_field.is_some())
                     && !root.is_mistyped("tunnels"))
-                .then(|| tunnels_field.as_ref().map(Field::item_names).unwrap_or_default()),
+                .then(|| {
+                    Names::new(tunnels_field.as_ref().map(Field::item_names).unwrap_or_default())
+                }),
                 listeners: root.field("relay").map(|relay| {
-                    relay.child("listeners").as_ref().map_or_else(|| vec!["web"], Field::item_names)
+                    let listeners = relay.child("listeners");
+                    Names::new(listeners.as_ref().map_or_else(|| vec!["web"], Field::item_names))
                 }),
             };
             let routes = items(&field, |item| routes::route(item, &known, &mut self.files));
-            if routes::ambiguous(&field, &routes, config.relay.as_ref()) {
+            if meaning::ambiguous(&field, &routes, config.relay.as_ref()) {
                 // Routes without a name that take the same are called the same as well.
                 unique(&field, "route", &routes, |route| &route.name);
+                if let Some(relay) = &config.relay {
+                    meaning::shadowed(&field, &routes, relay);
+                }
             }
-            routes::unreachable(&field, &routes, &config);
+            meaning::unreachable(&field, &routes, &config);
+            meaning::unlikely(
+                tunnels_field.as_ref(),
+                Some((&field, &routes)),
+                root.field("sidecar").as_ref(),
+                &config,
+            );
             config.routes = arcs(routes);
+        } else {
+            meaning::unlikely(
+                tunnels_field.as_ref(),
+                None,
+                root.field("sidecar").as_ref(),
+                &config,
+            );
         }
 
         if let Some(field) = root.field("plugins") {
@@ -394,7 +416,9 @@ impl Reader<'_> {
             _ => field.text().and_then(|name| {
                 let text = (self.env)(name);
                 if text.is_none() {
-                    field.fail(format!("environment variable \"{name}\" is not set"));
+                    field.fail(format!(
+                        "environment variable {name} is not set (accepted: one that is)"
+                    ));
                 }
                 text
             }),
@@ -408,7 +432,7 @@ impl Reader<'_> {
             return false;
         }
         if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
-            field.fail("is a token with white space or control characters in it");
+            field.fail("is a token with white space or control characters in it (accepted: none)");
             return false;
         }
         *target = Some(Secret::new(&text));
@@ -462,16 +486,31 @@ fn protocol_types(field: &Field<'_>) -> Option<Vec<Arc<str>>> {
     Some(types)
 }
 
-fn refer(field: &Field<'_>, kind: &str, declared: &[&str]) {
+/// Names that may be referred to.
+struct Names<'a> {
+    set: HashSet<&'a str>,
+    sorted: Vec<&'a str>,
+}
+
+impl<'a> Names<'a> {
+    fn new(mut names: Vec<&'a str>) -> Self {
+        names.sort_unstable();
+        names.dedup();
+        Self { set: names.iter().copied().collect(), sorted: names }
+    }
+}
+
+fn refer(field: &Field<'_>, kind: &str, declared: &Names<'_>) {
     field.parse(|text| {
-        if declared.contains(&text) {
+        if declared.set.contains(text) {
             return Ok(());
         }
-        let mut declared = declared.to_vec();
-        declared.sort_unstable();
-        declared.dedup();
-        let near = did_you_mean(text, declared.iter().copied());
-        let declared = list(declared.iter().copied());
+        // Whoever has thousands of wrong names has the time for a hundred suggestions only.
+        if field.is_full() {
+            return Err(String::new());
+        }
+        let near = did_you_mean(text, declared.sorted.iter().copied());
+        let declared = list(declared.sorted.iter().copied());
         Err(format!("unknown {kind} \"{text}\" (declared: {declared}){near}"))
     });
 }
