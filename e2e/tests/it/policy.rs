@@ -13,6 +13,7 @@ use sidelane_e2e::wait;
 use sidelane_e2e::websocket::{Socket, refusal};
 
 use crate::grpc::Peers;
+use crate::plugins::{self, Line, says_back};
 
 /// `password`.
 const HASH: &str = "$2a$04$UuTkLRZZ6QofpDOlMz32MuuxEHA43WOemOYHPz6.SjsVsyO1tDU96";
@@ -470,10 +471,7 @@ fn routes_of_the_relays_file_win_and_conflicts_wait() {
     let closed = with(&setup.relay_with_routes(), "addresses: { deny: [127.0.0.1] }");
     let relay = Sidelane::spawn("relay", &closed);
     let _sidecar = Sidelane::start("sidecar", &setup.sidecar(relay.tunnel()));
-    let routes = |relay: &Sidelane| -> Value {
-        let answer = relay.get(relay.admin(), "/routes");
-        serde_json::from_slice(&answer.body).unwrap_or_default()
-    };
+    let routes = |relay: &Sidelane| -> Value { relay.admin_page("/routes") };
     wait::until("the overruled route", || {
         let routes = routes(&relay);
         let announced = routes.as_array()?.iter().find(|route| route["from"] == "e2e")?.clone();
@@ -500,4 +498,56 @@ fn routes_of_the_relays_file_win_and_conflicts_wait() {
         (ask(&relay, "").body == b"other").then_some(())
     });
     relay.until_metric("sidelane_announcements_waiting", &[], |count| count == 0.0);
+}
+
+/// Starts the line protocol on a listener, with policies of its route.
+fn start_lines(line: &Line, service: &Service, policies: &str) -> Sidelane {
+    let yaml = plugins::yaml(&line.path(), service.address());
+    let route = "{ listener: lines, tunnel: echo }";
+    assert!(yaml.contains(route), "{yaml}");
+    let policies = format!("{{ listener: lines, tunnel: echo, {policies} }}");
+    Sidelane::start("sidelane", &yaml.replace(route, &policies))
+}
+
+/// Whether the relay has closed the connection without a byte.
+fn is_closed(stream: &mut std::net::TcpStream) -> bool {
+    matches!(std::io::Read::read(stream, &mut [0; 16]), Ok(0) | Err(_))
+}
+
+#[test]
+fn byte_born_exchanges_are_limited_too() {
+    let (line, service) = (Line::new(), plugins::echo());
+    for (policies, policy) in [
+        ("limits: { concurrent: 1 }", "concurrent"),
+        ("limits: { rate: { count: 1, per: 1h } }", "rate"),
+        ("limits: { rate_per_client: { count: 1, per: 1h } }", "rate_per_client"),
+    ] {
+        let sidelane = start_lines(&line, &service, policies);
+        let mut first = plugins::connect(&sidelane);
+        says_back(&mut first, "one\n");
+        let mut second = plugins::connect(&sidelane);
+        assert!(is_closed(&mut second), "{policies}");
+        let labels = ["route=\"lines\"", &format!("policy=\"{policy}\"")];
+        sidelane.until_metric("sidelane_policy_refused_total", &labels, |count| count >= 1.0);
+        says_back(&mut first, "two\n");
+        drop(first);
+        let running = "sidelane_route_exchanges_in_flight";
+        sidelane.until_metric(running, &["route=\"lines\""], |count| count < 0.5);
+        if policy == "concurrent" {
+            says_back(&mut plugins::connect(&sidelane), "three\n");
+        }
+    }
+    let sidelane = start_lines(&line, &service, "addresses: { allow: [10.0.0.0/8] }");
+    assert!(is_closed(&mut plugins::connect(&sidelane)));
+}
+
+#[test]
+fn byte_born_exchange_that_rests_is_cut() {
+    let (line, service) = (Line::new(), plugins::echo());
+    let sidelane = start_lines(&line, &service, "timeouts: { idle: 300ms }");
+    let mut client = plugins::connect(&sidelane);
+    says_back(&mut client, "one\n");
+    assert!(is_closed(&mut client), "cut");
+    let labels = ["route=\"lines\"", "timeout=\"idle\""];
+    sidelane.until_metric("sidelane_policy_timeouts_total", &labels, |count| count >= 1.0);
 }
