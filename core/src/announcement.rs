@@ -10,9 +10,9 @@ use sidelane_tunnel::proto;
 use crate::config::policy::Policies;
 use crate::config::{Block, Config, HostMatch, Match, MatchSpec, Route, Share};
 
-/// Bytes of one route's policies as JSON: some hundred users or ranges of addresses. Bounds what is
-/// parsed.
-const POLICIES_BYTES_MAX: usize = 64 * 1024;
+/// Bytes of one route's policies as JSON: as many users, ranges of addresses and changes of fields as a
+/// file may name, at their usual lengths. Bounds what is parsed.
+const POLICIES_BYTES_MAX: usize = 512 * 1024;
 
 /// Tunnels that one route is split between.
 pub const SHARES_MAX: usize = 16;
@@ -254,6 +254,6 @@ mod tests {
             ..announced("web", &[])
         };
         let reasons = route(&long).expect_err("refused");
-        assert!(reasons[0].contains("policies are longer than 65536 bytes"), "{reasons:?}");
+        assert!(reasons[0].contains("policies are longer than 524288 bytes"), "{reasons:?}");
     }
 }

@@ -123,13 +123,6 @@ impl Document {
         others: impl Iterator<Item = &'a Self>,
     ) -> Vec<String> {
         let ours = self.by_match();
-        let overruled = own.iter().filter_map(|own| {
-            let ours = ours.get(&own.matches)?;
-            Some(format!(
-                "route {}: overruled by route {} of the relay; {OWN_WINS}",
-                ours.name, own.name
-            ))
-        });
         let shared = others
             .flat_map(|other| other.routes.iter().map(move |route| (other, route)))
             .filter_map(|(other, theirs)| {
@@ -145,7 +138,7 @@ impl Document {
                     )
                 })
             });
-        overruled.chain(shared).take(REASONS_MAX).map(shorten).collect()
+        overruled(&ours, own).chain(shared).take(REASONS_MAX).map(shorten).collect()
     }
 
     /// Keeps the routes of the document `before` that are the same: the same objects, whose policies
@@ -174,6 +167,19 @@ impl Document {
     pub(super) fn tunnel_names(&self) -> Vec<&str> {
         self.tunnels.iter().map(|tunnel| &*tunnel.name).collect()
     }
+}
+
+/// Returns which of a document's routes the relay's `own` win over, one line each.
+fn overruled<'a>(
+    ours: &'a HashMap<&Match, &Arc<Route>>,
+    own: &'a [Arc<Route>],
+) -> impl Iterator<Item = String> + 'a {
+    own.iter().filter_map(|own| {
+        // A process with both roles announces its own routes to itself.
+        let ours = ours.get(&own.matches).filter(|ours| **ours != own)?;
+        let (ours, own) = (&ours.name, &own.name);
+        Some(format!("route {ours}: overruled by route {own} of the relay; {OWN_WINS}"))
+    })
 }
 
 /// Returns what is wrong with the options of `routes` in the eyes of `asked`, which is told a protocol
@@ -252,7 +258,7 @@ fn shorten(mut reason: String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::policy::BasicAuth;
+    use crate::config::policy::{Addresses, BasicAuth};
     use crate::config::{MatchSpec, Share};
 
     #[test]
@@ -312,6 +318,29 @@ mod tests {
             assert_eq!(is_same_goal(&a, &b), *same, "{:?} {:?}", a.tunnels, b.tunnels);
             assert_eq!(is_same_goal(&b, &a), *same, "{:?} {:?}", a.tunnels, b.tunnels);
         }
+    }
+
+    #[test]
+    fn notes_name_what_the_relays_own_routes_win_over() {
+        let denied = Policies {
+            addresses: Addresses { allow: vec![], deny: vec!["10.0.0.0/8".parse().unwrap()] },
+            ..Policies::default()
+        };
+        let announced = [
+            route("same", &[("t", 1)], Policies::default()),
+            route("other", &[("t", 1)], Policies::default()),
+            route("free", &[("t", 1)], Policies::default()),
+        ];
+        let own = [
+            route("same", &[("t", 1)], Policies::default()),
+            route("other", &[("t", 1)], denied),
+            route("elsewhere", &[("t", 1)], Policies::default()),
+        ];
+        let ours = announced.iter().map(|route| (&route.matches, route)).collect();
+        let notes: Vec<String> = overruled(&ours, &own).collect();
+        let expected =
+            "route other: overruled by route other of the relay; the relay's own routes win";
+        assert_eq!(notes, [expected]);
     }
 
     #[test]

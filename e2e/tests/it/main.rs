@@ -14,6 +14,7 @@ mod head;
 mod hop_by_hop;
 mod operations;
 mod plugins;
+mod policy;
 mod pool;
 mod refused;
 mod reload;

@@ -11,7 +11,7 @@ use sidelane_e2e::service::Service;
 use sidelane_e2e::wait;
 
 /// The program with HTTP and the line protocol, each with a listener.
-fn yaml(line: &Path, service: SocketAddr) -> String {
+pub(crate) fn yaml(line: &Path, service: SocketAddr) -> String {
     let http = library();
     format!(
         r#"version: 1
@@ -37,7 +37,7 @@ admin: {{ address: "127.0.0.1:0" }}
 }
 
 /// Sends back what comes, until the client has ended its direction.
-fn echo() -> Service {
+pub(crate) fn echo() -> Service {
     Service::start(|connection| {
         loop {
             let bytes = connection.some()?;
@@ -50,18 +50,18 @@ fn echo() -> Service {
 }
 
 /// A copy of the line plugin in a directory of its own, so that it can be replaced.
-struct Line {
+pub(crate) struct Line {
     directory: tempfile::TempDir,
 }
 
 impl Line {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let line = Self { directory: tempfile::tempdir().expect("a temporary directory") };
         line.replace(&fs::read(line_library()).expect("the library is built"));
         line
     }
 
-    fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         self.directory.path().join("libline.so")
     }
 
@@ -80,13 +80,13 @@ impl Line {
     }
 }
 
-fn connect(sidelane: &Sidelane) -> TcpStream {
+pub(crate) fn connect(sidelane: &Sidelane) -> TcpStream {
     let stream = TcpStream::connect(sidelane.listener("lines")).expect("the listener stands");
     stream.set_read_timeout(Some(wait::DEADLINE)).expect("a deadline");
     stream
 }
 
-fn says_back(stream: &mut TcpStream, line: &str) {
+pub(crate) fn says_back(stream: &mut TcpStream, line: &str) {
     stream.write_all(line.as_bytes()).expect("the relay reads");
     let mut back = vec![0; line.len()];
     stream.read_exact(&mut back).expect("the line comes back");
