@@ -20,7 +20,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::Relay;
-use super::listeners::{Listener, Settings};
+use super::listeners::{Listener, Open, Settings};
 use super::open::RelayOpener;
 use super::proxy_header;
 use super::stream::{ClientStream, Place};
@@ -84,18 +84,14 @@ pub fn bind(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpLi
 
 /// Accepts clients on this thread, the relay's `own`, until the listener stops; those that the kernel
 /// has let in by then are served still.
-pub(super) async fn accept(
-    relay: Arc<Relay>,
-    listener: Arc<Listener>,
-    socket: TcpListener,
-    own: usize,
-) {
-    let mut stopping = listener.stopping();
+pub(super) async fn accept(relay: Arc<Relay>, open: Arc<Open>, socket: TcpListener, own: usize) {
+    let listener = Arc::clone(open.listener());
+    let mut closing = listener.closing();
     loop {
         let accepted = tokio::select! {
             accepted = socket.accept() => accepted,
-            // An error means that the listener is gone: it stops too.
-            _ = stopping.wait_for(|stopping| *stopping) => break,
+            // An error means that the listener is gone, which is the same.
+            _ = closing.wait_for(|closing| *closing) => break,
         };
         match accepted {
             Ok((stream, peer)) => admit(&relay, &listener, stream, peer, own),
@@ -115,6 +111,9 @@ pub(super) async fn accept(
             Err(error) => tracing::debug!(%peer, %error, "client lost while its listener closed"),
         }
     }
+    drop(socket);
+    // With the last one connections are asked to end.
+    drop(open);
 }
 
 /// Gives a connection its place, and begins to serve it on its thread.
