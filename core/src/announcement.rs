@@ -2,12 +2,20 @@
 //!
 //! Pure. What a relay makes of a document is `relay::document`'s business.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use sidelane_tunnel::proto;
 
+use crate::config::policy::Policies;
 use crate::config::{Block, Config, HostMatch, Match, MatchSpec, Route, Share};
+
+/// Bytes of one route's policies as JSON: some hundred users or ranges of addresses. Bounds what is
+/// parsed.
+const POLICIES_BYTES_MAX: usize = 64 * 1024;
+
+/// Tunnels that one route is split between.
+pub const SHARES_MAX: usize = 16;
 
 /// Protocol types of a tunnel; `None`: all that the sidecar carries.
 pub type Protocols = Option<Arc<[Arc<str>]>>;
@@ -26,9 +34,16 @@ pub fn encode(version: u64, config: &Config) -> proto::Announce {
 
 fn encode_route(route: &Route) -> proto::AnnouncedRoute {
     let text = |text: &Option<Arc<str>>| text.as_deref().unwrap_or_default().to_owned();
+    let (tunnel, tunnels) = match route.tunnels.as_slice() {
+        [Share { tunnel, weight: 1 }] => (tunnel.to_string(), Vec::new()),
+        shares => (String::new(), shares.iter().map(encode_share).collect()),
+    };
+    let policies = route.policies.as_ref().map(|policies| policies.to_json().to_string());
     let mut announced = proto::AnnouncedRoute {
         name: route.name.to_string(),
-        tunnel: route.tunnels.first().map(|share| share.tunnel.to_string()).unwrap_or_default(),
+        tunnel,
+        tunnels,
+        policies: policies.unwrap_or_default(),
         path_prefix: route.matches.path_prefix.to_string(),
         listener: text(&route.matches.listener),
         protocol_type: text(&route.matches.protocol_type),
@@ -50,19 +65,36 @@ fn encode_route(route: &Route) -> proto::AnnouncedRoute {
     announced
 }
 
-/// Reads an announced tunnel: its name and what it carries.
+fn encode_share(share: &Share) -> proto::TunnelShare {
+    proto::TunnelShare { tunnel: share.tunnel.to_string(), weight: share.weight }
+}
+
+/// A tunnel that a sidecar announces.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    /// Its name.
+    pub name: Arc<str>,
+    /// What it carries.
+    pub protocols: Protocols,
+    /// Why its service cannot be served now; `None`: it can.
+    pub unavailable: Option<Arc<str>>,
+}
+
+/// Reads an announced tunnel.
 #[must_use]
-pub fn tunnel(announced: &proto::AnnouncedTunnel) -> (Arc<str>, Protocols) {
+pub fn tunnel(announced: &proto::AnnouncedTunnel) -> Tunnel {
     let protocols = (!announced.protocols.is_empty())
         .then(|| announced.protocols.iter().map(|name| name.as_str().into()).collect());
-    (announced.name.as_str().into(), protocols)
+    let unavailable =
+        (!announced.unavailable.is_empty()).then(|| announced.unavailable.as_str().into());
+    Tunnel { name: announced.name.as_str().into(), protocols, unavailable }
 }
 
 /// Reads an announced route.
 ///
 /// # Errors
-/// One line: which route, which part, what is wrong with it.
-pub fn route(announced: &proto::AnnouncedRoute) -> Result<Route, String> {
+/// One line each: which route, which part, what is wrong with it.
+pub fn route(announced: &proto::AnnouncedRoute) -> Result<Route, Vec<String>> {
     fn given(text: &str) -> Option<&str> {
         (!text.is_empty()).then_some(text)
     }
@@ -75,19 +107,60 @@ pub fn route(announced: &proto::AnnouncedRoute) -> Result<Route, String> {
         protocol_type: given(&announced.protocol_type),
     };
     let fault = |part: &str, message: &str| format!("route {:?}: {part} {message}", announced.name);
-    let matches = Match::parse(&spec).map_err(|(part, message)| fault(part, &message))?;
+    let matches = Match::parse(&spec).map_err(|(part, message)| vec![fault(part, &message)])?;
     let mut options = BTreeMap::new();
     for block in &announced.options {
         let value = serde_json::from_str(&block.json)
-            .map_err(|error| fault("options", &format!("are not JSON: {error}")))?;
+            .map_err(|error| vec![fault("options", &format!("are not JSON: {error}"))])?;
         options.insert(block.protocol_type.as_str().into(), Block::new(value));
     }
     let name = match given(&announced.name) {
         Some(name) => name.into(),
         None => matches.to_string().into(),
     };
-    let tunnels = vec![Share { tunnel: announced.tunnel.as_str().into(), weight: 1 }];
-    Ok(Route { name, tunnels, matches, options, policies: None })
+    let policies = match given(&announced.policies) {
+        None => None,
+        Some(text) if text.len() > POLICIES_BYTES_MAX => {
+            let message = format!("are longer than {POLICIES_BYTES_MAX} bytes");
+            return Err(vec![fault("policies", &message)]);
+        }
+        Some(text) => {
+            let policies = Policies::parse_json(text).map_err(|faults| -> Vec<String> {
+                faults.iter().map(|message| fault("policies", message)).collect()
+            })?;
+            (!policies.is_default()).then(|| Arc::new(policies))
+        }
+    };
+    let tunnels = shares(announced, policies.as_deref())
+        .map_err(|(part, message)| vec![fault(part, &message)])?;
+    Ok(Route { name, tunnels, matches, options, policies })
+}
+
+/// Reads where a route's exchanges go: one tunnel, some by weight, or none where they are redirected.
+fn shares(
+    announced: &proto::AnnouncedRoute,
+    policies: Option<&Policies>,
+) -> Result<Vec<Share>, (&'static str, String)> {
+    let is_redirect = policies.is_some_and(|policies| policies.redirect.is_some());
+    let of = |tunnel: &str, weight| Share { tunnel: tunnel.into(), weight };
+    let shares: Vec<Share> = match announced.tunnel.as_str() {
+        "" => announced.tunnels.iter().map(|share| of(&share.tunnel, share.weight)).collect(),
+        tunnel if announced.tunnels.is_empty() => vec![of(tunnel, 1)],
+        _ => return Err(("tunnels", "are given beside a tunnel".to_owned())),
+    };
+    if shares.len() > SHARES_MAX {
+        let message = format!("are {}, at most {SHARES_MAX} are accepted", shares.len());
+        return Err(("tunnels", message));
+    }
+    let names: BTreeSet<&str> = shares.iter().map(|share| &*share.tunnel).collect();
+    if names.len() < shares.len() {
+        return Err(("tunnels", "name one twice".to_owned()));
+    }
+    match (shares.is_empty(), is_redirect) {
+        (true, false) => Err(("tunnel", "is missing, and there is no redirect".to_owned())),
+        (false, true) => Err(("tunnel", "is given beside a redirect".to_owned())),
+        _ => Ok(shares),
+    }
 }
 
 #[cfg(test)]
@@ -129,7 +202,58 @@ mod tests {
             subdomain: "not a label".to_owned(),
             ..proto::AnnouncedRoute::default()
         };
-        let reason = route(&announced).expect_err("refused");
-        assert!(reason.starts_with("route \"r\": subdomain "), "{reason}");
+        let reasons = route(&announced).expect_err("refused");
+        assert!(reasons[0].starts_with("route \"r\": subdomain "), "{reasons:?}");
+    }
+
+    fn announced(tunnel: &str, tunnels: &[(&str, u32)]) -> proto::AnnouncedRoute {
+        proto::AnnouncedRoute {
+            name: "r".to_owned(),
+            subdomain: "r".to_owned(),
+            tunnel: tunnel.to_owned(),
+            tunnels: tunnels
+                .iter()
+                .map(|(tunnel, weight)| proto::TunnelShare {
+                    tunnel: (*tunnel).to_owned(),
+                    weight: *weight,
+                })
+                .collect(),
+            ..proto::AnnouncedRoute::default()
+        }
+    }
+
+    #[test]
+    fn a_split_comes_back_as_it_was() {
+        for shares in
+            [vec![("web", 90), ("canary", 10)], vec![("web", 0), ("b", 0)], vec![("a", 7)]]
+        {
+            let original = route(&announced("", &shares)).expect("a valid route");
+            assert_eq!(original.tunnels.len(), shares.len());
+            assert_eq!(route(&encode_route(&original)), Ok(original));
+        }
+    }
+
+    #[test]
+    fn where_a_route_goes_is_checked() {
+        let many: Vec<String> = (0..=SHARES_MAX).map(|number| format!("t{number}")).collect();
+        let many: Vec<(&str, u32)> = many.iter().map(|name| (&**name, 1)).collect();
+        type Shares<'a> = &'a [(&'a str, u32)];
+        let table: &[(&str, Shares<'_>, &str)] = &[
+            ("", &[], "tunnel is missing"),
+            ("web", &[("web", 1)], "tunnels are given beside a tunnel"),
+            ("", &[("web", 1), ("web", 2)], "tunnels name one twice"),
+            ("", &many, "tunnels are 17, at most 16 are accepted"),
+        ];
+        assert!(!table.is_empty());
+        for (tunnel, tunnels, expected) in table {
+            let reasons = route(&announced(tunnel, tunnels)).expect_err("refused");
+            assert!(reasons[0].contains(expected), "{reasons:?}");
+        }
+        let long = proto::AnnouncedRoute {
+            policies: " ".repeat(POLICIES_BYTES_MAX + 1),
+            ..announced("web", &[])
+        };
+        let reasons = route(&long).expect_err("refused");
+        assert!(reasons[0].contains("policies are longer than 65536 bytes"), "{reasons:?}");
     }
 }

@@ -30,6 +30,8 @@ mod head;
 mod tests;
 mod wire;
 
+pub(crate) use answer::status_of;
+
 /// What the front needs from the rest of core.
 pub trait Dispatch: Send + Sync + 'static {
     /// One request in the making. Dropped unfinished once the client is gone.

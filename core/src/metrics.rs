@@ -6,9 +6,9 @@
 
 use std::cell::RefCell;
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use arc_swap::ArcSwap;
 use prometheus_client::encoding::{EncodeLabelSet, text};
@@ -24,9 +24,13 @@ use crate::plugin::MetricSink;
 mod cell;
 mod plugins;
 mod process;
+mod routes;
+
+pub use routes::RouteMetrics;
 
 use cell::Timing;
 use plugins::PluginMetrics;
+use routes::{RouteFamilies, RouteLabel, StatusLabels, TIMED_ROUTES_MAX};
 
 /// Most names of routes, and of tunnels, that have rows of their own; later ones share [`OTHER`].
 /// Sidecars announce names, and announce others later: bounds the memory they can take in a relay.
@@ -138,6 +142,10 @@ pub struct Metrics {
     reload_time: Gauge,
     restart_pending: Gauge,
     announcements: Family<ResultLabel, Counter>,
+    announcements_waiting: Gauge,
+    routes: RouteFamilies,
+    /// Routes that have a histogram of their own.
+    timed: Mutex<HashSet<Arc<str>>>,
     panics: Family<PluginLabels, Gauge>,
     generations: Family<GenerationLabels, Gauge>,
     quarantined: Family<PluginLabels, Gauge>,
@@ -186,6 +194,9 @@ impl Metrics {
             reload_time: Gauge::default(),
             restart_pending: Gauge::default(),
             announcements: Family::default(),
+            announcements_waiting: Gauge::default(),
+            routes: RouteFamilies::default(),
+            timed: Mutex::default(),
             panics: Family::default(),
             generations: Family::default(),
             quarantined: Family::default(),
@@ -286,6 +297,12 @@ impl Metrics {
             "Documents of sidecars, by what became of them",
             self.announcements.clone(),
         );
+        r.register(
+            "announcements_waiting",
+            "Documents that are not in force because an older session holds what they take",
+            self.announcements_waiting.clone(),
+        );
+        self.routes.register(r);
         r.register("plugin_panics", "Panics of a plugin's current version", self.panics.clone());
         r.register("plugin_generations", "Generations that are loaded", self.generations.clone());
         r.register(
@@ -355,6 +372,7 @@ impl Metrics {
             began: Instant::now(),
             routed: OnceLock::new(),
             unopened: AtomicU32::new(failure::NONE),
+            answered: AtomicU64::new(0),
             is_ended: AtomicBool::new(false),
         }
     }
@@ -397,6 +415,22 @@ impl Metrics {
         }
         names.insert(Arc::clone(name));
         Arc::clone(name)
+    }
+
+    /// What a route's responses of one kind of status are counted in.
+    fn response(&self, route: &Arc<str>, status: &'static str) -> (Counter, Timing) {
+        let route = self.name(route);
+        let labels = StatusLabels { route: Arc::clone(&route), status };
+        let responses = self.routes.responses.get_or_create_owned(&labels);
+        let mut timed = self.timed.lock().unwrap_or_else(PoisonError::into_inner);
+        let route = if timed.contains(&route) || timed.len() < TIMED_ROUTES_MAX {
+            timed.insert(Arc::clone(&route));
+            route
+        } else {
+            OTHER.into()
+        };
+        drop(timed);
+        (responses, self.routes.heads.get_or_create_owned(&RouteLabel { route }))
     }
 
     /// Counters of messages of one protocol type.
@@ -508,6 +542,11 @@ impl Metrics {
         self.announcements.get_or_create(&ResultLabel { result }).inc();
     }
 
+    /// How many documents wait for an older session to go.
+    pub fn set_announcements_waiting(&self, count: usize) {
+        self.announcements_waiting.set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+
     /// Takes the plugins' state as it is now; called before the metrics are written.
     pub fn set_plugins(&self, infos: &[crate::plugin::GenerationInfo]) {
         self.generations.clear();
@@ -537,6 +576,9 @@ pub struct Record {
     routed: OnceLock<(Arc<str>, Arc<str>)>,
     /// Why it was not opened; the plugin that says so to the client ends well by itself.
     unopened: AtomicU32,
+    /// Status of the response to an HTTP client, and above its 16 bits the nanoseconds until it; 0:
+    /// none.
+    answered: AtomicU64,
     is_ended: AtomicBool,
 }
 
@@ -549,6 +591,22 @@ impl Record {
     /// It was not opened, for this reason of [`failure`].
     pub fn unopened(&self, code: u32) {
         self.unopened.store(code, Ordering::Relaxed);
+    }
+
+    /// An HTTP client was answered; the first answer counts.
+    pub fn answered(&self, status: http::StatusCode) {
+        let ns = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let answered = (ns.min(u64::MAX >> 16) << 16) | u64::from(status.as_u16());
+        let first = self.answered.load(Ordering::Relaxed) == 0;
+        if first {
+            self.answered.store(answered, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether an HTTP client was answered.
+    #[must_use]
+    pub fn is_answered(&self) -> bool {
+        self.answered.load(Ordering::Relaxed) != 0
     }
 
     /// Ends it with one of [`failure`].
@@ -564,19 +622,22 @@ impl Record {
         self.by_type.duration.observe(self.began.elapsed());
         let (route, tunnel) = self.routed.get().cloned().unwrap_or_default();
         let code = failure::name(code);
+        let answered = self.answered.load(Ordering::Relaxed);
+        #[expect(clippy::cast_possible_truncation, reason = "the status stands in the low 16 bits")]
+        let status = (answered != 0).then(|| routes::class(answered as u16));
         let counted = RECENT.try_with(|recent| {
             let recent = recent.borrow();
-            recent.iter().find(|known| known.is_of(self, &route, &tunnel, code)).map(|known| {
-                known.counter.inc();
-            })
+            let known = recent.iter().find(|row| row.is_of(self, &route, &tunnel, code, status));
+            known.map(|row| row.count(answered >> 16))
         });
         if matches!(counted, Ok(Some(()))) {
             return;
         }
         let counter = self.counter(Arc::clone(&route), Arc::clone(&tunnel), code);
-        counter.inc();
+        let response = status.map(|status| self.metrics.response(&route, status));
         let by_type = Arc::clone(&self.by_type);
-        let row = Row { by_type, route, tunnel, code, counter };
+        let row = Row { by_type, route, tunnel, code, status, counter, response };
+        row.count(answered >> 16);
         // An error means that the thread ends.
         let _ = RECENT.try_with(|recent| {
             let mut recent = recent.borrow_mut();
@@ -609,15 +670,34 @@ struct Row {
     route: Arc<str>,
     tunnel: Arc<str>,
     code: &'static str,
+    status: Option<&'static str>,
     counter: Counter,
+    response: Option<(Counter, Timing)>,
 }
 
 impl Row {
-    fn is_of(&self, record: &Record, route: &Arc<str>, tunnel: &Arc<str>, code: &str) -> bool {
+    fn is_of(
+        &self,
+        record: &Record,
+        route: &Arc<str>,
+        tunnel: &Arc<str>,
+        code: &str,
+        status: Option<&str>,
+    ) -> bool {
         Arc::ptr_eq(&self.route, route)
             && Arc::ptr_eq(&self.tunnel, tunnel)
             && Arc::ptr_eq(&self.by_type, &record.by_type)
             && self.code == code
+            && self.status == status
+    }
+
+    /// Counts an exchange whose response, if it has one, began after so many nanoseconds.
+    fn count(&self, answered_ns: u64) {
+        self.counter.inc();
+        if let Some((responses, heads)) = &self.response {
+            responses.inc();
+            heads.observe(Duration::from_nanos(answered_ns));
+        }
     }
 }
 
@@ -762,6 +842,57 @@ mod tests {
                 &format!("sidelane_exchange_duration_seconds_bucket{{le=\"+Inf\",{labels}}} 3"),
             ],
         );
+    }
+
+    #[test]
+    fn responses_are_counted_by_route_and_kind_of_status() {
+        let (metrics, http) = (metrics(), Arc::from("HTTP"));
+        for status in [200, 204, 404, 401] {
+            let record = metrics.exchange("relay", &http);
+            record.routed(&"demo".into(), &"d".into());
+            record.answered(http::StatusCode::from_u16(status).unwrap());
+            record.answered(http::StatusCode::BAD_GATEWAY);
+            record.end(failure::NONE);
+        }
+        let record = metrics.exchange("relay", &http);
+        record.routed(&"demo".into(), &"d".into());
+        record.end(failure::CANCELLED);
+        check(
+            &metrics,
+            &[
+                "sidelane_http_responses_total{route=\"demo\",status=\"2xx\"} 2",
+                "sidelane_http_responses_total{route=\"demo\",status=\"4xx\"} 2",
+                "sidelane_http_response_head_seconds_count{route=\"demo\"} 4",
+            ],
+        );
+    }
+
+    #[test]
+    fn a_routes_policies_are_counted_by_its_name() {
+        let metrics = metrics();
+        let route = metrics.route(&"demo".into());
+        route.begun();
+        route.refused("rate");
+        route.redirected();
+        route.timed_out("idle");
+        route.compressed(100, 10);
+        route.uncompressed();
+        metrics.set_announcements_waiting(2);
+        check(
+            &metrics,
+            &[
+                "sidelane_route_exchanges_in_flight{route=\"demo\"} 1",
+                "sidelane_policy_refused_total{route=\"demo\",policy=\"rate\"} 1",
+                "sidelane_redirects_total{route=\"demo\"} 1",
+                "sidelane_policy_timeouts_total{route=\"demo\",timeout=\"idle\"} 1",
+                "sidelane_compression_bytes_total{route=\"demo\",size=\"plain\"} 100",
+                "sidelane_compression_bytes_total{route=\"demo\",size=\"gzip\"} 10",
+                "sidelane_compression_skipped_total{route=\"demo\"} 1",
+                "sidelane_announcements_waiting 2",
+            ],
+        );
+        route.ended();
+        check(&metrics, &["sidelane_route_exchanges_in_flight{route=\"demo\"} 0"]);
     }
 
     #[test]

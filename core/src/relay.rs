@@ -2,25 +2,20 @@
 //!
 //! Knows routes, sessions and documents; what a protocol says is the plugins' business.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
-use std::future::Future;
-use std::pin::Pin;
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use sidelane_abi::failure;
 use sidelane_tunnel::proto;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::config::{self, Match, Route};
-use crate::front::{self, ConnectionInfo, Dispatch, forwarded};
-use crate::metrics::{Flows, Metrics, Record};
-use crate::plugin::lend::{self, Failure, Meta, Text};
-use crate::plugin::{Call, CallEnd, Plugins, PreparedHead, Protocol};
+use crate::metrics::{Flows, Metrics};
+use crate::plugin::lend::{Meta, Text};
+use crate::plugin::{Plugins, Protocol};
 use crate::shard::Shard;
 use crate::tunnel::accept::Bounds;
 use crate::tunnel::pressure;
@@ -28,9 +23,11 @@ use crate::tunnel::session::{Session, Sessions};
 
 mod bounds;
 mod document;
+mod entry;
 mod listen;
 mod listeners;
 mod open;
+mod policy;
 mod proxy_header;
 mod public;
 mod routing;
@@ -42,8 +39,8 @@ pub use listeners::{BindError, Prepared, Settings as EntrySettings};
 
 use bounds::{handshake_bounds, millis, session_settings};
 use document::{Document, refused_options};
+use entry::HttpEntry;
 use listeners::Listeners;
-use open::RelayOpener;
 use routing::Routing;
 
 /// How long a name that a lost sidecar announced answers 503 (come back) before it answers 404
@@ -106,8 +103,21 @@ impl Sources {
         document.routes.iter().filter(|route| !known.contains(&route.matches)).cloned().collect()
     }
 
-    fn put_in_force(&mut self, document: Document) {
+    /// What is worth telling a sidecar of its document that is in force.
+    fn notes(&self, document: &Document) -> Vec<String> {
+        let others = self.documents.range(..document.session.epoch);
+        document.notes(&self.own, others.map(|(_, other)| other))
+    }
+
+    fn put_in_force(&mut self, mut document: Document) {
         let session = Arc::clone(&document.session);
+        let of_its_last = || {
+            let lost = self.lost.iter().rev().find(|(_, lost)| lost.session.name == session.name);
+            lost.map(|(_, lost)| lost)
+        };
+        if let Some(before) = self.documents.get(&session.epoch).or_else(of_its_last) {
+            document.keep_routes_of(before);
+        }
         // A sidecar that is back says anew what it serves.
         self.lost.retain(|(_, lost)| lost.session.name != session.name);
         self.waiting.remove(&session.epoch);
@@ -115,12 +125,16 @@ impl Sources {
     }
 
     /// Puts waiting documents in force, the oldest first, where nothing stands in their way any
-    /// more. Returns whose, and which version.
-    fn take_waiting(&mut self) -> Vec<(Arc<Session>, u64)> {
+    /// more. Returns which.
+    fn take_waiting(&mut self) -> Vec<Accepted> {
         let mut accepted = Vec::new();
         for (epoch, document) in std::mem::take(&mut self.waiting) {
             if self.conflicts(&document).is_empty() {
-                accepted.push((Arc::clone(&document.session), document.version));
+                accepted.push(Accepted {
+                    session: Arc::clone(&document.session),
+                    version: document.version,
+                    notes: self.notes(&document),
+                });
                 self.put_in_force(document);
             } else {
                 self.waiting.insert(epoch, document);
@@ -128,6 +142,13 @@ impl Sources {
         }
         accepted
     }
+}
+
+/// A document that waited and is in force.
+struct Accepted {
+    session: Arc<Session>,
+    version: u64,
+    notes: Vec<String>,
 }
 
 impl Relay {
@@ -272,23 +293,43 @@ impl Relay {
         !self.routing.load().is_empty()
     }
 
-    /// What the admin page says of the routes in force: those of the file, then those announced.
+    /// What the admin page says of routes: those of the file, those announced, those of documents that
+    /// wait. `from` says whose a route is; `overruled_by` whose takes its place, and `waits_for` why its
+    /// document is not in force.
     pub fn describe_routes(&self) -> serde_json::Value {
         let sources = self.lock_sources();
-        let own = sources.own.iter().map(|route| (route, "file".to_owned()));
+        // The first to take something has it.
+        let mut taken: HashMap<&Match, (&str, &Route)> = HashMap::new();
+        let mut all = Vec::new();
+        let own = sources.own.iter().map(|route| ("file", route));
         let announced = sources.documents.values().flat_map(|document| {
-            let from = document.session.name.to_string();
-            document.routes.iter().map(move |route| (route, from.clone()))
+            document.routes.iter().map(|route| (&*document.session.name, route))
         });
-        own.chain(announced)
-            .map(|(route, from)| {
+        for (from, route) in own.chain(announced) {
+            let mut described = route.to_json();
+            let by = *taken.entry(&route.matches).or_insert((from, route));
+            if let Some(map) = described.as_object_mut() {
+                map.insert("from".to_owned(), from.into());
+                // Replicas that announce the same overrule nobody.
+                if !std::ptr::eq(by.1, &**route) && *by.1 != **route {
+                    let by = serde_json::json!({ "from": by.0, "route": &*by.1.name });
+                    map.insert("overruled_by".to_owned(), by);
+                }
+            }
+            all.push(described);
+        }
+        for document in sources.waiting.values() {
+            let reasons = sources.conflicts(document);
+            for route in &document.routes {
                 let mut described = route.to_json();
                 if let Some(map) = described.as_object_mut() {
-                    map.insert("from".to_owned(), from.into());
+                    map.insert("from".to_owned(), (*document.session.name).into());
+                    map.insert("waits_for".to_owned(), reasons.clone().into());
                 }
-                described
-            })
-            .collect()
+                all.push(described);
+            }
+        }
+        all.into()
     }
 
     /// What the admin page says of the sessions.
@@ -296,6 +337,12 @@ impl Relay {
         let sources = self.lock_sources();
         let describe = |session: &Arc<Session>| {
             let document = sources.documents.get(&session.epoch);
+            let waiting = sources.waiting.get(&session.epoch).map(|document| {
+                serde_json::json!({
+                    "announcement": document.version,
+                    "reasons": sources.conflicts(document),
+                })
+            });
             let lanes = session.lanes();
             serde_json::json!({
                 "sidecar": &*session.name,
@@ -303,7 +350,10 @@ impl Relay {
                 "epoch": session.epoch,
                 "connected_for_seconds": session.since.elapsed().as_secs(),
                 "tunnels": document.map(|document| document.tunnel_names()),
+                "unavailable": document.map(|document| document.unavailable()),
                 "announcement": document.map(|document| document.version),
+                "waiting": waiting,
+                "notes": document.map(|document| sources.notes(document)),
                 "lanes": lanes.iter().map(|link| link.describe()).collect::<Vec<_>>(),
             })
         };
@@ -315,7 +365,9 @@ impl Relay {
     }
 
     fn reroute(&self, sources: &Sources) {
-        self.routing.store(Arc::new(Routing::build(sources)));
+        let routing = Routing::build(sources, &self.routing.load(), &self.metrics);
+        self.routing.store(Arc::new(routing));
+        self.metrics.set_announcements_waiting(sources.waiting.len());
         self.notice();
     }
 
@@ -343,7 +395,9 @@ impl Relay {
         self.metrics.set_sessions("relay", self.sessions.len());
         tracing::info!(sidecar = &*session.name, epoch = session.epoch, "session ended");
         let mut sources = self.lock_sources();
-        sources.waiting.remove(&session.epoch);
+        if sources.waiting.remove(&session.epoch).is_some() {
+            self.metrics.set_announcements_waiting(sources.waiting.len());
+        }
         if let Some(document) = sources.documents.remove(&session.epoch) {
             if sources.lost.len() >= LOST_DOCUMENTS_MAX {
                 sources.lost.pop_front();
@@ -352,25 +406,21 @@ impl Relay {
             let accepted = sources.take_waiting();
             self.reroute(&sources);
             drop(sources);
-            self.tell_accepted(&accepted);
+            self.tell_accepted(accepted);
         }
     }
 
     /// Tells sidecars whose documents waited that they are in force.
-    fn tell_accepted(&self, accepted: &[(Arc<Session>, u64)]) {
-        for (session, version) in accepted {
+    fn tell_accepted(&self, accepted: Vec<Accepted>) {
+        for Accepted { session, version, notes } in accepted {
             self.metrics.announced(true);
             tracing::info!(
                 sidecar = &*session.name,
                 version,
                 "announcement accepted: what it takes is free now"
             );
-            session.answer(proto::Announced {
-                version: *version,
-                accepted: true,
-                reasons: Vec::new(),
-                notes: Vec::new(),
-            });
+            let reasons = Vec::new();
+            session.answer(proto::Announced { version, accepted: true, reasons, notes });
         }
     }
 
@@ -396,24 +446,27 @@ impl Relay {
         });
         let mut sources = self.lock_sources();
         let mut freed = Vec::new();
+        let mut notes = Vec::new();
         let reasons = match document {
             Ok(document) => {
                 let conflicts = sources.conflicts(&document);
                 if conflicts.is_empty() {
                     let fresh = sources.fresh_routes(&document);
                     public::tell(&fresh, &sources.base_domains, &self.listeners.addresses());
+                    notes = sources.notes(&document);
                     sources.put_in_force(document);
                     freed = sources.take_waiting();
                     self.reroute(&sources);
                 } else {
                     sources.waiting.insert(session.epoch, document);
+                    self.metrics.set_announcements_waiting(sources.waiting.len());
                 }
                 conflicts
             }
             Err(reasons) => reasons,
         };
         drop(sources);
-        self.tell_accepted(&freed);
+        self.tell_accepted(freed);
         let accepted = reasons.is_empty();
         self.metrics.announced(accepted);
         if accepted {
@@ -422,6 +475,7 @@ impl Relay {
                 version = announce.version,
                 tunnels = announce.tunnels.len(),
                 routes = announce.routes.len(),
+                notes = notes.join("; "),
                 "announcement accepted"
             );
         } else {
@@ -432,7 +486,7 @@ impl Relay {
                 "announcement refused"
             );
         }
-        proto::Announced { version: announce.version, accepted, reasons, notes: Vec::new() }
+        proto::Announced { version: announce.version, accepted, reasons, notes }
     }
 
     /// What is known of an exchange before it is opened.
@@ -459,91 +513,6 @@ impl Relay {
             trusted_proxy: false,
             options: empty(),
             deadline: None,
-        }
-    }
-}
-
-/// What the HTTP front hands over; one for all connections.
-pub struct HttpEntry {
-    relay: Arc<Relay>,
-}
-
-impl Dispatch for HttpEntry {
-    type Call = HttpExchange;
-
-    fn accept<B: lend::Body, R: lend::Responder>(
-        &self,
-        connection: &Arc<ConnectionInfo>,
-        head: Box<lend::RequestHead>,
-        body: B,
-        mut responder: R,
-    ) -> HttpExchange {
-        let relay = &self.relay;
-        let client = connection
-            .trusted_proxies
-            .as_ref()
-            .map(|trusted| forwarded::client(connection.client_address, &head.headers, trusted));
-        let head = PreparedHead::new(head);
-        let Some(plugin) = relay.plugins.claim(&head) else {
-            responder.abort(lend::Reset::new(failure::NO_PROTOCOL));
-            return HttpExchange::Refused(failure::NO_PROTOCOL);
-        };
-        let record = Arc::new(relay.metrics.exchange("relay", plugin.name()));
-        if plugin.quarantined() {
-            let failure = Failure {
-                code: failure::PLUGIN_FAILED,
-                retry_after_s: None,
-                detail: "the plugin failed too often".to_owned(),
-            };
-            record.unopened(failure::PLUGIN_FAILED);
-            return HttpExchange::Runs(plugin.refuse_http(head, responder, failure), record);
-        }
-        let mut meta = relay.meta(
-            &plugin,
-            &connection.client_address_text,
-            &connection.listener,
-            &connection.scheme,
-        );
-        if let Some(client) = client {
-            meta.client_address = Text::from(&*client.address.to_string());
-            meta.scheme = client.scheme.map_or(meta.scheme, Text::from);
-            meta.trusted_proxy = true;
-        }
-        if let Some(tls) = &connection.tls {
-            meta.tls_sni = Arc::clone(&tls.sni).into();
-            meta.tls_alpn = Arc::clone(&tls.alpn).into();
-            meta.tls_client = Arc::clone(&tls.client).into();
-        }
-        let opener = RelayOpener::new(Arc::clone(relay), meta.clone(), Arc::clone(&record));
-        HttpExchange::Runs(plugin.accept_http(head, meta, body, responder, opener), record)
-    }
-
-    fn note(&self, event: front::Event) {
-        match event {
-            front::Event::InformationalDropped => self.relay.metrics.informational_dropped(),
-            front::Event::Answered(code) => self.relay.metrics.front_answered(code),
-        }
-    }
-}
-
-/// An HTTP-born exchange that runs.
-pub enum HttpExchange {
-    /// In the plugin.
-    Runs(Call, Arc<Record>),
-    /// Nobody takes it.
-    Refused(u32),
-}
-
-impl Future for HttpExchange {
-    type Output = CallEnd;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<CallEnd> {
-        match self.get_mut() {
-            Self::Runs(call, record) => Pin::new(call).poll(cx).map(|end| {
-                record.end(end.code);
-                end
-            }),
-            Self::Refused(code) => Poll::Ready(CallEnd { code: *code, panicked: false }),
         }
     }
 }

@@ -91,6 +91,11 @@ impl Refusal {
     }
 }
 
+/// Returns the status of the answer to an exchange that ended by `code` without a response.
+pub(crate) fn status_of(code: u32) -> StatusCode {
+    Refusal::of_code(code).status
+}
+
 /// Checks the length that a plugin's head states, and takes out what the front says itself.
 ///
 /// # Errors

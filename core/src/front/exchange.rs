@@ -449,6 +449,19 @@ impl lend::Responder for Responder {
         Ok(())
     }
 
+    fn finish_behind(&mut self, last: Bytes, trailers: Option<HeaderMap>) -> Result<(), Closed> {
+        let mut state = self.exchange.state();
+        let is_open = state.head_given && !state.is_over() && !state.bodiless;
+        if is_open && !last.is_empty() {
+            state.chunk = Some(match state.chunk.take() {
+                None => last,
+                Some(chunk) => [&*chunk, &*last].concat().into(),
+            });
+        }
+        drop(state);
+        self.finish(trailers)
+    }
+
     fn abort(&mut self, reset: Reset) {
         self.exchange.abort(reset, false);
     }

@@ -180,6 +180,9 @@ pub trait Responder: Send + 'static {
     ) -> Poll<Result<(), Closed>>;
     /// Ends the body.
     fn finish(&mut self, trailers: Option<HeaderMap>) -> Result<(), Closed>;
+    /// Ends the body with a few bytes more, at once: they are held beside a chunk that waits, so they must
+    /// be few.
+    fn finish_behind(&mut self, last: Bytes, trailers: Option<HeaderMap>) -> Result<(), Closed>;
     /// Ends the exchange early; before the head the front answers by the code.
     fn abort(&mut self, reset: Reset);
     /// Ready once the client is gone.

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use sidelane_tunnel::proto;
 
-use crate::announcement::{self, Protocols};
+use crate::announcement::{self, Tunnel};
+use crate::config::policy::{HeaderChanges, Policies};
 use crate::config::{Match, Route};
 use crate::plugin::ConfigFault;
 use crate::tunnel::session::Session;
@@ -15,6 +16,19 @@ const ROUTES_MAX: usize = 10_000;
 
 /// Tunnels of one document.
 const TUNNELS_MAX: usize = 1_000;
+
+/// Users of all routes of one document together; each is about a hundred bytes, with its hash.
+const USERS_MAX: usize = 10_000;
+
+/// Changes of fields of all routes of one document together, and ranges of addresses likewise.
+const CHANGES_MAX: usize = 20_000;
+
+/// Routes of one document that remember clients (`rate_per_client`, `basic_auth`): each may hold a
+/// table of [`CLIENTS_MAX`](super::policy) of them, half a megabyte.
+const CLIENT_TABLES_MAX: usize = 256;
+
+/// Why the relay's file comes before what is announced; a note to the sidecar.
+const OWN_WINS: &str = "the relay's own routes win";
 
 /// Reasons of a refusal that are told; the first ones suffice to mend the file.
 const REASONS_MAX: usize = 32;
@@ -26,7 +40,7 @@ const REASON_BYTES_MAX: usize = 512;
 pub(super) struct Document {
     pub(super) session: Arc<Session>,
     pub(super) version: u64,
-    pub(super) tunnels: Vec<(Arc<str>, Protocols)>,
+    pub(super) tunnels: Vec<Tunnel>,
     pub(super) routes: Vec<Arc<Route>>,
 }
 
@@ -48,8 +62,7 @@ impl Document {
                 return Err(vec![format!("{count} {what}, at most {max} are accepted")]);
             }
         }
-        let tunnels: Vec<(Arc<str>, Protocols)> =
-            announce.tunnels.iter().map(announcement::tunnel).collect();
+        let tunnels: Vec<Tunnel> = announce.tunnels.iter().map(announcement::tunnel).collect();
         let mut reasons = Vec::new();
         let mut routes = Vec::with_capacity(announce.routes.len());
         for announced in &announce.routes {
@@ -62,7 +75,7 @@ impl Document {
                     route.name,
                     route.tunnels_text()
                 )),
-                Err(reason) => reasons.push(reason),
+                Err(faults) => reasons.extend(faults),
             }
         }
         let mut by_match: HashMap<&Match, &Arc<str>> = HashMap::new();
@@ -71,6 +84,7 @@ impl Document {
                 reasons.push(format!("routes {other} and {} take the same", route.name));
             }
         }
+        reasons.extend(above_bounds(&routes));
         if reasons.is_empty() {
             Ok(Self { session: Arc::clone(session), version: announce.version, tunnels, routes })
         } else {
@@ -79,18 +93,17 @@ impl Document {
         }
     }
 
-    /// Returns what `others` hold already and for another tunnel, one line each. Replicas that
-    /// announce the same for the same tunnel share it.
+    /// Returns what `others`, of older sessions, hold already and for other tunnels, one line each.
+    /// Replicas that announce the same for the same tunnels share it.
     pub(super) fn conflicts<'a>(&self, others: impl Iterator<Item = &'a Self>) -> Vec<String> {
-        let ours: HashMap<&Match, &Arc<Route>> =
-            self.routes.iter().map(|route| (&route.matches, route)).collect();
+        let ours = self.by_match();
         let theirs = others.flat_map(|other| other.routes.iter().map(move |route| (other, route)));
         theirs
             .filter_map(|(other, theirs)| {
-                let ours =
-                    ours.get(&theirs.matches).filter(|ours| ours.tunnels != theirs.tunnels)?;
+                let ours = ours.get(&theirs.matches).filter(|ours| !is_same_goal(ours, theirs))?;
                 Some(format!(
-                    "route {}: taken by sidecar {} for tunnel {}",
+                    "route {}: taken by sidecar {} for tunnel {}; the older session keeps it, and \
+                     this document waits until that session ends or gives it up",
                     ours.name,
                     other.session.name,
                     theirs.tunnels_text()
@@ -101,8 +114,65 @@ impl Document {
             .collect()
     }
 
+    /// Returns what is worth knowing of the document where it is in force, one line each: routes that
+    /// the relay's `own` win over, and those that `others`, of older sessions, announce with other
+    /// policies, options or weights, which are in force as long as they last.
+    pub(super) fn notes<'a>(
+        &self,
+        own: &[Arc<Route>],
+        others: impl Iterator<Item = &'a Self>,
+    ) -> Vec<String> {
+        let ours = self.by_match();
+        let overruled = own.iter().filter_map(|own| {
+            let ours = ours.get(&own.matches)?;
+            Some(format!(
+                "route {}: overruled by route {} of the relay; {OWN_WINS}",
+                ours.name, own.name
+            ))
+        });
+        let shared = others
+            .flat_map(|other| other.routes.iter().map(move |route| (other, route)))
+            .filter_map(|(other, theirs)| {
+                let ours = ours.get(&theirs.matches)?;
+                let is_same = ours.policies == theirs.policies
+                    && ours.options == theirs.options
+                    && ours.tunnels == theirs.tunnels;
+                (!is_same).then(|| {
+                    format!(
+                        "route {}: sidecar {} announced it with other settings; those of the older \
+                         session are in force until it ends",
+                        ours.name, other.session.name
+                    )
+                })
+            });
+        overruled.chain(shared).take(REASONS_MAX).map(shorten).collect()
+    }
+
+    /// Keeps the routes of the document `before` that are the same: the same objects, whose policies
+    /// go on with what they remember.
+    pub(super) fn keep_routes_of(&mut self, before: &Self) {
+        let known = before.by_match();
+        for route in &mut self.routes {
+            if let Some(same) = known.get(&route.matches).filter(|known| ***known == *route) {
+                *route = Arc::clone(same);
+            }
+        }
+    }
+
+    fn by_match(&self) -> HashMap<&Match, &Arc<Route>> {
+        self.routes.iter().map(|route| (&route.matches, route)).collect()
+    }
+
+    /// Tunnels that cannot be served now, and why.
+    pub(super) fn unavailable(&self) -> HashMap<&str, &str> {
+        self.tunnels
+            .iter()
+            .filter_map(|tunnel| Some((&*tunnel.name, tunnel.unavailable.as_deref()?)))
+            .collect()
+    }
+
     pub(super) fn tunnel_names(&self) -> Vec<&str> {
-        self.tunnels.iter().map(|(name, _)| &**name).collect()
+        self.tunnels.iter().map(|tunnel| &*tunnel.name).collect()
     }
 }
 
@@ -127,8 +197,47 @@ pub(super) fn refused_options(
 }
 
 /// Returns whether the route goes to tunnels of the same document only.
-fn announces(tunnels: &[(Arc<str>, Protocols)], route: &Route) -> bool {
-    route.tunnels.iter().all(|share| tunnels.iter().any(|(name, _)| *name == share.tunnel))
+fn announces(tunnels: &[Tunnel], route: &Route) -> bool {
+    route.tunnels.iter().all(|share| tunnels.iter().any(|tunnel| tunnel.name == share.tunnel))
+}
+
+/// Returns whether both go to the same tunnels, by whatever weights, or both nowhere.
+fn is_same_goal(a: &Route, b: &Route) -> bool {
+    let goes_to =
+        |route: &Route, tunnel: &str| route.tunnels.iter().any(|share| *share.tunnel == *tunnel);
+    a.tunnels.len() == b.tunnels.len() && a.tunnels.iter().all(|share| goes_to(b, &share.tunnel))
+}
+
+/// Returns which bounds on policies the routes together are above, one line each.
+fn above_bounds(routes: &[Arc<Route>]) -> Vec<String> {
+    let policies = || routes.iter().filter_map(|route| route.policies.as_deref());
+    let users =
+        |policies: &Policies| policies.basic_auth.as_ref().map_or(0, |auth| auth.users.len());
+    let changes =
+        |changes: &HeaderChanges| changes.set.len() + changes.add.len() + changes.remove.len();
+    let remembers = |policies: &&Policies| {
+        policies.limits.rate_per_client.is_some() || policies.basic_auth.is_some()
+    };
+    let counts = [
+        ("users", policies().map(users).sum::<usize>(), USERS_MAX),
+        (
+            "changes of fields",
+            policies().map(|p| changes(&p.request_headers) + changes(&p.response_headers)).sum(),
+            CHANGES_MAX,
+        ),
+        (
+            "ranges of addresses",
+            policies().map(|p| p.addresses.allow.len() + p.addresses.deny.len()).sum(),
+            CHANGES_MAX,
+        ),
+        (
+            "routes with basic_auth or rate_per_client",
+            policies().filter(remembers).count(),
+            CLIENT_TABLES_MAX,
+        ),
+    ];
+    let above = counts.into_iter().filter(|(_, count, max)| count > max);
+    above.map(|(what, count, max)| format!("{count} {what}, at most {max} are accepted")).collect()
 }
 
 fn shorten(mut reason: String) -> String {
@@ -143,6 +252,8 @@ fn shorten(mut reason: String) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::policy::BasicAuth;
+    use crate::config::{MatchSpec, Share};
 
     #[test]
     fn refused_options_name_route_type_and_place() {
@@ -150,6 +261,7 @@ mod tests {
             let announced = proto::AnnouncedRoute {
                 name: name.to_owned(),
                 subdomain: name.to_owned(),
+                tunnel: "t".to_owned(),
                 options: vec![proto::RouteOptions {
                     protocol_type: "WEBSOCKET".to_owned(),
                     json: json.to_owned(),
@@ -167,5 +279,61 @@ mod tests {
             }),
         });
         assert_eq!(reasons, ["route bad: options.WEBSOCKET.max: WEBSOCKET wants a size"]);
+    }
+
+    fn route(name: &str, tunnels: &[(&str, u32)], policies: Policies) -> Arc<Route> {
+        let spec = MatchSpec { subdomain: Some(name), ..MatchSpec::default() };
+        Arc::new(Route {
+            name: name.into(),
+            tunnels: tunnels
+                .iter()
+                .map(|(tunnel, weight)| Share { tunnel: (*tunnel).into(), weight: *weight })
+                .collect(),
+            matches: Match::parse(&spec).expect("a valid match"),
+            options: Default::default(),
+            policies: (!policies.is_default()).then(|| Arc::new(policies)),
+        })
+    }
+
+    #[test]
+    fn replicas_go_to_the_same_tunnels_by_whatever_weights() {
+        type Shares<'a> = &'a [(&'a str, u32)];
+        let table: &[(Shares<'_>, Shares<'_>, bool)] = &[
+            (&[("a", 1)], &[("a", 1)], true),
+            (&[("a", 1)], &[("b", 1)], false),
+            (&[("a", 9), ("b", 1)], &[("b", 5), ("a", 5)], true),
+            (&[("a", 9), ("b", 1)], &[("a", 1)], false),
+            (&[], &[], true),
+            (&[], &[("a", 1)], false),
+        ];
+        assert!(!table.is_empty());
+        for (a, b, same) in table {
+            let (a, b) = (route("r", a, Policies::default()), route("r", b, Policies::default()));
+            assert_eq!(is_same_goal(&a, &b), *same, "{:?} {:?}", a.tunnels, b.tunnels);
+            assert_eq!(is_same_goal(&b, &a), *same, "{:?} {:?}", a.tunnels, b.tunnels);
+        }
+    }
+
+    #[test]
+    fn policies_of_a_document_are_bounded() {
+        let user = |number: usize| (number.to_string().into(), "$2y$05$x".into());
+        let auth = |users: usize| Policies {
+            basic_auth: Some(BasicAuth {
+                realm: "r".into(),
+                users: (0..users).map(user).collect(),
+            }),
+            ..Policies::default()
+        };
+        let fine = route("fine", &[("t", 1)], auth(USERS_MAX));
+        assert!(above_bounds(std::slice::from_ref(&fine)).is_empty());
+        let more = [fine, route("more", &[("t", 1)], auth(1))];
+        let reasons = above_bounds(&more);
+        assert_eq!(reasons, ["10001 users, at most 10000 are accepted"]);
+        let many: Vec<_> = (0..=CLIENT_TABLES_MAX)
+            .map(|number| route(&format!("r{number}"), &[("t", 1)], auth(0)))
+            .collect();
+        let reasons = above_bounds(&many);
+        let expected = "257 routes with basic_auth or rate_per_client, at most 256 are accepted";
+        assert_eq!(reasons, [expected]);
     }
 }

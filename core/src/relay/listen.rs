@@ -22,6 +22,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::Relay;
 use super::listeners::{Listener, Open, Settings};
 use super::open::RelayOpener;
+use super::policy::watch_stream;
 use super::proxy_header;
 use super::stream::{ClientStream, Place};
 use crate::config::{self, Balance, Carries};
@@ -350,7 +351,9 @@ impl Client {
         }
         let record = Arc::new(relay.metrics.exchange("relay", plugin.name()));
         let opener = RelayOpener::new(Arc::clone(relay), meta.clone(), Arc::clone(&record));
-        let end = plugin.accept_stream(meta, stream, opener.by_host(host)).await;
+        let held = opener.held();
+        let call = plugin.accept_stream(meta, stream, opener.by_host(host));
+        let end = watch_stream(call, held).await;
         record.end(end.code);
     }
 }

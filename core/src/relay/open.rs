@@ -1,10 +1,12 @@
 //! Opens the exchange of one client request or connection: route, session, lane.
 
+use std::borrow::Cow;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use sidelane_abi::failure;
 use sidelane_tunnel::{OpenError, proto};
@@ -12,6 +14,8 @@ use tokio::sync::watch;
 use tokio::time::Sleep;
 
 use super::Relay;
+use super::policy::{self, Admitted, Held, RouteState};
+use crate::config::Route;
 use crate::metrics::Record;
 use crate::plugin;
 use crate::plugin::lend::{Failure, Meta, Opened, Opener, RouteKey};
@@ -27,10 +31,20 @@ pub(super) struct RelayOpener {
     /// None once it has gone with the exchange.
     meta: Option<Meta>,
     record: Arc<Record>,
+    routed: Routed,
     /// Waits for a session that is on its way.
     wait: Option<Wait>,
     /// What a byte-born connection is routed by, where its first bytes named a host.
     host: Option<Arc<str>>,
+}
+
+/// How the exchange's route is found.
+enum Routed {
+    /// By the head, before the plugin had it: an exchange keeps the route whose policies it was let in
+    /// by. `None`: there is none.
+    Before(Option<Arc<Route>>, Option<Arc<RouteState>>),
+    /// By the key that the plugin gives. Whoever runs the call gets what the exchange was let in by.
+    ByKey(Arc<Held>, Option<Admitted>),
 }
 
 /// The time that an exchange may wait for a session, and what to look at meanwhile.
@@ -67,13 +81,35 @@ impl Wait {
 }
 
 impl RelayOpener {
+    /// Returns the opener of a byte-born exchange.
     pub(super) fn new(relay: Arc<Relay>, meta: Meta, record: Arc<Record>) -> Self {
-        Self { relay, meta: Some(meta), record, wait: None, host: None }
+        let routed = Routed::ByKey(Arc::default(), None);
+        Self { relay, meta: Some(meta), record, routed, wait: None, host: None }
     }
 
     /// Returns the same, which routes what has no host of its own by this one.
     pub(super) fn by_host(self, host: Option<Arc<str>>) -> Self {
         Self { host, ..self }
+    }
+
+    /// Returns the opener of an HTTP-born exchange for this route, and the route's policies.
+    pub(super) fn routed(
+        relay: Arc<Relay>,
+        meta: Meta,
+        record: Arc<Record>,
+        route: Option<Arc<Route>>,
+        state: Option<Arc<RouteState>>,
+    ) -> Self {
+        let routed = Routed::Before(route, state);
+        Self { relay, meta: Some(meta), record, routed, wait: None, host: None }
+    }
+
+    /// What the call of a byte-born exchange is watched by.
+    pub(super) fn held(&self) -> Arc<Held> {
+        match &self.routed {
+            Routed::ByKey(held, _) => Arc::clone(held),
+            Routed::Before(..) => Arc::default(),
+        }
     }
 
     fn open(&mut self, key: RouteKey<'_>) -> Result<Opened<SendHalf, RecvHalf>, Failure> {
@@ -82,67 +118,127 @@ impl RelayOpener {
         };
         let protocol_type = &*known.protocol_type;
         let routing = self.relay.routing.load();
-        let query = match key {
-            RouteKey::Listener => {
-                let host = self.host.as_deref();
-                Query { host, path: "/", listener: &known.listener, protocol_type }
-            }
-            RouteKey::Host { host, path } => {
-                Query { host: Some(host), path, listener: &known.listener, protocol_type }
+        let no_route = || failed(failure::NO_ROUTE, "no route takes this host and path".into());
+        let (route, state) = match &mut self.routed {
+            Routed::Before(route, state) => (route.as_ref().ok_or_else(no_route)?, state.as_ref()),
+            Routed::ByKey(_, admitted) => {
+                let (host, path) = match key {
+                    RouteKey::Listener => (self.host.as_deref(), "/"),
+                    RouteKey::Host { host, path } => (Some(host), path),
+                };
+                let query = Query { host, path, listener: &known.listener, protocol_type };
+                let route = router::find(&routing.table, &query).ok_or_else(no_route)?;
+                let state = routing.policies.of(route);
+                if let (Some(state), None) = (state, &admitted) {
+                    *admitted = Some(admit(state, &known.client_address, &self.record)?);
+                }
+                (route, state)
             }
         };
-        let route = router::find(&routing.table, &query)
-            .ok_or_else(|| failed(failure::NO_ROUTE, "no route takes this host and path".into()))?;
-        let wanted = &route.tunnels.first().expect("a route has a tunnel").tunnel;
-        self.record.routed(&route.name, wanted);
-        let unserved = |code, what: &str| failed(code, format!("tunnel {wanted}: {what}"));
-        let tunnel = routing
-            .tunnel(wanted)
-            .ok_or_else(|| unserved(failure::NO_SIDECAR, "no sidecar is connected"))?;
-        let mut worst = (failure::NO_PROTOCOL, "no connected sidecar carries the protocol");
-        for serving in tunnel.in_turn() {
-            let Some(number) = serving.carries(protocol_type) else { continue };
-            let options = route.options_for(protocol_type);
-            let open = proto::Open {
-                tunnel: String::from(&**wanted),
-                route: String::from(&*route.name),
-                client_address: String::from(&*known.client_address),
-                scheme: String::from(&*known.scheme),
-                tls: None,
-                trace_parent: String::from(&*known.trace_parent),
-                trusted_proxy: known.trusted_proxy,
-                options: String::from(&*options),
-                listener: String::from(&*known.listener),
-                ..proto::Open::default()
+        // The tunnels that were tried and have nobody; a bit each.
+        let mut tried = 0;
+        let mut worst: Option<(Failure, &Arc<str>)> = None;
+        while let Some((place, wanted)) = routing.choose(route, protocol_type, tried) {
+            tried |= 1 << place;
+            let unserved = |code, what: &str| failed(code, format!("tunnel {wanted}: {what}"));
+            let Some(tunnel) = routing.tunnel(wanted) else {
+                let failure = unserved(failure::NO_SIDECAR, "no sidecar is connected");
+                worst.get_or_insert((failure, wanted));
+                continue;
             };
-            let shard = plugin::current_shard().map(|shard| shard as usize);
-            let flow = self.relay.flows.of(&self.relay.metrics, &known.protocol_type);
-            match serving.session.open(shard, number, open, flow) {
-                Ok((id, send, recv, is_crossing)) => {
-                    if is_crossing {
-                        self.relay.metrics.exchange_crosses_threads();
+            let mut reason = tunnel.why_not();
+            for serving in tunnel.in_turn() {
+                let Some(number) = serving.carries(protocol_type) else { continue };
+                let options = route.options_for(protocol_type);
+                let left = known.deadline.map(|at| at.saturating_duration_since(Instant::now()));
+                let open = proto::Open {
+                    tunnel: String::from(&**wanted),
+                    route: String::from(&*route.name),
+                    client_address: String::from(&*known.client_address),
+                    scheme: String::from(&*known.scheme),
+                    tls: None,
+                    trace_parent: String::from(&*known.trace_parent),
+                    trusted_proxy: known.trusted_proxy,
+                    options: String::from(&*options),
+                    listener: String::from(&*known.listener),
+                    // Zero would say that there is no deadline.
+                    timeout_ns: left.map_or(0, |left| {
+                        u64::try_from(left.as_nanos()).unwrap_or(u64::MAX).max(1)
+                    }),
+                    policy: state.and_then(|state| state.delivery()),
+                    ..proto::Open::default()
+                };
+                let shard = plugin::current_shard().map(|shard| shard as usize);
+                let flow = self.relay.flows.of(&self.relay.metrics, &known.protocol_type);
+                match serving.session.open(shard, number, open, flow) {
+                    Ok((id, send, recv, is_crossing)) => {
+                        self.record.routed(&route.name, wanted);
+                        if is_crossing {
+                            self.relay.metrics.exchange_crosses_threads();
+                        }
+                        let mut meta = self.meta.take().expect("looked at above");
+                        meta.request_id = Arc::<str>::from(id).into();
+                        meta.route = Arc::clone(&route.name).into();
+                        meta.tunnel = Arc::clone(wanted).into();
+                        meta.options = options.into();
+                        if let Routed::ByKey(held, admitted) = &mut self.routed {
+                            held.put(admitted.take());
+                        }
+                        return Ok(Opened { send, recv, meta });
                     }
-                    let mut meta = self.meta.take().expect("looked at above");
-                    meta.request_id = Arc::<str>::from(id).into();
-                    meta.route = Arc::clone(&route.name).into();
-                    meta.tunnel = Arc::clone(wanted).into();
-                    meta.options = options.into();
-                    return Ok(Opened { send, recv, meta });
+                    Err(error) => reason = worst_of(&error),
                 }
-                Err(error) => worst = worst_of(&error),
             }
+            let failure = unserved(reason.0, &reason.1);
+            // A tunnel that is full gives nothing to the others: it would change what they were
+            // given by weight.
+            if failure.code == failure::OVERLOADED {
+                worst = Some((failure, wanted));
+                break;
+            }
+            worst.get_or_insert((failure, wanted));
         }
-        Err(unserved(worst.0, worst.1))
+        let Some((failure, wanted)) = worst else {
+            let detail = format!("route {}: it has no tunnel", route.name);
+            return Err(failed(failure::NO_SIDECAR, detail));
+        };
+        self.record.routed(&route.name, wanted);
+        Err(failure)
     }
 }
 
+impl RelayOpener {
+    /// Finds the route anew after what is served has changed; one with policies stays.
+    fn look_again(&mut self, key: RouteKey<'_>) {
+        let (Some(known), RouteKey::Host { host, path }) = (&self.meta, key) else { return };
+        let Routed::Before(Some(route), None) = &mut self.routed else { return };
+        let routing = self.relay.routing.load();
+        let (listener, protocol_type) = (&*known.listener, &*known.protocol_type);
+        let query = Query { host: Some(host), path, listener, protocol_type };
+        let found = router::find(&routing.table, &query);
+        if let Some(found) = found.filter(|found| found.policies.is_none()) {
+            *route = Arc::clone(found);
+        }
+    }
+}
+
+/// Lets a byte-born exchange in.
+fn admit(state: &Arc<RouteState>, client: &str, record: &Record) -> Result<Admitted, Failure> {
+    let client = client.parse::<SocketAddr>().ok().map(|address| address.ip());
+    state.admit(client, policy::now()).map_err(|refusal| {
+        record.routed(&state.route.name, &Arc::default());
+        state.refused(refusal, client);
+        refusal.failure()
+    })
+}
+
 /// What a client is told where no lane took the exchange.
-fn worst_of(error: &OpenError) -> (u32, &'static str) {
+fn worst_of(error: &OpenError) -> (u32, Cow<'static, str>) {
     match error {
         OpenError::Closed | OpenError::GoingAway => {
-            (failure::NO_SIDECAR, "its sidecar is going away")
+            (failure::NO_SIDECAR, "its sidecar is going away".into())
         }
-        _ => (failure::OVERLOADED, "its sidecars have as many exchanges as they may"),
+        _ => (failure::OVERLOADED, "its sidecars have as many exchanges as they may".into()),
     }
 }
 
@@ -176,7 +272,9 @@ impl Opener for RelayOpener {
                     true
                 }
             };
-            if !look_again {
+            if look_again {
+                self.look_again(key);
+            } else {
                 self.record.unopened(failure.code);
                 return Poll::Ready(Err(failure));
             }

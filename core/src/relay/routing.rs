@@ -1,25 +1,39 @@
 //! Which tunnel takes an exchange, and which sessions serve that tunnel: one immutable picture,
 //! replaced whole.
 
+use std::borrow::Cow;
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use sidelane_abi::failure;
+
 use super::Sources;
+use super::policy::RouteStates;
+use crate::config::{Match, Route};
+use crate::metrics::Metrics;
 use crate::router::RouteTable;
 use crate::tunnel::session::Session;
+
+/// Tunnels of one route that are chosen among, a bit each of those that were tried. A split in
+/// more parts than this has the rest of them unused; a configuration is refused long before.
+pub(super) const SHARES_MAX: usize = 32;
 
 /// The picture that new exchanges are routed by.
 #[derive(Default)]
 pub(super) struct Routing {
     pub(super) table: RouteTable,
+    pub(super) policies: RouteStates,
     tunnels: HashMap<Arc<str>, Tunnel>,
 }
 
-/// Who serves a tunnel. Never empty.
+/// Who serves a tunnel.
 #[derive(Default)]
 pub(super) struct Tunnel {
     serving: Vec<Serving>,
+    /// Why a sidecar that has the tunnel does not serve it now.
+    unavailable: Option<Arc<str>>,
     turn: AtomicUsize,
 }
 
@@ -33,9 +47,11 @@ pub(super) struct Serving {
 impl Routing {
     /// Returns the picture of `sources`. Routes of the file win over announced ones, of those the
     /// older session's, and last come those of sidecars that are gone.
-    pub(super) fn build(sources: &Sources) -> Self {
+    ///
+    /// What the routes' policies remember stays as far as `before` has it.
+    pub(super) fn build(sources: &Sources, before: &Self, metrics: &Arc<Metrics>) -> Self {
         let mut routes = sources.own.clone();
-        let mut taken: std::collections::HashSet<_> =
+        let mut taken: std::collections::HashSet<Match> =
             routes.iter().map(|route| route.matches.clone()).collect();
         let mut tunnels: HashMap<Arc<str>, Tunnel> = HashMap::new();
         for document in sources.documents.values() {
@@ -44,10 +60,15 @@ impl Routing {
                     routes.push(Arc::clone(route));
                 }
             }
-            for (name, protocols) in &document.tunnels {
-                tunnels.entry(Arc::clone(name)).or_default().serving.push(Serving {
+            for announced in &document.tunnels {
+                let tunnel = tunnels.entry(Arc::clone(&announced.name)).or_default();
+                if let Some(reason) = &announced.unavailable {
+                    tunnel.unavailable = Some(Arc::clone(reason));
+                    continue;
+                }
+                tunnel.serving.push(Serving {
                     session: Arc::clone(&document.session),
-                    protocols: protocols.clone(),
+                    protocols: announced.protocols.clone(),
                 });
             }
         }
@@ -64,7 +85,8 @@ impl Routing {
             tracing::error!(%ambiguity, "routes contradict each other; only the file's are in force");
             RouteTable::build(&sources.own, &sources.base_domains).unwrap_or_default()
         });
-        Self { table, tunnels }
+        let policies = RouteStates::build(&routes, &before.policies, metrics);
+        Self { table, policies, tunnels }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -76,7 +98,79 @@ impl Routing {
     }
 }
 
+impl Routing {
+    /// Returns the next tunnel to try for an exchange, and its place among the route's: of those that
+    /// are served and not in `tried` one by its weight, else one that is not served, whose reason the
+    /// client is told.
+    pub(super) fn choose<'r>(
+        &self,
+        route: &'r Route,
+        protocol_type: &str,
+        tried: u32,
+    ) -> Option<(usize, &'r Arc<str>)> {
+        if let [only] = route.tunnels.as_slice() {
+            return (tried == 0).then_some((0, &only.tunnel));
+        }
+        let untried = || {
+            let shares = route.tunnels.iter().take(SHARES_MAX).enumerate();
+            shares.filter(|(place, _)| tried & (1 << place) == 0)
+        };
+        let served = untried()
+            .filter(|(_, share)| {
+                let tunnel = self.tunnel(&share.tunnel);
+                tunnel.is_some_and(|tunnel| tunnel.is_served(protocol_type))
+            })
+            .map(|(place, share)| (place, share.weight));
+        let place = pick(served, random()).or_else(|| untried().next().map(|(place, _)| place))?;
+        Some((place, &route.tunnels[place].tunnel))
+    }
+}
+
+/// Picks by weight; those of weight 0 only where there are no others.
+fn pick(shares: impl Iterator<Item = (usize, u32)> + Clone, random: u64) -> Option<usize> {
+    let sum: u64 = shares.clone().map(|(_, weight)| u64::from(weight)).sum();
+    if sum == 0 {
+        let count = shares.clone().count() as u64;
+        let index = random.checked_rem(count)?;
+        return shares.into_iter().nth(usize::try_from(index).ok()?).map(|(place, _)| place);
+    }
+    let mut point = random % sum;
+    for (place, weight) in shares {
+        match point.checked_sub(u64::from(weight)) {
+            Some(rest) => point = rest,
+            None => return Some(place),
+        }
+    }
+    None
+}
+
+/// Returns a number that spreads well (SplitMix64) and costs next to nothing.
+fn random() -> u64 {
+    thread_local! {
+        static STATE: Cell<u64> = Cell::new(crate::random::number());
+    }
+    let state = STATE.get().wrapping_add(0x9e37_79b9_7f4a_7c15);
+    STATE.set(state);
+    let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    mixed ^ (mixed >> 31)
+}
+
 impl Tunnel {
+    fn is_served(&self, protocol_type: &str) -> bool {
+        self.serving.iter().any(|serving| serving.carries(protocol_type).is_some())
+    }
+
+    /// Returns why an exchange finds nobody here, where nobody is asked.
+    pub(super) fn why_not(&self) -> (u32, Cow<'static, str>) {
+        match &self.unavailable {
+            Some(reason) if self.serving.is_empty() => {
+                (failure::NO_SIDECAR, format!("its service is unavailable: {reason}").into())
+            }
+            _ => (failure::NO_PROTOCOL, "no connected sidecar carries the protocol".into()),
+        }
+    }
+
     /// Returns those who serve it, beginning with another one each time.
     pub(super) fn in_turn(&self) -> impl Iterator<Item = &Serving> {
         let first = self.turn.fetch_add(1, Ordering::Relaxed) % self.serving.len().max(1);
@@ -92,5 +186,42 @@ impl Serving {
             .as_ref()
             .is_none_or(|types| types.iter().any(|carried| **carried == *protocol_type));
         is_carried.then(|| self.session.protocols.number(protocol_type)).flatten()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn picks(weights: &[u32]) -> Vec<usize> {
+        let shares = weights.iter().copied().enumerate();
+        (0..1000).filter_map(|random| pick(shares.clone(), random)).collect()
+    }
+
+    #[test]
+    fn tunnels_get_their_share() {
+        let table: &[(&[u32], &[usize])] = &[
+            (&[90, 10], &[900, 100]),
+            (&[1, 1], &[500, 500]),
+            (&[0, 5], &[0, 1000]),
+            (&[0, 0], &[500, 500]),
+            (&[3, 0, 1], &[750, 0, 250]),
+            (&[u32::MAX, u32::MAX], &[1000, 0]),
+        ];
+        assert!(!table.is_empty());
+        for (weights, expected) in table {
+            let picks = picks(weights);
+            for (place, expected) in expected.iter().enumerate() {
+                let count = picks.iter().filter(|picked| **picked == place).count();
+                assert_eq!(count, *expected, "{weights:?}, place {place}");
+            }
+        }
+        assert!(picks(&[]).is_empty());
+    }
+
+    #[test]
+    fn random_numbers_spread() {
+        let ones: u32 = (0..1000).map(|_| random().count_ones()).sum();
+        assert!((31_000..33_000).contains(&ones), "{ones} of 64000 bits");
     }
 }

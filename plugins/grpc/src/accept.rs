@@ -47,12 +47,13 @@ pub(crate) async fn accept(
     mut opener: Opener<'_>,
 ) -> Result<(), Error> {
     let start = Host::current().now();
-    let Request { head, body, .. } = request;
+    let Request { head, body, meta } = request;
     if let Some(answered) = refuse_no_rpc(&head, &mut responder) {
         return answered;
     }
     let timeout = head.header(b"grpc-timeout").and_then(parse_timeout);
-    let deadline = timeout.map(|timeout| start + timeout);
+    // The client's and the route's: the earlier one counts.
+    let deadline = timeout.map(|timeout| start + timeout).into_iter().chain(meta.deadline()).min();
     let mut limits = Limits::new(&shared.drain, deadline);
     // What the fronts let through as a path is text.
     let target = str::from_utf8(head.target()).unwrap_or_default();
@@ -239,8 +240,16 @@ async fn upload(
         })
         .await;
         let Taken { mut bytes, tail } = taken;
-        if let Some(Tail::Failed(reset)) = tail {
-            return Err(End::ClientGone(reset));
+        match tail {
+            // The host ends the body of a client that sends more than its route allows.
+            Some(Tail::Failed(Reset { code: failure::TOO_LARGE, .. })) => {
+                return Err(End::Failed(
+                    failure::TOO_LARGE,
+                    "the request is larger than the route allows",
+                ));
+            }
+            Some(Tail::Failed(reset)) => return Err(End::ClientGone(reset)),
+            _ => {}
         }
         let ending = tail.is_some();
         loop {

@@ -307,6 +307,11 @@ impl lend::Responder for Responder {
         Ok(())
     }
 
+    fn finish_behind(&mut self, last: Bytes, trailers: Option<HeaderMap>) -> Result<(), Closed> {
+        self.0.lock().unwrap().body.push(last);
+        self.finish(trailers)
+    }
+
     fn abort(&mut self, reset: Reset) {
         self.0.lock().unwrap().aborted = Some(reset);
     }

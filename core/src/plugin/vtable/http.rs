@@ -93,6 +93,59 @@ impl PreparedHead {
     pub(super) fn as_abi(&self) -> *const abi::RequestHead {
         &raw const self.view
     }
+
+    /// A text of the view.
+    fn text(&self, text: abi::Str) -> &[u8] {
+        // SAFETY: the pointers of `view` and `_fields` lead into `_owner`, which lives as long as
+        // `self` and is not changed.
+        unsafe { bytes_of(text) }.unwrap_or_default()
+    }
+
+    /// The effective authority.
+    #[must_use]
+    pub fn authority(&self) -> &[u8] {
+        self.text(self.view.authority)
+    }
+
+    /// Path and query, or `*`.
+    #[must_use]
+    pub fn target(&self) -> &[u8] {
+        self.text(self.view.target)
+    }
+
+    /// Gives the head back, to be changed. `None`: a text in it is not what it was made of, which
+    /// does not happen.
+    #[must_use]
+    pub fn into_head(self) -> Option<Box<lend::RequestHead>> {
+        if let Owner::Head(head) = self._owner {
+            return Some(head);
+        }
+        let copy = |text: abi::Str| Bytes::copy_from_slice(self.text(text));
+        let mut headers = HeaderMap::with_capacity(self._fields.len());
+        for field in &self._fields {
+            let name = HeaderName::from_bytes(self.text(field.name)).ok()?;
+            let value = HeaderValue::from_bytes(self.text(field.value)).ok()?;
+            headers.try_append(name, value).ok()?;
+        }
+        let has = |bit: u32| self.view.flags & bit != 0;
+        let protocol = copy(self.view.protocol);
+        Some(Box::new(lend::RequestHead {
+            method: http::Method::from_bytes(self.text(self.view.method)).ok()?,
+            scheme: str::from_utf8(self.text(self.view.scheme)).ok()?.into(),
+            authority: copy(self.view.authority),
+            target: copy(self.view.target),
+            protocol: (!protocol.is_empty()).then_some(protocol),
+            version: match self.view.version {
+                10 => Version::HTTP_10,
+                11 => Version::HTTP_11,
+                _ => Version::HTTP_2,
+            },
+            headers,
+            end: has(abi::request::END),
+            expect_continue: has(abi::request::EXPECT_CONTINUE),
+            can_upgrade: has(abi::request::CAN_UPGRADE),
+        }))
+    }
 }
 
 /// Makes the view of a head, whose texts `lend` puts where they stay.

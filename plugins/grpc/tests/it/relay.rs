@@ -342,6 +342,43 @@ fn the_deadline_is_kept() {
 }
 
 #[test]
+fn the_routes_deadline_counts_where_it_is_earlier() {
+    for (timeout, within) in [(None, 50), (Some("10S"), 50), (Some("20m"), 20)] {
+        let kit = kit();
+        kit.block_on(async {
+            let mut request = call();
+            if let Some(timeout) = timeout {
+                request = request.header("grpc-timeout", timeout);
+            }
+            // The kit's clock starts at one second.
+            request.meta.deadline_ns = 1_050_000_000;
+            let accepted = kit.accept_http(&request);
+            accepted.peer.message().await;
+            kit.advance(Duration::from_millis(within - 1));
+            kit.run_until_idle();
+            assert_eq!(accepted.running.ended(), None, "{timeout:?}: too early");
+            kit.advance(Duration::from_millis(2));
+            let (status, error, _) = trailers_only(&accepted).await;
+            assert_eq!((&*status, &*error), ("4", "service-timeout"), "{timeout:?}");
+        });
+    }
+}
+
+#[test]
+fn a_body_above_the_routes_limit_is_said_in_grpcs_words() {
+    let kit = kit();
+    kit.block_on(async {
+        let accepted = kit.accept_http(&call());
+        accepted.peer.message().await;
+        accepted.body.fail(Reset { code: failure::TOO_LARGE, protocol_code: None });
+        let (status, error, message) = trailers_only(&accepted).await;
+        assert_eq!((&*status, &*error), ("8", "too-large"));
+        assert!(message.contains("larger than the route allows"), "{message}");
+        assert_eq!(accepted.peer.reset_reason().await.code, failure::TOO_LARGE);
+    });
+}
+
+#[test]
 fn a_drain_ends_what_runs_shortly_before_its_deadline() {
     let kit = kit();
     kit.block_on(async {

@@ -1,0 +1,299 @@
+//! Where the HTTP front hands over: which plugin takes a request, which route it is for, and what
+//! becomes of its call.
+//!
+//! A route's policies are carried out here, between the head and the plugin. Knows nothing of
+//! listeners and of how an exchange is opened.
+
+use std::future::Future;
+use std::net::IpAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http::header::{AUTHORIZATION, CONTENT_LENGTH, CONTENT_TYPE, HeaderMap, HeaderValue, LOCATION};
+use http::{Method, StatusCode};
+use sidelane_abi::failure;
+use tokio::time::Instant;
+
+use super::Relay;
+use super::open::RelayOpener;
+use super::policy::{
+    self, Admitted, LimitedBody, Refusal, RouteState, Shaped, Shaping, Verdict, Watch,
+};
+use crate::front::{self, ConnectionInfo, Dispatch, forwarded};
+use crate::metrics::Record;
+use crate::plugin::lend::{self, Failure, Meta, Responder as _, Text};
+use crate::plugin::{Call, CallEnd, PreparedHead, Protocol};
+use crate::router::{self, Query};
+
+/// What the HTTP front hands over; one for all connections.
+pub(super) struct HttpEntry {
+    pub(super) relay: Arc<Relay>,
+}
+
+impl Dispatch for HttpEntry {
+    type Call = HttpExchange;
+
+    fn accept<B: lend::Body, R: lend::Responder>(
+        &self,
+        connection: &Arc<ConnectionInfo>,
+        head: Box<lend::RequestHead>,
+        body: B,
+        mut responder: R,
+    ) -> HttpExchange {
+        let relay = &self.relay;
+        let client = connection
+            .trusted_proxies
+            .as_ref()
+            .map(|trusted| forwarded::client(connection.client_address, &head.headers, trusted));
+        let head = PreparedHead::new(head);
+        let Some(plugin) = relay.plugins.claim(&head) else {
+            responder.abort(lend::Reset::new(failure::NO_PROTOCOL));
+            return HttpExchange::Refused(failure::NO_PROTOCOL);
+        };
+        let record = Arc::new(relay.metrics.exchange("relay", plugin.name()));
+        let responder = Shaped::new(responder, &record);
+        if plugin.quarantined() {
+            let failure = Failure {
+                code: failure::PLUGIN_FAILED,
+                retry_after_s: None,
+                detail: "the plugin failed too often".to_owned(),
+            };
+            record.unopened(failure::PLUGIN_FAILED);
+            return HttpExchange::Runs(plugin.refuse_http(head, responder, failure), record);
+        }
+        let mut meta = relay.meta(
+            &plugin,
+            &connection.client_address_text,
+            &connection.listener,
+            &connection.scheme,
+        );
+        if let Some(client) = client {
+            meta.client_address = Text::from(&*client.address.to_string());
+            meta.scheme = client.scheme.map_or(meta.scheme, Text::from);
+            meta.trusted_proxy = true;
+        }
+        if let Some(tls) = &connection.tls {
+            meta.tls_sni = Arc::clone(&tls.sni).into();
+            meta.tls_alpn = Arc::clone(&tls.alpn).into();
+            meta.tls_client = Arc::clone(&tls.client).into();
+        }
+        let routing = relay.routing.load();
+        // What is not text fits no route; the plugin says so.
+        let route = str::from_utf8(head.authority()).ok().zip(str::from_utf8(head.target()).ok());
+        let route = route.and_then(|(host, path)| {
+            let (listener, protocol_type) = (&*connection.listener, &**plugin.name());
+            router::find(&routing.table, &Query { host: Some(host), path, listener, protocol_type })
+        });
+        let Some(state) = route.and_then(|route| routing.policies.of(route)) else {
+            let opener = RelayOpener::routed(
+                Arc::clone(relay),
+                meta.clone(),
+                Arc::clone(&record),
+                route.cloned(),
+                None,
+            );
+            let call = plugin.accept_http(head, meta, body, responder, opener);
+            return HttpExchange::Runs(call, record);
+        };
+        let Some(head) = head.into_head() else {
+            record.end(failure::INTERNAL);
+            return HttpExchange::Refused(failure::INTERNAL);
+        };
+        let arrival = Arrival {
+            relay: Arc::clone(relay),
+            state: Arc::clone(state),
+            plugin,
+            client: client.map_or(connection.client_address, |client| client.address).ip(),
+            head,
+            meta,
+            body,
+            responder,
+            record,
+            began: Instant::now(),
+        };
+        arrival.begin()
+    }
+
+    fn note(&self, event: front::Event) {
+        match event {
+            front::Event::InformationalDropped => self.relay.metrics.informational_dropped(),
+            front::Event::Answered(code) => self.relay.metrics.front_answered(code),
+        }
+    }
+}
+
+/// A request for a route that has policies.
+struct Arrival<B, R> {
+    relay: Arc<Relay>,
+    state: Arc<RouteState>,
+    plugin: Protocol,
+    client: IpAddr,
+    head: Box<lend::RequestHead>,
+    meta: Meta,
+    body: B,
+    responder: Shaped<R>,
+    record: Arc<Record>,
+    began: Instant,
+}
+
+impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
+    fn begin(self) -> HttpExchange {
+        let now = policy::now();
+        let admitted = match self.state.admit(Some(self.client), now) {
+            Ok(admitted) => admitted,
+            Err(refusal) => return self.refuse(refusal),
+        };
+        let verdict: Verdict = self.state.look(&self.head.headers, self.client, now);
+        match verdict.settle() {
+            Err(refusal) => self.refuse(refusal),
+            Ok(None) => self.go_on(admitted),
+            Ok(Some(question)) => HttpExchange::Asks(Box::pin(async move {
+                match question.ask().await.into() {
+                    Ok(()) => self.go_on(admitted).await,
+                    Err(refusal) => self.refuse(refusal).await,
+                }
+            })),
+        }
+    }
+
+    /// Says a refusal in the protocol's words.
+    fn refuse(self, refusal: Refusal) -> HttpExchange {
+        let Self { state, plugin, client, head, responder, record, .. } = self;
+        state.refused(refusal, Some(client));
+        let failure = refusal.failure();
+        record.routed(&state.route.name, &Arc::default());
+        record.unopened(failure.code);
+        let shaping = Shaping::new(&state, &head).challenge(state.challenge());
+        let responder = responder.shape(shaping);
+        let call = plugin.refuse_http(PreparedHead::new(head), responder, failure);
+        HttpExchange::Runs(call, record)
+    }
+
+    /// Answers, or hands the request to its plugin as the route has changed it.
+    fn go_on(mut self, admitted: Admitted) -> HttpExchange {
+        let policies = &*self.state.policies;
+        if policies.basic_auth.is_some() {
+            self.head.headers.remove(AUTHORIZATION);
+        }
+        if policies.redirect.is_some() {
+            return self.redirect();
+        }
+        let is_too_long =
+            policies.limits.body.zip(self.body.length()).is_some_and(|(max, length)| length > max);
+        if is_too_long {
+            return self.refuse(Refusal::too_large());
+        }
+        let Self {
+            relay, state, plugin, mut head, mut meta, body, responder, record, began, ..
+        } = self;
+        let policies = &*state.policies;
+        let shaping = Shaping::new(&state, &head);
+        let prefix = &state.route.matches.path_prefix;
+        meta.trusted_proxy =
+            policy::rewrite(&mut head, &policies.rewrite, prefix, meta.trusted_proxy);
+        policy::change(&mut head.headers, &policies.request_headers);
+        meta.deadline =
+            policies.timeouts.total.and_then(|total| began.into_std().checked_add(total));
+        let opener = RelayOpener::routed(
+            relay,
+            meta.clone(),
+            Arc::clone(&record),
+            Some(Arc::clone(&state.route)),
+            Some(Arc::clone(&state)),
+        );
+        let (body, responder) = (LimitedBody::new(body, &state), responder.shape(shaping));
+        let call = plugin.accept_http(PreparedHead::new(head), meta, body, responder, opener);
+        let watch = Watch::new(admitted, began);
+        HttpExchange::Watched(Box::new(Watched { call: Some(call), watch, record }))
+    }
+
+    /// Sends the client elsewhere.
+    fn redirect(self) -> HttpExchange {
+        let Self { state, head, responder, record, .. } = self;
+        record.routed(&state.route.name, &Arc::default());
+        let mut responder = responder.shape(Shaping::new(&state, &head));
+        let answer = state.policies.redirect.as_ref().and_then(|redirect| {
+            let prefix = &state.route.matches.path_prefix;
+            let location = policy::location(redirect, prefix, &head.authority, &head.target)?;
+            Some((StatusCode::from_u16(redirect.status).ok()?, location))
+        });
+        let Some((status, location)) = answer else {
+            // What the front lets through as a path is fit for a field.
+            responder.abort(lend::Reset::new(failure::BAD_REQUEST));
+            return HttpExchange::Answered(record, failure::BAD_REQUEST);
+        };
+        state.metrics.redirected();
+        let answered = answer_redirect(&mut responder, status, location, &head.method);
+        let code = if answered.is_ok() { failure::NONE } else { failure::CLIENT_GONE };
+        HttpExchange::Answered(record, code)
+    }
+}
+
+/// Answers with a line for people, too (RFC 9110 §15.4).
+fn answer_redirect(
+    responder: &mut impl lend::Responder,
+    status: StatusCode,
+    location: HeaderValue,
+    method: &Method,
+) -> Result<(), lend::Closed> {
+    let line = Bytes::from([b"see ".as_slice(), location.as_bytes(), b"\n"].concat());
+    let length = line.len() as u64;
+    let mut headers = HeaderMap::with_capacity(3);
+    headers.insert(LOCATION, location);
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    let first = (method != Method::HEAD).then_some(line);
+    responder.head(lend::ResponseHead { status, headers, body_length: Some(length) }, first, true)
+}
+
+/// An HTTP-born exchange that runs.
+pub(super) enum HttpExchange {
+    /// In the plugin.
+    Runs(Call, Arc<Record>),
+    /// In the plugin, under the policies of its route.
+    Watched(Box<Watched>),
+    /// Waits for a password to be checked, and then runs.
+    Asks(Pin<Box<dyn Future<Output = CallEnd> + Send>>),
+    /// Answered by core.
+    Answered(Arc<Record>, u32),
+    /// Nobody takes it.
+    Refused(u32),
+}
+
+/// An exchange and the times that it has.
+pub(super) struct Watched {
+    call: Option<Call>,
+    watch: Watch,
+    record: Arc<Record>,
+}
+
+impl Future for HttpExchange {
+    type Output = CallEnd;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<CallEnd> {
+        match self.get_mut() {
+            Self::Runs(call, record) => Pin::new(call).poll(cx).map(|end| ended(record, end)),
+            Self::Watched(watched) => {
+                let Watched { call, watch, record } = &mut **watched;
+                watch.poll_call(call, cx).map(|end| ended(record, end))
+            }
+            Self::Asks(future) => future.as_mut().poll(cx),
+            Self::Answered(record, code) => {
+                Poll::Ready(ended(record, CallEnd { code: *code, panicked: false }))
+            }
+            Self::Refused(code) => Poll::Ready(CallEnd { code: *code, panicked: false }),
+        }
+    }
+}
+
+/// Counts the end of an exchange, with the answer that the front gives where nobody has.
+fn ended(record: &Record, end: CallEnd) -> CallEnd {
+    let is_wanted = !matches!(end.code, failure::NONE | failure::CANCELLED | failure::CLIENT_GONE);
+    if is_wanted && !record.is_answered() {
+        record.answered(front::status_of(end.code));
+    }
+    record.end(end.code);
+    end
+}
