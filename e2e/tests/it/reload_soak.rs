@@ -98,7 +98,7 @@ fn reloads_under_load_lose_and_leak_nothing() {
     let bad = sidelane.metric("sidelane_config_reloads_total", &["result=\"failure\""]);
     let generations = sidelane.metric("sidelane_plugin_generations", &[]);
     println!(
-        "soak: {} exchanges, {reloads} reloads (after {WARM_UP} to warm up), 0 errors; \
+        "soak: {} exchanges in all, {reloads} reloads (after {WARM_UP} to warm up), 0 errors; \
          descriptors {} before, {} after; resident {} KiB before, {} KiB after; \
          plugin generations {}",
         answers.iter().sum::<u64>(),
