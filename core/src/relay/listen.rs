@@ -104,8 +104,10 @@ pub(super) async fn accept(relay: Arc<Relay>, open: Arc<Open>, socket: TcpListen
         }
     }
     let Ok(socket) = socket.into_std() else { return };
-    // Ends, since nothing is waited for: with the last that is there, or with a lack of descriptors.
-    while let Ok((stream, peer)) = socket.accept() {
+    // As many as may have waited; those that come meanwhile are refused with the socket.
+    for _ in 0..BACKLOG {
+        // Nobody is waited for.
+        let Ok((stream, peer)) = socket.accept() else { break };
         let stream = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
         match stream {
             Ok(stream) => admit(&relay, &listener, stream, peer, own),
