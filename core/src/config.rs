@@ -11,6 +11,7 @@ mod merge;
 pub mod policy;
 mod raw;
 mod read;
+mod schema;
 mod show;
 mod source;
 mod substitute;
@@ -29,6 +30,7 @@ use serde_json::Value as Json;
 
 pub use diff::{Changes, Delta, diff, hold_back};
 pub use error::{ConfigError, ConfigErrors, Position};
+pub use schema::schema;
 pub use source::{FILE_BYTES_MAX, FILES_MAX, Source, SourceFile};
 pub use value::{HostPort, Secret, duration_text, network_text, size_text};
 
@@ -829,6 +831,21 @@ impl Config {
         let path =
             index.map_or_else(|| "plugins".into(), |i| format!("plugins.libraries[{i}].library"));
         self.origin.error(&path, message.into())
+    }
+
+    /// Returns the error of a directory that is not there, in which a library was looked for: at
+    /// `plugins.directory` where the file gives it.
+    #[must_use]
+    pub fn directory_error(&self, name: &str, directory: &Path) -> ConfigError {
+        let message = format!(
+            "no such directory: {} (accepted: where the plugins' libraries are)",
+            directory.display()
+        );
+        let given = self.origin.root.child("plugins").and_then(|node| node.child("directory"));
+        match given {
+            Some(_) => self.origin.error("plugins.directory", message),
+            None => self.library_error(name, message),
+        }
     }
 
     fn fault(&self, path: &str, fault: &Fault) -> ConfigError {

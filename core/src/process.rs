@@ -350,6 +350,14 @@ fn refused(config: &Config, faults: &[LoadError]) -> Vec<ConfigError> {
             let fault = Fault { message: fault.message.clone(), path: fault.path.clone() };
             config.library_fault(&error.plugin, &fault)
         }
+        LoadFault::NotFound => match error.library.parent() {
+            // One error, however many libraries are looked for there.
+            Some(directory) if directory != Path::new("") && !directory.is_dir() => {
+                let directory = std::path::absolute(directory).unwrap_or_else(|_| directory.into());
+                config.directory_error(&error.plugin, &directory)
+            }
+            _ => config.library_error(&error.plugin, chain(error)),
+        },
         _ => config.library_error(&error.plugin, chain(error)),
     };
     faults.iter().map(error).collect()

@@ -263,25 +263,28 @@ pub(crate) fn did_you_mean<'a>(
         .map_or_else(String::new, |candidate| format!("; did you mean \"{candidate}\"?"))
 }
 
-/// Returns the candidate that is near enough to be meant.
+/// Returns the candidate that is near enough to be meant: by a letter or two, or as the beginning of
+/// it (`hostname` for `host`, `path` for `path_prefix`).
 pub(crate) fn nearest<'a>(
     value: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {
-    candidates
-        .into_iter()
-        .map(|candidate| {
-            let distance =
-                strsim::damerau_levenshtein(&value.to_lowercase(), &candidate.to_lowercase());
-            (distance, candidate)
-        })
+    /// Shorter beginnings say nothing.
+    const BEGINNING_MIN: usize = 4;
+    let lower = value.to_lowercase();
+    let rank = |candidate: &'a str| {
+        let other = candidate.to_lowercase();
+        let distance = strsim::damerau_levenshtein(&lower, &other);
+        let letters = candidate.chars().count();
         // A third of the letters may be wrong: "apii" is api, "foo" is not web.
-        .filter(|(distance, candidate)| {
-            let letters = candidate.chars().count();
-            *distance <= letters.max(3) / 3 && *distance < letters
-        })
-        .min()
-        .map(|(_, candidate)| candidate)
+        if distance <= letters.max(3) / 3 && distance < letters {
+            return Some((0, distance, candidate));
+        }
+        let begins =
+            |whole: &str, part: &str| part.len() >= BEGINNING_MIN && whole.starts_with(part);
+        (begins(&lower, &other) || begins(&other, &lower)).then_some((1, distance, candidate))
+    };
+    candidates.into_iter().filter_map(rank).min().map(|(_, _, candidate)| candidate)
 }
 
 /// Returns `a, b, c`, shortened beyond 12 items.

@@ -6,6 +6,7 @@
 //! are [`Section`] and [`Field`]; they know nothing of the language's keys.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -218,7 +219,8 @@ pub(crate) fn parse(text: &str, file: u16) -> Result<Node, (Position, String)> {
             max_depth: DEPTH_MAX,
             max_documents: 1,
         },
-        duplicate_keys: DuplicateKeyPolicy::Error,
+        // Told by `once`, which names both places and goes on.
+        duplicate_keys: DuplicateKeyPolicy::PassThrough,
         strict_booleans: true,
         with_snippet: false,
     };
@@ -237,6 +239,36 @@ pub(crate) fn parse(text: &str, file: u16) -> Result<Node, (Position, String)> {
     }
 }
 
+/// Tells keys that stand twice in a mapping, and leaves the first.
+pub(crate) fn once(node: &mut Node, path: &str, sink: &mut Sink) {
+    match &mut node.value {
+        Value::List(items) => {
+            for (index, item) in items.iter_mut().enumerate() {
+                once(item, &format!("{path}[{index}]"), sink);
+            }
+        }
+        Value::Map(entries) => {
+            let mut first: HashMap<String, Position> = HashMap::new();
+            entries.retain_mut(|entry| {
+                let path = join(path, &entry.key);
+                if let Some(first) = first.get(&entry.key) {
+                    let message = format!(
+                        "the key \"{}\" stands twice in one mapping, first at {} (accepted: once)",
+                        entry.key,
+                        sink.place(*first)
+                    );
+                    sink.push(entry.key_position, &path, message);
+                    return false;
+                }
+                first.insert(entry.key.clone(), entry.key_position);
+                once(&mut entry.node, &path, sink);
+                true
+            });
+        }
+        Value::Null | Value::Faulty | Value::Scalar(_) => {}
+    }
+}
+
 /// Our words where the crate's speak to programmers; its own texts end in the place, which stands
 /// in front of ours.
 fn message(error: &serde_saphyr::Error) -> String {
@@ -250,12 +282,6 @@ fn message(error: &serde_saphyr::Error) -> String {
         _ => text,
     };
     match error {
-        serde_saphyr::Error::DuplicateMappingKey { key: Some(key), .. } => {
-            format!("the key \"{key}\" stands twice in one mapping")
-        }
-        serde_saphyr::Error::DuplicateMappingKey { key: None, .. } => {
-            "a key stands twice in one mapping".to_owned()
-        }
         serde_saphyr::Error::MultipleDocuments { .. }
         | serde_saphyr::Error::Budget { breach: BudgetBreach::Documents { .. }, .. } => {
             "a second document begins here (accepted: one)".to_owned()
@@ -477,6 +503,11 @@ impl<'a> Field<'a> {
         self.sink.borrow_mut().warn(self.node.position, &self.path, message.into());
     }
 
+    /// Returns whether an error at `path`, or below it, was told.
+    pub(crate) fn is_told(&self, path: &str) -> bool {
+        self.sink.borrow().has_errors_at(path)
+    }
+
     /// Returns its place for people: `sidecar.yaml:14:9`.
     pub(crate) fn place(&self) -> String {
         self.sink.borrow().place(self.node.position)
@@ -686,12 +717,29 @@ impl<'a> Field<'a> {
     }
 }
 
+/// Leaves of the message about a hidden value what is accepted: the rest may hold parts of it.
 fn mask(scalar: &Scalar, message: String) -> String {
-    if scalar.hidden && !scalar.text.is_empty() {
-        message.replace(&scalar.text, "***")
-    } else {
-        message
+    if !scalar.hidden {
+        return message;
     }
+    let accepted = [" (accepted: ", " (declared: "]
+        .iter()
+        .filter_map(|start| message.find(start))
+        .min()
+        .and_then(|start| {
+            let mut depth = 0_usize;
+            let end = message[start..].char_indices().find_map(|(at, c)| {
+                match c {
+                    '(' => depth += 1,
+                    ')' => depth = depth.saturating_sub(1),
+                    _ => {}
+                }
+                (c == ')' && depth == 0).then_some(start + at + 1)
+            })?;
+            message.get(start..end)
+        })
+        .filter(|accepted| scalar.text.is_empty() || !accepted.contains(&scalar.text));
+    format!("\"***\" is not accepted{}", accepted.unwrap_or_default())
 }
 
 fn join(path: &str, key: &str) -> String {

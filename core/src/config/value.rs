@@ -294,7 +294,8 @@ pub(crate) fn path_prefix(text: &str) -> Result<Arc<str>, String> {
         text.chars().find(|c| matches!(c, '?' | '#') || c.is_whitespace() || c.is_control())
     {
         return Err(format!(
-            "\"{text}\" is not a path prefix: it holds {bad:?}, which no path does"
+            "\"{text}\" is not a path prefix: it holds {bad:?}, which no path does (accepted: text that \
+             begins with '/', as in /api)"
         ));
     }
     Ok(text.trim_end_matches('/').into())

@@ -142,3 +142,52 @@ fn version_and_help_are_told() {
         assert!(text(&output).contains(word), "{}", text(&output));
     }
 }
+
+#[test]
+fn all_that_is_wrong_is_told_at_once() {
+    let mut setup = setup();
+    setup.http_config = "{ idle_timout: 5s }".to_owned();
+    let yaml = setup
+        .both()
+        .replace("relay:", "relay:\n  threads: many")
+        .replace("level: debug", "level: \"${NOT_SET_ANYWHERE}\"");
+    for command in ["check", "run"] {
+        let text = text(&run(command, &yaml));
+        let place = |what: &str| {
+            text.find(what).unwrap_or_else(|| panic!("{command}: {what} is told: {text}"))
+        };
+        // The file's own faults, what a plugin refuses, and what the environment lacks.
+        let places = [
+            place("relay.threads: \"many\" is not accepted"),
+            place("idle_timout"),
+            place("NOT_SET_ANYWHERE is not set"),
+        ];
+        assert_eq!(text.matches("sidecar.yaml:").count(), places.len(), "{command}: {text}");
+    }
+}
+
+#[test]
+fn a_directory_of_plugins_that_is_missing_is_told_once() {
+    let yaml = "version: 1\nrelay: {}\nplugins:\n  directory: nowhere\n  libraries:\n    - { name: a, \
+                library: a.so }\n    - { name: b, library: b.so }\n";
+    let text = text(&run("check", yaml));
+    assert!(text.contains("sidecar.yaml:4:14: plugins.directory: no such directory: /"), "{text}");
+    assert_eq!(text.matches("no such").count(), 1, "{text}");
+}
+
+#[test]
+fn check_takes_a_directory_of_files() {
+    let directory = tempfile::tempdir().unwrap();
+    let both = setup().both();
+    let (base, routes) = both.split_once("routes:").expect("the setup has routes");
+    let check = |routes: &str| {
+        fs::write(directory.path().join("10-base.yaml"), base).unwrap();
+        fs::write(directory.path().join("20-routes.yaml"), routes).unwrap();
+        Command::new(program()).arg("check").arg(directory.path()).output().unwrap()
+    };
+    let output = check(&format!("routes:{routes}"));
+    assert!(output.status.success(), "{}", text(&output));
+    let output = check("routes: [{ subdomain: a, tunnel: nowhere }]\n");
+    assert!(!output.status.success());
+    assert!(text(&output).contains("20-routes.yaml:1:34: routes[0].tunnel"), "{}", text(&output));
+}

@@ -246,8 +246,11 @@ fn field_value(text: &str) -> Result<HeaderValue, String> {
     if text.trim_matches([' ', '\t']).len() < text.len() {
         return Err(bad(&format!("\"{text}\" begins or ends with white space")));
     }
-    HeaderValue::from_str(text)
-        .map_err(|_| bad(&format!("{text:?} holds what a field's value does not")))
+    // The crate takes more than it gives back as text.
+    Some(text)
+        .filter(|text| text.bytes().all(|byte| byte == b'\t' || matches!(byte, b' '..=b'~')))
+        .and_then(|text| HeaderValue::from_str(text).ok())
+        .ok_or_else(|| bad(&format!("{text:?} holds what a field's value does not")))
 }
 
 fn rewrite(field: &Field<'_>) -> Option<Rewrite> {

@@ -4,19 +4,17 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::policies::policies;
-use super::{ROUTE_KEYS, SHARE_KEYS, at, block, refer};
-use crate::config::error::list;
+use super::{ROUTE_KEYS, SHARE_KEYS, block, refer};
 use crate::config::policy::Policies;
 use crate::config::raw::{Field, Section};
 use crate::config::substitute::Files;
-use crate::config::{Config, Match, MatchSpec, Relay, Route, Share, value};
-use crate::router::RouteTable;
+use crate::config::{HostMatch, Match, MatchSpec, Route, Share, value};
 
 /// Most tunnels that a route's exchanges are split between.
-const SHARES_MAX: usize = 16;
+pub(crate) const SHARES_MAX: usize = 16;
 
 /// Largest weight; the sum of all stays far from a 32-bit number's end.
-const WEIGHT_MAX: u32 = 10_000;
+pub(crate) const WEIGHT_MAX: u32 = 10_000;
 
 /// What a route's references are checked against; `None`: not known in this process.
 pub(super) struct Known<'a> {
@@ -154,9 +152,10 @@ fn shares(field: &Field<'_>, known: &Known<'_>) -> Option<Vec<Share>> {
 fn pointless(policies: &Policies, matches: &Match) -> Option<String> {
     let redirect = policies.redirect.as_ref()?;
     let (None, Some(path_prefix)) = (&redirect.scheme, &redirect.path_prefix) else { return None };
-    let same_host = redirect.host.as_ref().is_none_or(
-        |host| matches!(&matches.host, crate::config::HostMatch::Exact(exact) if exact == host),
-    );
+    let same_host = redirect
+        .host
+        .as_ref()
+        .is_none_or(|host| matches!(&matches.host, HostMatch::Exact(exact) if exact == host));
     let taken = path_prefix
         .strip_prefix(&*matches.path_prefix)
         .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
@@ -165,65 +164,4 @@ fn pointless(policies: &Policies, matches: &Match) -> Option<String> {
          that the route does not take)"
             .to_owned()
     })
-}
-
-/// Tells routes that take the same exchanges.
-///
-/// Returns whether there are none.
-pub(super) fn ambiguous(
-    field: &Field<'_>,
-    routes: &[(usize, Route)],
-    relay: Option<&Relay>,
-) -> bool {
-    let placeholder = [Arc::from("localhost")];
-    let base_domains = relay.map_or(placeholder.as_slice(), |relay| &relay.base_domains);
-    let arcs: Vec<Arc<Route>> = routes.iter().map(|(_, route)| Arc::new(route.clone())).collect();
-    let Err(ambiguity) = RouteTable::build(&arcs, base_domains) else { return true };
-    let index = |route: &Arc<Route>| {
-        arcs.iter().position(|other| Arc::ptr_eq(other, route)).map_or(0, |at| routes[at].0)
-    };
-    for (first, second) in &ambiguity.pairs {
-        let (first_index, second_index) = (index(first), index(second));
-        let Some(place) = field.item(second_index) else { continue };
-        place.fail(format!(
-            "route \"{}\" takes the same exchanges as \"{}\", {}[{first_index}]{} (accepted: another \
-             host, path_prefix, listener or protocol_type)",
-            second.name,
-            first.name,
-            field.path(),
-            at(field, first_index),
-        ));
-    }
-    false
-}
-
-/// Tells routes that no exchange can take, because of what they point at.
-pub(super) fn unreachable(field: &Field<'_>, routes: &[(usize, Route)], config: &Config) {
-    for (index, route) in routes {
-        let Some(place) = field.item(*index) else { continue };
-        let Some(wanted) = &route.matches.protocol_type else { continue };
-        let tunnel = route.tunnels.first().and_then(|share| config.tunnel(&share.tunnel));
-        if let Some(tunnel) = tunnel.filter(|tunnel| !tunnel.carries(wanted)) {
-            let carried = tunnel.protocols.iter().flatten().map(AsRef::as_ref);
-            place.child("protocol_type").unwrap_or(place).fail(format!(
-                "tunnel \"{}\" does not carry {wanted} (accepted: {})",
-                tunnel.name,
-                list(carried)
-            ));
-            continue;
-        }
-        let listener = config
-            .relay
-            .iter()
-            .flat_map(|relay| &relay.listeners)
-            .find(|listener| Some(&listener.name) == route.matches.listener.as_ref());
-        if let Some(bound) = listener.and_then(|listener| listener.protocol_type())
-            && bound != wanted
-        {
-            place
-                .child("protocol_type")
-                .unwrap_or(place)
-                .fail(format!("the listener takes {bound} only (accepted: {bound})"));
-        }
-    }
 }
