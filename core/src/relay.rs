@@ -91,12 +91,6 @@ impl Sources {
         document.conflicts(others.map(|(_, other)| other))
     }
 
-    /// What is worth telling a sidecar of its document that is in force.
-    fn notes(&self, document: &Document) -> Vec<String> {
-        let others = self.documents.range(..document.session.epoch);
-        document.notes(&self.own, others.map(|(_, other)| other))
-    }
-
     /// Returns the routes of `document` that neither the file nor its sidecar's document before has.
     fn fresh_routes(&self, document: &Document) -> Vec<Arc<Route>> {
         let before = self.documents.get(&document.session.epoch);
@@ -107,6 +101,12 @@ impl Sources {
             .map(|route| &route.matches)
             .collect();
         document.routes.iter().filter(|route| !known.contains(&route.matches)).cloned().collect()
+    }
+
+    /// What is worth telling a sidecar of its document that is in force.
+    fn notes(&self, document: &Document) -> Vec<String> {
+        let others = self.documents.range(..document.session.epoch);
+        document.notes(&self.own, others.map(|(_, other)| other))
     }
 
     fn put_in_force(&mut self, mut document: Document) {
@@ -451,9 +451,9 @@ impl Relay {
             Ok(document) => {
                 let conflicts = sources.conflicts(&document);
                 if conflicts.is_empty() {
-                    notes = sources.notes(&document);
                     let fresh = sources.fresh_routes(&document);
                     public::tell(&fresh, &sources.base_domains, &self.listeners.addresses());
+                    notes = sources.notes(&document);
                     sources.put_in_force(document);
                     freed = sources.take_waiting();
                     self.reroute(&sources);

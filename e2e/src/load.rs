@@ -63,6 +63,12 @@ impl Load {
         self.answers.load(Ordering::SeqCst)
     }
 
+    /// Returns whether a request failed; [`Load::end`] says which.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.thread.is_finished()
+    }
+
     /// Waits until so many more were answered.
     pub fn goes_on(&self, count: u64) {
         let from = self.answers();

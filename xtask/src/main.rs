@@ -1,4 +1,4 @@
-//! Tasks behind the cargo aliases: `cargo demo`, `cargo test-all`, `cargo bench-e2e`.
+//! Tasks behind the cargo aliases: `cargo demo`, `cargo test-all`, `cargo bench-e2e`, `cargo soak`.
 //!
 //! Knows how the workspace is built and started; knows nothing of what the programs do.
 #![allow(clippy::print_stdout, reason = "a task talks to the person who started it")]
@@ -14,6 +14,7 @@ tasks of this workspace:
   cargo demo              build in release mode, start relay, sidecar and a demo service
   cargo test-all [ARGS]   prepare what tests need and run all of them; ARGS go to `cargo test`
   cargo bench-e2e [ARGS]  head-to-head with nginx and haproxy; ARGS go to bench/run.py
+  cargo soak [RELOADS]    that many reloads under load (1000), on a release build; says what came of it
 ";
 
 fn main() -> ExitCode {
@@ -24,6 +25,7 @@ fn main() -> ExitCode {
         Some("demo") => demo::run(),
         Some("test") => test::run(&rest),
         Some("bench") => workspace::bench(&rest),
+        Some("soak") => workspace::soak(&rest),
         _ => {
             eprint!("{USAGE}");
             return ExitCode::from(2);

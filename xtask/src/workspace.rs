@@ -63,6 +63,26 @@ pub(crate) fn has_program(name: &str) -> bool {
     std::env::split_paths(&path).any(|directory| directory.join(name).is_file())
 }
 
+/// Reloads of a soak where its caller says no number.
+const SOAK_RELOADS: u64 = 1000;
+
+/// Reloads a release build under load, as often as the first argument says.
+pub(crate) fn soak(arguments: &[String]) -> Result<()> {
+    let reloads = match arguments {
+        [] => SOAK_RELOADS,
+        [count] => count.parse().with_context(|| format!("{count} is no number of reloads"))?,
+        _ => bail!("one argument at most: the number of reloads"),
+    };
+    build("release", PROGRAM_PACKAGES)?;
+    let mut command = cargo();
+    command
+        .args(["test", "--quiet", "--package", "sidelane-e2e", "--test", "it", "--"])
+        .args(["--exact", "--nocapture", "reload_soak::reloads_under_load_lose_and_leak_nothing"])
+        .env("SIDELANE_BUILD_DIR", target().join("release"))
+        .env("SIDELANE_SOAK_RELOADS", reloads.to_string());
+    run(&mut command)
+}
+
 /// Runs the head-to-head of bench/ on a release build.
 pub(crate) fn bench(arguments: &[String]) -> Result<()> {
     let mut packages = PROGRAM_PACKAGES.to_vec();

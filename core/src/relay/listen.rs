@@ -20,7 +20,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::Relay;
-use super::listeners::{Listener, Settings};
+use super::listeners::{Listener, Open, Settings};
 use super::open::RelayOpener;
 use super::policy::watch_stream;
 use super::proxy_header;
@@ -85,18 +85,14 @@ pub fn bind(address: SocketAddr, count: usize) -> io::Result<Vec<std::net::TcpLi
 
 /// Accepts clients on this thread, the relay's `own`, until the listener stops; those that the kernel
 /// has let in by then are served still.
-pub(super) async fn accept(
-    relay: Arc<Relay>,
-    listener: Arc<Listener>,
-    socket: TcpListener,
-    own: usize,
-) {
-    let mut stopping = listener.stopping();
+pub(super) async fn accept(relay: Arc<Relay>, open: Arc<Open>, socket: TcpListener, own: usize) {
+    let listener = Arc::clone(open.listener());
+    let mut closing = listener.closing();
     loop {
         let accepted = tokio::select! {
             accepted = socket.accept() => accepted,
-            // An error means that the listener is gone: it stops too.
-            _ = stopping.wait_for(|stopping| *stopping) => break,
+            // An error means that the listener is gone, which is the same.
+            _ = closing.wait_for(|closing| *closing) => break,
         };
         match accepted {
             Ok((stream, peer)) => admit(&relay, &listener, stream, peer, own),
@@ -108,14 +104,19 @@ pub(super) async fn accept(
         }
     }
     let Ok(socket) = socket.into_std() else { return };
-    // Ends, since nothing is waited for: with the last that is there, or with a lack of descriptors.
-    while let Ok((stream, peer)) = socket.accept() {
+    // As many as may have waited; those that come meanwhile are refused with the socket.
+    for _ in 0..BACKLOG {
+        // Nobody is waited for.
+        let Ok((stream, peer)) = socket.accept() else { break };
         let stream = stream.set_nonblocking(true).and_then(|()| TcpStream::from_std(stream));
         match stream {
             Ok(stream) => admit(&relay, &listener, stream, peer, own),
             Err(error) => tracing::debug!(%peer, %error, "client lost while its listener closed"),
         }
     }
+    drop(socket);
+    // With the last one connections are asked to end.
+    drop(open);
 }
 
 /// Gives a connection its place, and begins to serve it on its thread.
@@ -352,9 +353,9 @@ impl Client {
         }
         let record = Arc::new(relay.metrics.exchange("relay", plugin.name()));
         let opener = RelayOpener::new(Arc::clone(relay), meta.clone(), Arc::clone(&record));
-        let opener = opener.by_host(host);
         let held = opener.held();
-        let end = watch_stream(plugin.accept_stream(meta, stream, opener), held).await;
+        let call = plugin.accept_stream(meta, stream, opener.by_host(host));
+        let end = watch_stream(call, held).await;
         record.end(end.code);
     }
 }

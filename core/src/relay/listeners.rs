@@ -63,7 +63,10 @@ pub(super) struct Listener {
     config: ArcSwap<config::Listener>,
     /// Where it listens: as configured but for port 0.
     local: SocketAddr,
-    /// Nobody is accepted any more, and connections end with what runs on them.
+    /// Nobody is to be accepted any more.
+    closing: watch::Sender<bool>,
+    /// All sockets are closed, and connections end with what runs on them: not before, since a client
+    /// that is told so comes back at once, and would meet a socket that is about to close.
     stopping: watch::Sender<bool>,
 }
 
@@ -73,9 +76,30 @@ impl Listener {
         self.config.load_full()
     }
 
-    /// Turns true where the listener goes.
+    /// Turns true where accepting shall end.
+    pub(super) fn closing(&self) -> watch::Receiver<bool> {
+        self.closing.subscribe()
+    }
+
+    /// Turns true where connections shall end.
     pub(super) fn stopping(&self) -> watch::Receiver<bool> {
         self.stopping.subscribe()
+    }
+}
+
+/// The sockets of a listener that are open: with the last of them its connections are asked to end.
+#[derive(Debug)]
+pub(super) struct Open(Arc<Listener>);
+
+impl Open {
+    pub(super) fn listener(&self) -> &Arc<Listener> {
+        &self.0
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.stopping.send_replace(true);
     }
 }
 
@@ -188,6 +212,7 @@ impl Listeners {
                     let listener = Arc::new(Listener {
                         config: ArcSwap::new(Arc::clone(config)),
                         local: sockets[0].local_addr().map_err(failed)?,
+                        closing: watch::Sender::new(false),
                         stopping: watch::Sender::new(false),
                     });
                     prepared.fresh.push((Arc::clone(&listener), sockets));
@@ -209,11 +234,12 @@ impl Listeners {
             relay.metrics.listener(&config.name);
         }
         for (listener, sockets) in fresh {
+            let open = Arc::new(Open(listener));
             for (thread, socket) in sockets.into_iter().enumerate() {
-                let (relay, listener) = (Arc::clone(relay), Arc::clone(&listener));
+                let (relay, open) = (Arc::clone(relay), Arc::clone(&open));
                 let started = self.shards()[thread].spawn(async move {
                     match TcpListener::from_std(socket) {
-                        Ok(socket) => accept(relay, listener, socket, thread).await,
+                        Ok(socket) => accept(relay, open, socket, thread).await,
                         Err(error) => tracing::error!(%error, "a listener is lost"),
                     }
                 });
@@ -231,7 +257,7 @@ impl Listeners {
                     listener = &*old.config().name, address = %old.local,
                     "listener closes; its connections end with what runs on them"
                 );
-                old.stopping.send_replace(true);
+                old.closing.send_replace(true);
             }
         }
     }
@@ -239,7 +265,7 @@ impl Listeners {
     /// Stops all: the relay shuts down.
     pub(super) fn stop(&self) {
         for listener in self.lock().iter() {
-            listener.stopping.send_replace(true);
+            listener.closing.send_replace(true);
         }
     }
 

@@ -87,6 +87,11 @@ impl RelayOpener {
         Self { relay, meta: Some(meta), record, routed, wait: None, host: None }
     }
 
+    /// Returns the same, which routes what has no host of its own by this one.
+    pub(super) fn by_host(self, host: Option<Arc<str>>) -> Self {
+        Self { host, ..self }
+    }
+
     /// Returns the opener of an HTTP-born exchange for this route, and the route's policies.
     pub(super) fn routed(
         relay: Arc<Relay>,
@@ -105,11 +110,6 @@ impl RelayOpener {
             Routed::ByKey(held, _) => Arc::clone(held),
             Routed::Before(..) => Arc::default(),
         }
-    }
-
-    /// Returns the same, which routes what has no host of its own by this one.
-    pub(super) fn by_host(self, host: Option<Arc<str>>) -> Self {
-        Self { host, ..self }
     }
 
     fn open(&mut self, key: RouteKey<'_>) -> Result<Opened<SendHalf, RecvHalf>, Failure> {

@@ -115,6 +115,24 @@ fn trusted_proxy_names_the_client_and_its_scheme() {
 }
 
 #[test]
+fn address_lists_go_by_the_client_that_a_proxy_names() {
+    let service = Service::ok();
+    let setup = Setup::of(service.address());
+    let yaml = setup
+        .both()
+        .replace("  base_domains:", "  trusted_proxies: [127.0.0.1]\n  base_domains:")
+        .replace("tunnel: api }", "tunnel: api, addresses: { allow: [192.0.2.0/24] } }");
+    let sidelane = Sidelane::start("sidelane", &yaml);
+    let status = |fields: &str| {
+        let text = format!("GET / HTTP/1.1\r\nHost: api.localhost\r\n{fields}\r\n");
+        request(sidelane.web(), "GET", text).head.status
+    };
+    assert_eq!(status("X-Forwarded-For: 192.0.2.1\r\n"), 200);
+    assert_eq!(status("X-Forwarded-For: 192.0.2.1, 198.51.100.7\r\n"), 403);
+    assert_eq!(status(""), 403);
+}
+
+#[test]
 fn stranger_cannot_name_another_client() {
     let service = Service::ok();
     let relay = "  trusted_proxies: [10.0.0.0/8]\n";

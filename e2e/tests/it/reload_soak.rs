@@ -79,6 +79,9 @@ fn reloads_under_load_lose_and_leak_nothing() {
     ];
     let mut before = (0, 0);
     for n in 1..=WARM_UP + reloads {
+        if loads.iter().any(Load::has_failed) {
+            break;
+        }
         loads.iter().for_each(|load| load.goes_on(ANSWERS_BETWEEN));
         sidelane.rewrite(&edition(&setup, n));
         let (status, said) = sidelane.reload();
@@ -95,7 +98,7 @@ fn reloads_under_load_lose_and_leak_nothing() {
     let bad = sidelane.metric("sidelane_config_reloads_total", &["result=\"failure\""]);
     let generations = sidelane.metric("sidelane_plugin_generations", &[]);
     println!(
-        "soak: {} exchanges, {reloads} reloads (after {WARM_UP} to warm up), 0 errors; \
+        "soak: {} exchanges in all, {reloads} reloads (after {WARM_UP} to warm up), 0 errors; \
          descriptors {} before, {} after; resident {} KiB before, {} KiB after; \
          plugin generations {}",
         answers.iter().sum::<u64>(),
