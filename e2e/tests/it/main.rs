@@ -16,6 +16,7 @@ mod pool;
 mod refused;
 mod reload;
 mod residue;
+mod service;
 mod service_double;
 mod shutdown;
 mod start;

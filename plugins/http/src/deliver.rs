@@ -26,7 +26,7 @@ use sidelane_plugin::{
 
 use sidelane_http_born::body::{self, BODY_BYTES_MAX, FIELD_TRAILERS, data_message};
 use sidelane_http_born::fields::{self, Kind, Nominated};
-use sidelane_http_born::forwarded;
+use sidelane_http_born::forwarded::{self, Seen};
 use sidelane_http_born::retry::{self, Backoff};
 use sidelane_http_born::wire::FieldsSize;
 
@@ -323,9 +323,14 @@ impl<'a> Delivery<'a> {
         let authority = self.value(head.authority)?;
         headers.insert(HOST, authority.clone());
         let nominated = Nominated::scan(head.headers.iter());
+        let seen = Seen::of(self.meta);
         let mut te = false;
         for (name, value) in head.headers.iter() {
-            match fields::kind(name) {
+            let kind = match fields::kind(name) {
+                Kind::Forwarded if seen.passes_forwarded() => Kind::EndToEnd,
+                kind => kind,
+            };
+            match kind {
                 Kind::EndToEnd if !nominated.contains(name) => {
                     let name = HeaderName::from_bytes(name).map_err(|_| {
                         Failed::new(failure::BAD_REQUEST, "a field's name is invalid")
@@ -354,7 +359,7 @@ impl<'a> Delivery<'a> {
             // hyper takes a body of unknown length for none where the method usually has none.
             headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
         }
-        forwarded::write(&mut headers, self.meta.client_address(), self.meta.scheme(), &authority);
+        forwarded::write(&mut headers, seen, &authority);
         forwarded::add_via(&mut headers, head.version);
         Ok(headers)
     }
