@@ -16,6 +16,7 @@ use http::{Method, Request, Uri, Version};
 use sidelane_http_born::body::{self, BODY_BYTES_MAX, FIELD_TRAILERS, data_message};
 use sidelane_http_born::fields::{self, Kind};
 use sidelane_http_born::forwarded::{self, Seen};
+use sidelane_http_born::h2_pool::{Place, PoolError, Ticket, User};
 use sidelane_http_born::retry::{self, Backoff};
 use sidelane_http_born::wire::{Field, FieldsSize};
 use sidelane_plugin::{
@@ -30,7 +31,6 @@ use crate::limits::{Limit, Limits, parse_timeout};
 use crate::payload::{
     self, FIELD_REQUEST, FIELD_REQUEST_BATCH, HEAD_BYTES_MAX, RequestChunk, Trailers,
 };
-use crate::pool::{Place, PoolError, Ticket, User};
 use crate::splitter::{Incoming, Outgoing, Piece, SplitError};
 use crate::status::{self, h2_code};
 
