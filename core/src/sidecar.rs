@@ -55,11 +55,11 @@ const LANE_ENDS_MAX: usize = 64;
 /// Longest time that is taken from a relay: a week. Clocks do not overflow by it.
 const TIMEOUT_MAX: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
-/// Most times that one exchange is sent again, whatever a relay says.
+/// Most times that one exchange is sent again, whatever a relay says: as a file.
 const ATTEMPTS_MAX: u32 = 10;
 
-/// Most retries per second that a route's budget allows in any case, whatever a relay says.
-const RETRIES_PER_SECOND_MAX: u32 = 100_000;
+/// Most retries per second that a route's budget allows in any case, whatever a relay says: as a file.
+const RETRIES_PER_SECOND_MAX: u32 = 10_000;
 
 /// What the sidecar works with; replaced as a whole by a reload.
 pub struct Settings {

@@ -105,18 +105,26 @@ fn refused_announcement_comes_into_force_when_its_rival_is_gone() {
     let first = Sidelane::start("first", &older.sidecar(relay.tunnel()));
     let ask = || request(relay.web(), "GET", get("/"));
     wait::until("the older to serve", || (ask().head.status == 200).then_some(()));
-    let second = Sidelane::start("second", &newer.sidecar(relay.tunnel()));
+    let second = Sidelane::spawn("second", &newer.sidecar(relay.tunnel()));
     wait::until("the newer to be refused", || {
         let page = second.admin_page("/tunnels");
         let refused = page["relays"][0]["announcement_refused"].as_array()?;
         (!refused.is_empty()).then_some(())
     });
+    let unready = second.get(second.health(), "/ready");
+    assert_eq!(unready.head.status, 503);
+    let reasons = String::from_utf8_lossy(&unready.body).into_owned();
+    assert!(reasons.contains("every relay refuses what this sidecar announces"), "{reasons}");
+    assert_eq!(second.metric("sidelane_announcement_refused", &[]), Some(1.0));
+    assert!(second.log().contains("the relay serves nothing of this sidecar"));
     first.kill();
     wait::until("the newer to serve", || (ask().head.status == 200).then_some(()));
     wait::until("the newer to know", || {
         let page = second.admin_page("/tunnels");
         page["relays"][0]["announcement_accepted"].as_u64()
     });
+    second.until_ready();
+    assert_eq!(second.metric("sidelane_announcement_refused", &[]), Some(0.0));
 }
 
 /// Clients that do not read fill what may be queued; new ones are turned away until they are gone.

@@ -22,6 +22,7 @@ mod reload_files;
 mod reload_listeners;
 mod reload_soak;
 mod residue;
+mod service;
 mod service_double;
 mod shutdown;
 mod start;

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Deserializer, de};
 use serde_json::Value;
 use sidelane_http_born::config::{duration, parse_size};
+use sidelane_http_born::h2_pool::PoolConfig;
 use sidelane_plugin::ConfigError;
 
 /// Most methods that [`Config::methods_max`] may name: with a dozen series each they stay near what a
@@ -73,6 +74,16 @@ impl Default for Config {
 }
 
 impl Config {
+    /// What the pool of connections goes by.
+    pub(crate) const fn pool(&self) -> PoolConfig {
+        PoolConfig {
+            idle_timeout: self.idle_timeout,
+            connections_max: self.connections_max,
+            keepalive_interval: self.keepalive_interval,
+            keepalive_timeout: self.keepalive_timeout,
+        }
+    }
+
     /// Checks what types cannot say: the path of the key at fault, and why.
     pub(crate) fn validate(&self) -> Result<(), (&'static str, String)> {
         if self.connections_max == 0 {

@@ -15,7 +15,8 @@ use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{Method, Request, Uri, Version};
 use sidelane_http_born::body::{self, BODY_BYTES_MAX, FIELD_TRAILERS, data_message};
 use sidelane_http_born::fields::{self, Kind};
-use sidelane_http_born::forwarded;
+use sidelane_http_born::forwarded::{self, Seen};
+use sidelane_http_born::h2_pool::{Place, PoolError, Ticket, User};
 use sidelane_http_born::retry::{self, Backoff};
 use sidelane_http_born::wire::{Field, FieldsSize};
 use sidelane_plugin::{
@@ -30,7 +31,6 @@ use crate::limits::{Limit, Limits, parse_timeout};
 use crate::payload::{
     self, FIELD_REQUEST, FIELD_REQUEST_BATCH, HEAD_BYTES_MAX, RequestChunk, Trailers,
 };
-use crate::pool::{Place, PoolError, Ticket, User};
 use crate::splitter::{Incoming, Outgoing, Piece, SplitError};
 use crate::status::{self, h2_code};
 
@@ -331,9 +331,11 @@ fn request(
             .ok_or_else(|| invalid("the path"))?,
     );
     let mut headers = HeaderMap::with_capacity(chunk.metadata.count + FIELDS_ADDED);
+    let seen = Seen::of(meta);
     for (name, bytes) in chunk.metadata.iter() {
         let passes = match fields::kind(name) {
             Kind::EndToEnd => true,
+            Kind::Forwarded => seen.passes_forwarded(),
             Kind::Te => fields::te_trailers(bytes),
             _ => false,
         };
@@ -342,7 +344,7 @@ fn request(
             headers.append(name, value(payload, bytes)?);
         }
     }
-    forwarded::write(&mut headers, meta.client_address(), meta.scheme(), &authority);
+    forwarded::write(&mut headers, seen, &authority);
     forwarded::add_via(&mut headers, 20);
     let mut request = Request::new(());
     *request.method_mut() = Method::POST;

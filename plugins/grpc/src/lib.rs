@@ -13,12 +13,12 @@ mod inflow;
 mod limits;
 mod metrics;
 mod payload;
-mod pool;
 pub mod splitter;
 mod status;
 
 use std::sync::Arc;
 
+use sidelane_http_born::h2_pool::Pool;
 use sidelane_plugin::{
     Born, Claim, ConfigError, Error, Exchange, Failure, Host, Instant, Opener, Protocol, Request,
     RequestHead, Responder, Service,
@@ -28,7 +28,6 @@ pub use crate::config::Config;
 use crate::config::{Options, OptionsCache};
 use crate::limits::Drain;
 use crate::metrics::Metrics;
-use crate::pool::Pool;
 
 /// What all RPCs of an instance share.
 #[derive(Debug)]
@@ -57,7 +56,7 @@ impl Protocol for Grpc {
             drain: Drain::default(),
             metrics: Metrics::new(host, config.methods_max),
             options: OptionsCache::default(),
-            pool: Arc::new(Pool::new(config, host)),
+            pool: Arc::new(Pool::new(config.pool(), host, "grpc", "grpc_rpcs_retried_total")),
         };
         Ok(Self { shared })
     }

@@ -217,6 +217,7 @@ mod tests {
                 "internal 500",
                 "unsupported 501",
                 "client-timeout 408",
+                "unauthorized 401",
             ]
         );
     }

@@ -21,7 +21,8 @@ pub enum Kind {
     Host,
     /// `expect`: `100-continue` travels as a flag.
     Expect,
-    /// `forwarded` and every `x-forwarded-*`: written over by the sidecar's end.
+    /// `forwarded` and every `x-forwarded-*`: written over by the sidecar's end, but where a trusted
+    /// proxy wrote them.
     Forwarded,
 }
 

@@ -1,16 +1,93 @@
 //! What the service is told of the client: `X-Forwarded-For`, `-Proto`, `-Host`, `Forwarded`
 //! (RFC 7239) and `Via` (RFC 9110 §7.6.3). The values name the client as the relay saw it; what the
-//! client wrote there itself does not pass.
+//! client wrote there itself does not pass, but where it is a proxy that the relay trusts: then this
+//! end adds that proxy's address, as proxies do.
 
 use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue, VIA};
+use sidelane_plugin::Meta;
 
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
-/// Adds the fields to `headers`. `client_address` is `192.0.2.1:4711` or `[2001:db8::1]:4711`, or
-/// empty where it is not known; `authority` is the `Host` that the client asked for.
-pub fn write(headers: &mut HeaderMap, client_address: &str, scheme: &str, authority: &HeaderValue) {
+/// Whose request it is, as the relay knows. Addresses are `192.0.2.1:4711` or `[2001:db8::1]:4711`, or
+/// empty where they are not known.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen<'a> {
+    /// The client.
+    pub client_address: &'a str,
+    /// `http` or `https`, as the request came to the relay.
+    pub scheme: &'a str,
+    /// It came from a proxy that the relay trusts: that proxy's own address.
+    pub trusted_proxy: Option<&'a str>,
+}
+
+impl<'a> Seen<'a> {
+    /// What the host says of an exchange.
+    #[must_use]
+    pub fn of(meta: &Meta<'a>) -> Self {
+        Self {
+            client_address: meta.client_address(),
+            scheme: meta.scheme(),
+            trusted_proxy: meta.is_trusted_proxy().then(|| meta.peer_address()),
+        }
+    }
+
+    /// Whether what came in `Forwarded` and `X-Forwarded-*` passes.
+    #[must_use]
+    pub const fn passes_forwarded(&self) -> bool {
+        self.trusted_proxy.is_some()
+    }
+}
+
+/// Adds the fields to `headers`, where those of a trusted proxy are already; `authority` is the `Host`
+/// that the client asked for.
+pub fn write(headers: &mut HeaderMap, seen: Seen<'_>, authority: &HeaderValue) {
+    match seen.trusted_proxy {
+        None => replace(headers, seen.client_address, seen.scheme, authority),
+        Some(proxy) => append(headers, seen, client_ip(proxy), authority),
+    }
+}
+
+/// Adds to what a proxy said: its own address, and what it left out.
+fn append(headers: &mut HeaderMap, seen: Seen<'_>, proxy: Option<&str>, authority: &HeaderValue) {
+    let client = client_ip(seen.client_address);
+    let hops = match joined(headers, &X_FORWARDED_FOR) {
+        Some(hops) => [Some(hops), proxy.map(|ip| ip.as_bytes().to_vec())],
+        None => [client.map(|ip| ip.as_bytes().to_vec()), None],
+    };
+    let hops = hops.into_iter().flatten().collect::<Vec<_>>().join(&b", "[..]);
+    if let Some(value) = HeaderValue::from_bytes(&hops).ok().filter(|_| !hops.is_empty()) {
+        headers.insert(X_FORWARDED_FOR, value);
+    }
+    let own = forwarded(proxy.or(client), seen.scheme, authority.as_bytes());
+    let mut elements = match joined(headers, &FORWARDED) {
+        Some(elements) => elements,
+        // The proxy says it otherwise; whoever reads this field is to find the client first.
+        None => forwarded(client, "", b""),
+    };
+    elements.extend_from_slice(b", ");
+    elements.extend_from_slice(&own);
+    if let Ok(value) = HeaderValue::from_maybe_shared(bytes::Bytes::from(elements)) {
+        headers.insert(FORWARDED, value);
+    }
+    if !headers.contains_key(X_FORWARDED_PROTO)
+        && let Ok(value) = HeaderValue::from_str(seen.scheme)
+        && !value.is_empty()
+    {
+        headers.insert(X_FORWARDED_PROTO, value);
+    }
+    headers.entry(X_FORWARDED_HOST).or_insert_with(|| authority.clone());
+}
+
+/// Returns a field's values as one list; `None`: there is none, or nothing in it.
+fn joined(headers: &HeaderMap, name: &HeaderName) -> Option<Vec<u8>> {
+    let values = headers.get_all(name).iter().map(HeaderValue::as_bytes);
+    let values: Vec<&[u8]> = values.filter(|value| !value.trim_ascii().is_empty()).collect();
+    (!values.is_empty()).then(|| values.join(&b", "[..]))
+}
+
+fn replace(headers: &mut HeaderMap, client_address: &str, scheme: &str, authority: &HeaderValue) {
     let client = client_ip(client_address);
     let forwarded = bytes::Bytes::from(forwarded(client, scheme, authority.as_bytes()));
     if let Some(value) = client.and_then(|ip| client_value(&forwarded, ip)) {
@@ -129,7 +206,8 @@ mod tests {
 
     fn check(address: &str, scheme: &str, authority: &str, expected: &[(&str, &str)]) {
         let mut headers = HeaderMap::new();
-        write(&mut headers, address, scheme, &HeaderValue::from_str(authority).unwrap());
+        let seen = Seen { client_address: address, scheme, trusted_proxy: None };
+        write(&mut headers, seen, &HeaderValue::from_str(authority).unwrap());
         let written: Vec<(&str, &str)> =
             headers.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
         assert_eq!(written, expected);
@@ -177,6 +255,79 @@ mod tests {
                 ("forwarded", "for=unknown;host=a;proto=http"),
             ],
         );
+    }
+
+    #[test]
+    fn a_trusted_proxys_word_is_added_to() {
+        const FOR: &str = "x-forwarded-for";
+        let own = [("x-forwarded-proto", "http"), ("x-forwarded-host", "api.test")];
+        for (proxy, came, expected) in [
+            (
+                "192.0.2.9:1",
+                &[
+                    (FOR, "198.51.100.1"),
+                    (FOR, "10.0.0.1, 10.0.0.2"),
+                    ("x-forwarded-proto", "https"),
+                    ("x-forwarded-host", "shop.test"),
+                    ("x-forwarded-port", "443"),
+                    ("forwarded", "for=198.51.100.1;proto=https"),
+                ][..],
+                vec![
+                    (FOR, "198.51.100.1, 10.0.0.1, 10.0.0.2, 192.0.2.9"),
+                    ("x-forwarded-proto", "https"),
+                    ("x-forwarded-host", "shop.test"),
+                    ("x-forwarded-port", "443"),
+                    (
+                        "forwarded",
+                        "for=198.51.100.1;proto=https, for=192.0.2.9;host=api.test;proto=http",
+                    ),
+                ],
+            ),
+            // Nothing was said: the client is the proxy itself, or named by the PROXY protocol.
+            (
+                "[2001:db8::9]:1",
+                &[],
+                vec![
+                    (FOR, "198.51.100.1"),
+                    (
+                        "forwarded",
+                        "for=198.51.100.1, for=\"[2001:db8::9]\";host=api.test;proto=http",
+                    ),
+                    own[0],
+                    own[1],
+                ],
+            ),
+            // The proxy's own address is not known.
+            (
+                "",
+                &[(FOR, "198.51.100.1")],
+                vec![
+                    (FOR, "198.51.100.1"),
+                    ("forwarded", "for=198.51.100.1, for=198.51.100.1;host=api.test;proto=http"),
+                    own[0],
+                    own[1],
+                ],
+            ),
+        ] {
+            let mut headers = HeaderMap::new();
+            for (name, value) in came {
+                headers.append(*name, HeaderValue::from_static(value));
+            }
+            let seen = Seen {
+                client_address: "198.51.100.1:4711",
+                scheme: "http",
+                trusted_proxy: Some(proxy),
+            };
+            write(&mut headers, seen, &HeaderValue::from_static("api.test"));
+            let mut written: Vec<(&str, &str)> = headers
+                .iter()
+                .map(|(name, value)| (name.as_str(), value.to_str().unwrap()))
+                .collect();
+            let mut expected = expected;
+            written.sort_unstable();
+            expected.sort_unstable();
+            assert_eq!(written, expected, "{proxy} {came:?}");
+        }
     }
 
     #[test]

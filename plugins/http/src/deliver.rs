@@ -26,7 +26,7 @@ use sidelane_plugin::{
 
 use sidelane_http_born::body::{self, BODY_BYTES_MAX, FIELD_TRAILERS, data_message};
 use sidelane_http_born::fields::{self, Kind, Nominated};
-use sidelane_http_born::forwarded;
+use sidelane_http_born::forwarded::{self, Seen};
 use sidelane_http_born::retry::{self, Backoff};
 use sidelane_http_born::wire::FieldsSize;
 
@@ -34,6 +34,8 @@ use crate::config::Config;
 use crate::payload::{self, FIELD_REQUEST, FIELD_RESPONSE, RequestPayload};
 use crate::pool::{Connecting, Connection, Deadline, Pool, PoolError};
 use crate::upload::{SharedSource, Upload};
+
+mod h2;
 
 /// How long what is left of a request is taken and thrown away after the service has answered and
 /// closed. A client that only reads once it has sent everything gets its answer; one that never ends
@@ -123,6 +125,8 @@ struct Delivery<'a> {
     body: Buf,
     /// The rest of the body; `None`: there is none.
     source: Option<SharedSource>,
+    /// Exact length of the body, where it is known and no trailers follow.
+    length: Option<u64>,
     method: Method,
     expects_continue: bool,
     dispatched: bool,
@@ -195,16 +199,8 @@ impl<'a> Delivery<'a> {
             length => length.map(|length| length - come),
         };
         let source = (!end).then(|| SharedSource::new(recv, left));
-        let upload = match &source {
-            None if body.is_empty() => Upload::Empty,
-            None => Upload::Whole(body.clone()),
-            Some(source) => Upload::Stream {
-                first: body.clone(),
-                source: source.clone(),
-                // Trailers need chunks (RFC 9112 §7.1.2), and chunks are without a length.
-                left: if announced { None } else { head.content_length },
-            },
-        };
+        // Trailers need chunks (RFC 9112 §7.1.2), and chunks are without a length.
+        let length = if announced { None } else { head.content_length };
         let method = Method::from_bytes(head.method.as_bytes())
             .ok()
             .filter(|method| *method != Method::CONNECT)
@@ -216,11 +212,12 @@ impl<'a> Delivery<'a> {
             payload,
             body,
             source,
+            length,
             method,
             expects_continue,
             dispatched: false,
         };
-        let request = delivery.request(&head, upload)?;
+        let request = delivery.request(&head, delivery.upload())?;
         Ok((delivery, request))
     }
 
@@ -233,6 +230,9 @@ impl<'a> Delivery<'a> {
         deadline: &mut Deadline,
     ) -> Result<(), Stop> {
         let settings = service.settings();
+        if settings.http_version == 2 {
+            return self.run_h2(pool, send, service, settings, request, deadline).await;
+        }
         let mut retry =
             Retry { service, allowed: settings.retries > 0, backoff: Backoff::default() };
         let mut kept = if settings.shared { pool.take(service) } else { None };
@@ -258,9 +258,10 @@ impl<'a> Delivery<'a> {
                     let (head, body) = response.into_parts();
                     // hyper would speak HTTP/1.0 on this connection from here on.
                     let keep = head.version == Version::HTTP_11;
-                    let mut download = self.download(connection, &head, body)?;
+                    let length = body.size_hint().exact();
+                    let mut download = self.download(&head, length, Owned { connection, body })?;
                     download.pass(send, &head, deadline).await?;
-                    let connection = download.connection;
+                    let connection = download.inflow.connection;
                     let parking = keep.then_some((service, &settings));
                     self.finish(pool, connection, send, parking, deadline).await;
                     return Ok(());
@@ -280,14 +281,22 @@ impl<'a> Delivery<'a> {
             }
             request = match back {
                 Some(request) => *request,
-                None => self.request(&decode(&self.payload)?, self.whole())?,
+                None => self.request(&decode(&self.payload)?, self.upload())?,
             };
         }
     }
 
-    /// The body where all of it is at hand.
-    fn whole(&self) -> Upload {
-        if self.body.is_empty() { Upload::Empty } else { Upload::Whole(self.body.clone()) }
+    /// The body from its beginning. What was taken of its later messages is gone.
+    fn upload(&self) -> Upload {
+        match &self.source {
+            None if self.body.is_empty() => Upload::Empty,
+            None => Upload::Whole(self.body.clone()),
+            Some(source) => Upload::Stream {
+                first: self.body.clone(),
+                source: source.clone(),
+                left: self.length,
+            },
+        }
     }
 
     /// Makes the request for the service.
@@ -323,9 +332,14 @@ impl<'a> Delivery<'a> {
         let authority = self.value(head.authority)?;
         headers.insert(HOST, authority.clone());
         let nominated = Nominated::scan(head.headers.iter());
+        let seen = Seen::of(self.meta);
         let mut te = false;
         for (name, value) in head.headers.iter() {
-            match fields::kind(name) {
+            let kind = match fields::kind(name) {
+                Kind::Forwarded if seen.passes_forwarded() => Kind::EndToEnd,
+                kind => kind,
+            };
+            match kind {
                 Kind::EndToEnd if !nominated.contains(name) => {
                     let name = HeaderName::from_bytes(name).map_err(|_| {
                         Failed::new(failure::BAD_REQUEST, "a field's name is invalid")
@@ -354,7 +368,7 @@ impl<'a> Delivery<'a> {
             // hyper takes a body of unknown length for none where the method usually has none.
             headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
         }
-        forwarded::write(&mut headers, self.meta.client_address(), self.meta.scheme(), &authority);
+        forwarded::write(&mut headers, seen, &authority);
         forwarded::add_via(&mut headers, head.version);
         Ok(headers)
     }
@@ -452,12 +466,12 @@ impl<'a> Delivery<'a> {
     }
 
     /// Checks the response's head.
-    fn download(
+    fn download<I: Inflow>(
         &self,
-        connection: Box<Connection>,
         head: &http::response::Parts,
-        body: Incoming,
-    ) -> Result<Download, Failed> {
+        length: Option<u64>,
+        inflow: I,
+    ) -> Result<Download<I>, Failed> {
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
             return Err(Failed::new(failure::SERVICE_INVALID, "the service switched protocols"));
         }
@@ -475,8 +489,8 @@ impl<'a> Delivery<'a> {
         }
         let bodiless = self.method == Method::HEAD
             || matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED);
-        let length = if bodiless { None } else { body.size_hint().exact() };
-        Ok(Download { connection, body, bodiless, length, peeked: None })
+        let length = length.filter(|_| !bodiless);
+        Ok(Download { inflow, bodiless, length, peeked: None })
     }
 
     /// Lets the request end after the response has.
@@ -587,10 +601,59 @@ impl Limits {
     }
 }
 
-/// A response on its way back.
-struct Download {
+/// Where a response's body comes from.
+trait Inflow {
+    /// Returns what is there next, having moved what goes on beside it.
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Item>;
+    /// Moves what goes on beside it: the request's body.
+    fn drive(&mut self, cx: &mut Context<'_>);
+}
+
+/// A body on a connection that carries nothing else.
+struct Owned {
     connection: Box<Connection>,
     body: Incoming,
+}
+
+impl Inflow for Owned {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Item> {
+        let mut driven = false;
+        loop {
+            if self.body.is_end_stream() {
+                return Poll::Ready(Item::End);
+            }
+            match Pin::new(&mut self.body).poll_frame(cx) {
+                Poll::Ready(None) => return Poll::Ready(Item::End),
+                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                    Ok(data) if data.is_empty() => {}
+                    Ok(data) => return Poll::Ready(Item::Data(data.into())),
+                    Err(frame) => {
+                        if let Ok(trailers) = frame.into_trailers() {
+                            return Poll::Ready(Item::Trailers(trailers));
+                        }
+                    }
+                },
+                Poll::Ready(Some(Err(error))) => {
+                    let text = format!("the service broke off its response: {error}");
+                    return Poll::Ready(Item::Failed(Failed::new(failure::SERVICE_RESET, text)));
+                }
+                Poll::Pending if driven => return Poll::Pending,
+                Poll::Pending => {
+                    driven = true;
+                    let _ = self.connection.poll_drive(cx);
+                }
+            }
+        }
+    }
+
+    fn drive(&mut self, cx: &mut Context<'_>) {
+        let _ = self.connection.poll_drive(cx);
+    }
+}
+
+/// A response on its way back.
+struct Download<I> {
+    inflow: I,
     /// An answer without a body, whatever its fields say.
     bodiless: bool,
     /// Exact length of the body, where known.
@@ -607,7 +670,7 @@ enum Item {
     Failed(Failed),
 }
 
-impl Download {
+impl<I: Inflow> Download<I> {
     /// Sends head, body and trailers, each as soon as it is there.
     async fn pass(
         &mut self,
@@ -631,7 +694,7 @@ impl Download {
                     }
                     Poll::Pending => {
                         // The request's body goes on meanwhile.
-                        let _ = self.connection.poll_drive(cx);
+                        self.inflow.drive(cx);
                         return deadline.poll(cx).map(|()| Err(late()));
                     }
                 }
@@ -639,7 +702,7 @@ impl Download {
                     let item = match self.peeked.take() {
                         Some(item) => Poll::Ready(item),
                         None if quiet => Poll::Pending,
-                        None => self.poll_next(cx),
+                        None => self.inflow.poll_next(cx),
                     };
                     match item {
                         Poll::Ready(Item::Data(data)) => chunk = data,
@@ -679,7 +742,7 @@ impl Download {
                     std::mem::take(&mut chunk)
                 };
                 if chunk.is_empty() && self.peeked.is_none() && !quiet {
-                    match self.poll_next(cx) {
+                    match self.inflow.poll_next(cx) {
                         Poll::Ready(item) => self.peeked = Some(item),
                         Poll::Pending => quiet = true,
                     }
@@ -702,44 +765,18 @@ impl Download {
         .await
     }
 
-    /// Returns what is there of the body, having driven the connection.
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Item> {
-        let mut driven = false;
-        loop {
-            if self.body.is_end_stream() {
-                return Poll::Ready(Item::End);
-            }
-            match Pin::new(&mut self.body).poll_frame(cx) {
-                Poll::Ready(None) => return Poll::Ready(Item::End),
-                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
-                    Ok(data) if data.is_empty() => {}
-                    Ok(data) => return Poll::Ready(Item::Data(data.into())),
-                    Err(frame) => {
-                        if let Ok(trailers) = frame.into_trailers() {
-                            return Poll::Ready(Item::Trailers(trailers));
-                        }
-                    }
-                },
-                Poll::Ready(Some(Err(error))) => {
-                    let text = format!("the service broke off its response: {error}");
-                    return Poll::Ready(Item::Failed(Failed::new(failure::SERVICE_RESET, text)));
-                }
-                Poll::Pending if driven => return Poll::Pending,
-                Poll::Pending => {
-                    driven = true;
-                    let _ = self.connection.poll_drive(cx);
-                }
-            }
-        }
-    }
-
     fn head_message(&self, head: &http::response::Parts, first: Buf, end: bool) -> Message {
         let fields = || {
             head.headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))
         };
         let via: (&[u8], &[u8]) = (
             b"via",
-            forwarded::via(if head.version == Version::HTTP_10 { 10 } else { 11 }).as_bytes(),
+            forwarded::via(match head.version {
+                Version::HTTP_10 => 10,
+                Version::HTTP_2 => 20,
+                _ => 11,
+            })
+            .as_bytes(),
         );
         let nominated = Nominated::scan(
             head.headers

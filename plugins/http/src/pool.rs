@@ -23,6 +23,7 @@ use crate::config::Config;
 use crate::payload::{self, FIELD_RESPONSE};
 use crate::upload::Upload;
 use sidelane_http_born::fields::{self, Kind, Nominated};
+use sidelane_http_born::h2_pool::{self, PoolConfig};
 use sidelane_http_born::wire::FieldsSize;
 
 /// Most fields in a response's head or trailers; one more is `service-invalid`. The same bound as the
@@ -73,6 +74,8 @@ pub(crate) struct Pool {
     shards: PerShard<Shard>,
     metrics: Metrics,
     draining: AtomicBool,
+    /// Connections to services of HTTP/2.
+    pub(crate) h2: Arc<h2_pool::Pool>,
 }
 
 /// One thread's part.
@@ -197,7 +200,7 @@ impl Watch {
     }
 }
 
-fn encode_interim(status: u16, headers: &http::HeaderMap) -> Buf {
+pub(crate) fn encode_interim(status: u16, headers: &http::HeaderMap) -> Buf {
     let fields =
         || headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
     let nominated = Nominated::scan(fields());
@@ -277,11 +280,20 @@ impl Pool {
             connections: host.gauge("http_connections", "Connections to services"),
             idle: host.gauge("http_connections_idle", "Connections to services without a request"),
         };
+        let h2_config = PoolConfig {
+            // What no request uses is closed at once where nothing is to be kept.
+            idle_timeout: config.idle_timeout.max(REAP_INTERVAL),
+            connections_max: config.connections_max,
+            keepalive_interval: Duration::ZERO,
+            keepalive_timeout: Duration::ZERO,
+        };
+        let h2 = h2_pool::Pool::new(h2_config, host, "http2", "http2_requests_repeated_total");
         Self {
             config,
             shards: PerShard::new(host, Shard::default),
             metrics,
             draining: AtomicBool::new(false),
+            h2: Arc::new(h2),
         }
     }
 
@@ -410,6 +422,7 @@ impl Pool {
     /// Closes what is unused, and keeps nothing from here on.
     pub(crate) fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
+        self.h2.drain();
         let mut closing = Vec::new();
         self.shards.each(|shard| {
             shard.idle = 0;

@@ -33,6 +33,8 @@ pub(crate) struct Source {
     pub(crate) moved: bool,
     /// The service asked for more than had come: what is slow is not the service.
     pub(crate) starved: bool,
+    /// A message was taken: the body cannot be sent from its beginning again.
+    pub(crate) begun: bool,
 }
 
 /// A [`Source`] and who shares it. The lock is only ever taken by the one task.
@@ -48,6 +50,7 @@ impl SharedSource {
             failed: None,
             moved: false,
             starved: false,
+            begun: false,
         })))
     }
 
@@ -86,6 +89,7 @@ impl Source {
             };
             self.starved = false;
             self.moved = true;
+            self.begun = true;
             match self.take(received) {
                 Ok(Some(frame)) => return Poll::Ready(Some(Ok(frame))),
                 Ok(None) => {}

@@ -18,7 +18,7 @@ use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use sidelane_http_born::body::{self, BODY_BYTES_MAX, FIELD_TRAILERS, data_message};
 use sidelane_http_born::fields::{self, Kind, Nominated};
-use sidelane_http_born::forwarded;
+use sidelane_http_born::forwarded::{self, Seen};
 use sidelane_http_born::retry::{self, Backoff};
 use sidelane_http_born::wire::{Field, FieldsSize};
 use sidelane_plugin::{
@@ -278,8 +278,9 @@ fn request(
     headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
     headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
     let nominated = Nominated::scan(asked.headers.iter());
+    let seen = Seen::of(meta);
     for (name, field) in asked.headers.iter() {
-        if handshake::passes_to_service(name, &nominated) {
+        if handshake::passes_to_service(name, &nominated, seen.passes_forwarded()) {
             let name = HeaderName::from_bytes(name).map_err(|_| invalid("a field's name"))?;
             headers.append(name, value(field)?);
         }
@@ -290,7 +291,7 @@ fn request(
     let key = HeaderValue::from_str(key).map_err(|_| invalid("the key"))?;
     headers.insert(SEC_WEBSOCKET_KEY, key);
     headers.insert(SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
-    forwarded::write(&mut headers, meta.client_address(), meta.scheme(), &authority);
+    forwarded::write(&mut headers, seen, &authority);
     forwarded::add_via(&mut headers, asked.version);
 
     let mut request = Request::new(Empty::new());

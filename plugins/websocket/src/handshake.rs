@@ -88,9 +88,9 @@ pub(crate) fn passes(name: &[u8], nominated: &Nominated<'_>) -> bool {
     !own && (fields::passes(name, nominated))
 }
 
-/// As [`passes`], without what an intermediary before the relay wrote of the client.
-pub(crate) fn passes_to_service(name: &[u8], nominated: &Nominated<'_>) -> bool {
-    passes(name, nominated) && fields::kind(name) != Kind::Forwarded
+/// As [`passes`]; what an intermediary before the relay wrote of the client only where `forwarded`.
+pub(crate) fn passes_to_service(name: &[u8], nominated: &Nominated<'_>, forwarded: bool) -> bool {
+    passes(name, nominated) && (forwarded || fields::kind(name) != Kind::Forwarded)
 }
 
 /// Whether a response's fields negotiate an extension, to which reserved bits then belong.

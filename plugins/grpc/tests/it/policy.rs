@@ -142,3 +142,24 @@ fn a_tunnels_pool_settings_go_before_the_plugins() {
         assert_eq!(service.connects(), 1);
     });
 }
+
+#[test]
+fn a_trusted_proxys_word_of_the_client_passes_and_is_added_to() {
+    let (kit, service) = (kit(), TestService::default());
+    let meta = TestMeta {
+        trusted_proxy: true,
+        client_address: "198.51.100.1:0".to_owned(),
+        peer_address: "192.0.2.9:1".to_owned(),
+        ..meta()
+    };
+    kit.block_on(async {
+        let delivery = kit.deliver(&meta, &service);
+        let call = GrpcRequest::call(&message(0, 1)).last();
+        call.header("x-forwarded-for", "198.51.100.1").send(&delivery.peer);
+        let mut served = Served::accept(&service).await;
+        let (request, mut respond) = served.request().await;
+        assert_eq!(request.headers()["x-forwarded-for"], "198.51.100.1, 192.0.2.9");
+        answer(&mut respond, message(1, 2));
+        served.drive(delivery.peer.message()).await;
+    });
+}

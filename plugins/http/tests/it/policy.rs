@@ -7,7 +7,7 @@ use sidelane_plugin::{Reset, ServiceSettings, failure};
 use sidelane_testkit::{Deliver, Kit, Outcome, TestMeta, TestService};
 
 use crate::wire::{HttpRequest, read_response};
-use crate::{kit, kit_with, meta, read_head};
+use crate::{kit, kit_with, meta, read_head, values};
 
 const WELL: Outcome = Outcome::Ended(failure::NONE);
 
@@ -238,4 +238,36 @@ fn a_tunnels_pool_settings_go_before_the_plugins() {
         assert!(!streams[0].is_closed());
     });
     assert_eq!((plain.connects(), own.connects()), (1, 2));
+}
+
+#[test]
+fn a_trusted_proxys_word_of_the_client_passes_and_is_added_to() {
+    let (kit, service) = (kit(), TestService::default());
+    let meta = TestMeta {
+        trusted_proxy: true,
+        client_address: "198.51.100.1:0".to_owned(),
+        peer_address: "192.0.2.9:1".to_owned(),
+        ..meta()
+    };
+    let request = HttpRequest::new("GET", "/")
+        .header("x-forwarded-for", "198.51.100.1")
+        .header("x-forwarded-proto", "https")
+        .header("forwarded", "for=198.51.100.1")
+        .header("x-forwarded-port", "443");
+    let _delivery = deliver_with(&kit, &service, &meta, &request, true);
+    kit.block_on(async {
+        let head = read_head(&mut service.accept().await).await;
+        for (name, value) in [
+            ("x-forwarded-for", "198.51.100.1, 192.0.2.9"),
+            ("x-forwarded-proto", "https"),
+            ("x-forwarded-host", "test.localhost:9080"),
+            ("x-forwarded-port", "443"),
+            (
+                "forwarded",
+                "for=198.51.100.1, for=192.0.2.9;host=\"test.localhost:9080\";proto=http",
+            ),
+        ] {
+            assert_eq!(values(&head, name), [value], "{head}");
+        }
+    });
 }

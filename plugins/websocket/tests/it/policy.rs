@@ -6,7 +6,7 @@ use sidelane_plugin::{Reset, failure};
 use sidelane_testkit::{Outcome, TestMeta, TestService};
 
 use crate::wire::{WebSocketRequest, read_response};
-use crate::{kit, meta, read_head, switching};
+use crate::{kit, meta, read_head, switching, values};
 
 #[test]
 fn a_service_that_refuses_connections_is_asked_again_as_often_as_allowed() {
@@ -79,4 +79,22 @@ fn a_routes_timeouts_bound_the_handshake() {
         let ended = delivery.running.ended();
         assert_eq!(ended, Some(Outcome::Ended(failure::SERVICE_TIMEOUT)), "{timeout} {deadline}");
     }
+}
+
+#[test]
+fn a_trusted_proxys_word_of_the_client_passes_and_is_added_to() {
+    let (kit, service) = (kit(), TestService::default());
+    let meta = TestMeta {
+        trusted_proxy: true,
+        client_address: "198.51.100.1:0".to_owned(),
+        peer_address: "192.0.2.9:1".to_owned(),
+        ..meta()
+    };
+    let delivery = kit.deliver(&meta, &service);
+    WebSocketRequest::new("/").header("x-forwarded-for", "198.51.100.1").send(&delivery.peer);
+    kit.block_on(async {
+        let head = read_head(&mut service.accept().await).await;
+        assert_eq!(values(&head, "x-forwarded-for"), ["198.51.100.1, 192.0.2.9"]);
+        delivery.running.cancel();
+    });
 }

@@ -20,8 +20,6 @@ use sidelane_plugin::{
     ServiceSettings, Timer, failure,
 };
 
-use crate::config::Config;
-
 /// What a service may send on one stream before it has gone on through the tunnel. The way to it is
 /// short; the exchange's own credit is for the long one. Small frames that wait are kept in some 300
 /// bytes each: with four times as much, streams of small messages cost a sixth more, in cache misses.
@@ -52,9 +50,22 @@ const UNSHARED_MAX: usize = 1024;
 /// Looks at whether a connection is used, in one idle timeout.
 const IDLE_LOOKS: u32 = 4;
 
+/// How a pool is kept; a tunnel's settings go before the first two.
+#[derive(Clone, Copy, Debug)]
+pub struct PoolConfig {
+    /// How long a connection is kept without a stream; more than 0.
+    pub idle_timeout: Duration,
+    /// Connections to one service, per data-path thread.
+    pub connections_max: usize,
+    /// How often a connection with streams on it is pinged; 0: never.
+    pub keepalive_interval: Duration,
+    /// How long the service may take to answer a ping.
+    pub keepalive_timeout: Duration,
+}
+
 /// Why there is no stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum PoolError {
+pub enum PoolError {
     /// All streams of all connections that there may be are in use.
     Full,
     /// The service cannot be reached.
@@ -69,7 +80,8 @@ pub(crate) enum PoolError {
 
 impl PoolError {
     /// One of [`failure`].
-    pub(crate) const fn code(self) -> u32 {
+    #[must_use]
+    pub const fn code(self) -> u32 {
         match self {
             Self::Full => failure::OVERLOADED,
             Self::Connect(error) => error.code,
@@ -103,8 +115,8 @@ struct Metrics {
 
 /// The pool of one plugin instance.
 #[derive(Debug)]
-pub(crate) struct Pool {
-    config: Config,
+pub struct Pool {
+    config: PoolConfig,
     shards: PerShard<Shard>,
     metrics: Metrics,
     draining: AtomicBool,
@@ -157,8 +169,9 @@ struct Link {
 
 /// A place for one stream on a connection.
 #[derive(Debug)]
-pub(crate) struct Place<'a> {
-    pub(crate) sender: SendRequest<Bytes>,
+pub struct Place<'a> {
+    /// Opens the stream.
+    pub sender: SendRequest<Bytes>,
     link: Arc<Link>,
     key: Key,
     pool: &'a Pool,
@@ -166,7 +179,7 @@ pub(crate) struct Place<'a> {
 
 impl Place<'_> {
     /// Keeps others from getting a place on this connection, which takes no more streams.
-    pub(crate) fn retire(&self) {
+    pub fn retire(&self) {
         self.pool.remove(self.key, &self.link);
     }
 }
@@ -186,7 +199,7 @@ impl Drop for Place<'_> {
 
 /// An RPC's use of connections to a service; where they are its own, they end with it.
 #[derive(Debug)]
-pub(crate) struct User<'a> {
+pub struct User<'a> {
     pool: &'a Pool,
     key: Key,
     settings: ServiceSettings,
@@ -202,7 +215,7 @@ impl Drop for User<'_> {
 
 /// Someone's wait for a place.
 #[derive(Debug, Default)]
-pub(crate) struct Ticket {
+pub struct Ticket {
     /// Dials that had ended when it began.
     since: Option<u64>,
     /// Dials that had ended when its waker was left.
@@ -213,7 +226,8 @@ pub(crate) struct Ticket {
 
 impl Ticket {
     /// Waits for a place on another connection than that of `place`.
-    pub(crate) fn beside(place: &Place<'_>) -> Self {
+    #[must_use]
+    pub fn beside(place: &Place<'_>) -> Self {
         Self { avoid: Some(Arc::clone(&place.link)), ..Self::default() }
     }
 }
@@ -229,13 +243,17 @@ enum Turn {
 }
 
 impl Pool {
-    pub(crate) fn new(config: Config, host: &Host) -> Self {
+    /// Makes a pool whose metrics begin with `prefix`; what is sent again counts as `retried`.
+    #[must_use]
+    pub fn new(config: PoolConfig, host: &Host, prefix: &str, retried: &str) -> Self {
         let metrics = Metrics {
-            opened: host.counter("grpc_connections_opened_total", "Connections to services opened"),
-            retried: host
-                .counter("grpc_rpcs_retried_total", "RPCs that were sent on a second connection"),
-            connections: host.gauge("grpc_connections", "Connections to services"),
-            streams: host.gauge("grpc_streams", "Streams to services"),
+            opened: host.counter(
+                &format!("{prefix}_connections_opened_total"),
+                "Connections to services opened",
+            ),
+            retried: host.counter(retried, "What was sent to a service on a second connection"),
+            connections: host.gauge(&format!("{prefix}_connections"), "Connections to services"),
+            streams: host.gauge(&format!("{prefix}_streams"), "Streams to services"),
         };
         Self {
             config,
@@ -248,20 +266,24 @@ impl Pool {
     }
 
     /// Begins an RPC's use of connections to the service.
-    pub(crate) fn user(&self, service: &Service, settings: ServiceSettings) -> User<'_> {
+    #[must_use]
+    pub fn user(&self, service: &Service, settings: ServiceSettings) -> User<'_> {
         let rpc =
             if settings.shared { 0 } else { self.unshared.fetch_add(1, Ordering::Relaxed) + 1 };
         let key = Key { id: service.id(), version: service.version(), rpc };
         User { pool: self, key, settings }
     }
 
-    /// Counts an RPC that is sent again.
-    pub(crate) fn count_retried(&self) {
+    /// Counts what is sent again.
+    pub fn count_retried(&self) {
         self.metrics.retried.add(1);
     }
 
     /// Ready with a place for a stream, once there is one.
-    pub(crate) fn poll_place<'a>(
+    ///
+    /// # Errors
+    /// As [`PoolError`] says.
+    pub fn poll_place<'a>(
         self: &'a Arc<Self>,
         cx: &mut Context<'_>,
         service: &Service,
@@ -309,7 +331,7 @@ impl Pool {
     }
 
     /// Closes what is unused; what is used closes with its last stream.
-    pub(crate) fn drain(&self) {
+    pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
         let mut closing = Vec::new();
         self.shards.each(|shard| {
@@ -479,7 +501,7 @@ impl Drop for Counted {
 
 /// Dials a service, and then drives the connection to its end.
 async fn dial(pool: Arc<Pool>, key: Key, connect: Connect, idle_timeout: Duration) {
-    let config = Config { idle_timeout, ..pool.config.clone() };
+    let config = PoolConfig { idle_timeout, ..pool.config };
     let mut dialling = Dialling { pool: Arc::clone(&pool), key, ended: false };
     let stream = match connect.await {
         Ok(stream) => stream,
@@ -579,7 +601,7 @@ impl Driver {
     }
 
     /// The service has said its settings.
-    fn begin(&mut self, config: &Config) {
+    fn begin(&mut self, config: &PoolConfig) {
         self.clock.settings = None;
         let now = self.clock.host.now();
         self.clock.look = Some(now + config.idle_timeout / IDLE_LOOKS);
@@ -589,7 +611,7 @@ impl Driver {
         }
     }
 
-    fn poll_clock(&mut self, cx: &mut Context<'_>, config: &Config) -> Poll<Time> {
+    fn poll_clock(&mut self, cx: &mut Context<'_>, config: &PoolConfig) -> Poll<Time> {
         if self.clock.pong.is_some()
             && let Some(pings) = &mut self.pings
             && pings.poll_pong(cx).is_ready()
@@ -648,7 +670,7 @@ struct Clock {
 }
 
 impl Clock {
-    fn new(_: &Config, host: Host, settings: Instant) -> Self {
+    fn new(_: &PoolConfig, host: Host, settings: Instant) -> Self {
         Self {
             host,
             timer: host.timer(settings),
