@@ -29,6 +29,8 @@ pub use diff::{Changes, Delta, diff};
 pub use error::{ConfigError, ConfigErrors, Position};
 pub use value::{HostPort, Secret, duration_text, size_text};
 
+pub(crate) use error::did_you_mean as near_miss;
+
 use error::{did_you_mean, list};
 use policy::Policies;
 
