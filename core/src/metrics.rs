@@ -18,14 +18,19 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use sidelane_abi::failure;
+use tokio::sync::broadcast;
 
 use crate::plugin::MetricSink;
 
 mod cell;
+mod ended;
 mod plugins;
 mod process;
 
+pub use ended::Ended;
+
 use cell::Timing;
+use ended::{Details, Tally};
 use plugins::PluginMetrics;
 
 /// Most names of routes, and of tunnels, that have rows of their own; later ones share [`OTHER`].
@@ -127,6 +132,8 @@ pub struct Metrics {
     panics: Family<PluginLabels, Gauge>,
     generations: Family<GenerationLabels, Gauge>,
     quarantined: Family<PluginLabels, Gauge>,
+    /// Set where somebody follows what ends.
+    followed: OnceLock<broadcast::Sender<Arc<Ended>>>,
 }
 
 impl Default for Metrics {
@@ -172,6 +179,7 @@ impl Metrics {
             panics: Family::default(),
             generations: Family::default(),
             quarantined: Family::default(),
+            followed: OnceLock::new(),
             registry,
         };
         metrics.register(&mut metrics.lock_registry());
@@ -287,9 +295,24 @@ impl Metrics {
             by_type,
             began: Instant::now(),
             routed: OnceLock::new(),
+            details: self.followed.get().map(|_| Box::default()),
             unopened: AtomicU32::new(failure::NONE),
             is_ended: AtomicBool::new(false),
         }
+    }
+
+    /// Returns whether somebody follows exchanges as they end.
+    #[must_use]
+    pub fn is_followed(&self) -> bool {
+        self.followed.get().is_some()
+    }
+
+    /// Follows exchanges as they end, from those on that begin after this. Whoever reads too slowly
+    /// misses some, and is told how many.
+    #[must_use]
+    pub fn follow(&self) -> broadcast::Receiver<Arc<Ended>> {
+        let followers = self.followed.get_or_init(|| broadcast::Sender::new(ended::WAITING_MAX));
+        followers.subscribe()
     }
 
     fn of_type(&self, role: &'static str, protocol_type: &Arc<str>) -> Arc<TypeMetrics> {
@@ -342,7 +365,7 @@ impl Metrics {
         };
         let (messages_sent, bytes_sent) = counters("sent");
         let (messages_received, bytes_received) = counters("received");
-        Flow { messages_sent, bytes_sent, messages_received, bytes_received }
+        Flow { messages_sent, bytes_sent, messages_received, bytes_received, tally: None }
     }
 
     /// An exchange's client is on another thread than its lane.
@@ -444,6 +467,8 @@ pub struct Record {
     by_type: Arc<TypeMetrics>,
     began: Instant,
     routed: OnceLock<(Arc<str>, Arc<str>)>,
+    /// `None` where nobody follows.
+    details: Option<Box<Details>>,
     /// Why it was not opened; the plugin that says so to the client ends well by itself.
     unopened: AtomicU32,
     is_ended: AtomicBool,
@@ -460,6 +485,33 @@ impl Record {
         self.unopened.store(code, Ordering::Relaxed);
     }
 
+    /// Returns whether somebody follows what ends.
+    #[must_use]
+    pub fn is_followed(&self) -> bool {
+        self.details.is_some()
+    }
+
+    /// The request's method and target are known.
+    pub fn asked(&self, method: &str, target: &[u8]) {
+        if let Some(details) = &self.details {
+            details.asked(method, target);
+        }
+    }
+
+    /// The response's status is known.
+    pub fn answered(&self, status: u16) {
+        if let Some(details) = &self.details {
+            details.answered(status);
+        }
+    }
+
+    /// Returns counters that count for this exchange as well, where somebody follows.
+    #[must_use]
+    pub fn tallied(&self, flow: Arc<Flow>) -> Arc<Flow> {
+        let Some(details) = &self.details else { return flow };
+        Arc::new(Flow { tally: Some(details.tally()), ..Flow::clone(&flow) })
+    }
+
     /// Ends it with one of [`failure`].
     pub fn end(&self, code: u32) {
         if self.is_ended.swap(true, Ordering::Relaxed) {
@@ -473,6 +525,12 @@ impl Record {
         self.by_type.duration.observe(self.began.elapsed());
         let (route, tunnel) = self.routed.get().cloned().unwrap_or_default();
         let code = failure::name(code);
+        if let (Some(details), Some(followers)) = (&self.details, self.metrics.followed.get()) {
+            let labels = &self.by_type.labels;
+            let ended = details.ended(labels.role, &labels.protocol_type, &route, code, self.began);
+            // Followers may have gone.
+            let _ = followers.send(Arc::new(ended));
+        }
         let counted = RECENT.try_with(|recent| {
             let recent = recent.borrow();
             recent.iter().find(|known| known.is_of(self, &route, &tunnel, code)).map(|known| {
@@ -553,6 +611,8 @@ pub struct Flow {
     bytes_sent: cell::Counter,
     messages_received: cell::Counter,
     bytes_received: cell::Counter,
+    /// Of one exchange, where somebody follows.
+    tally: Option<Arc<Tally>>,
 }
 
 impl Flow {
@@ -560,12 +620,18 @@ impl Flow {
     pub fn sent(&self, bytes: usize) {
         self.messages_sent.inc();
         self.bytes_sent.add(bytes as u64);
+        if let Some(tally) = &self.tally {
+            tally.sent(bytes as u64);
+        }
     }
 
     /// A message was taken from the peer.
     pub fn received(&self, bytes: usize) {
         self.messages_received.inc();
         self.bytes_received.add(bytes as u64);
+        if let Some(tally) = &self.tally {
+            tally.received(bytes as u64);
+        }
     }
 }
 

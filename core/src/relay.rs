@@ -17,6 +17,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 
 use crate::config::{self, Route};
+use crate::explain::PublicListener;
 use crate::front::{self, ConnectionInfo, Dispatch, FrontConfig};
 use crate::metrics::{Flows, Metrics, Record};
 use crate::plugin::lend::{self, Failure, Meta, Text};
@@ -27,7 +28,9 @@ use crate::tunnel::pressure;
 use crate::tunnel::session::{Session, Sessions, Settings};
 
 mod document;
+mod explain;
 mod listen;
+mod observed;
 mod open;
 mod routing;
 mod tunnels;
@@ -35,6 +38,7 @@ mod tunnels;
 pub use listen::bind;
 
 use document::{Document, refused_options};
+use observed::Observed;
 use open::RelayOpener;
 use routing::Routing;
 
@@ -51,6 +55,8 @@ pub struct Relay {
     metrics: Arc<Metrics>,
     sessions: Sessions,
     routing: ArcSwap<Routing>,
+    /// As clients know them.
+    listeners: ArcSwap<Vec<PublicListener>>,
     sources: Mutex<Sources>,
     stopping: watch::Sender<bool>,
     /// Told whenever an exchange that could not be opened might be now.
@@ -114,6 +120,17 @@ pub struct Bound {
     pub sockets: Vec<std::net::TcpListener>,
 }
 
+impl Bound {
+    fn public(&self) -> PublicListener {
+        let address = self.sockets.first().and_then(|socket| socket.local_addr().ok());
+        PublicListener {
+            name: Arc::clone(&self.name),
+            port: address.map_or(0, |address| address.port()),
+            is_http: self.protocol_type.is_none(),
+        }
+    }
+}
+
 impl Relay {
     /// Returns the role; nobody is let in before [`Relay::start`].
     pub fn new(
@@ -128,6 +145,7 @@ impl Relay {
             metrics,
             sessions: Sessions::new(settings),
             routing: ArcSwap::default(),
+            listeners: ArcSwap::default(),
             sources: Mutex::new(Sources {
                 base_domains,
                 own: Vec::new(),
@@ -164,6 +182,7 @@ impl Relay {
         connections_max: usize,
         handshakes: Bounds,
     ) {
+        self.set_public(listeners.iter().map(Bound::public).collect());
         let front = Arc::new(front);
         let entry = Arc::new(HttpEntry { relay: Arc::clone(self) });
         let connections = Arc::new(Semaphore::new(connections_max));
@@ -241,25 +260,6 @@ impl Relay {
         !self.routing.load().is_empty()
     }
 
-    /// What the admin page says of the routes in force: those of the file, then those announced.
-    pub fn describe_routes(&self) -> serde_json::Value {
-        let sources = self.lock_sources();
-        let own = sources.own.iter().map(|route| (route, "file".to_owned()));
-        let announced = sources.documents.values().flat_map(|document| {
-            let from = document.session.name.to_string();
-            document.routes.iter().map(move |route| (route, from.clone()))
-        });
-        own.chain(announced)
-            .map(|(route, from)| {
-                let mut described = route.to_json();
-                if let Some(map) = described.as_object_mut() {
-                    map.insert("from".to_owned(), from.into());
-                }
-                described
-            })
-            .collect()
-    }
-
     /// What the admin page says of the sessions.
     pub fn describe_sessions(&self) -> serde_json::Value {
         let sources = self.lock_sources();
@@ -315,26 +315,22 @@ impl Relay {
             sources.lost.push_back((Instant::now(), document));
             let accepted = sources.take_waiting();
             self.reroute(&sources);
+            let accepted = self.accepted(&sources, accepted);
             drop(sources);
-            self.tell_accepted(&accepted);
+            self.tell_accepted(accepted);
         }
     }
 
     /// Tells sidecars whose documents waited that they are in force.
-    fn tell_accepted(&self, accepted: &[(Arc<Session>, u64)]) {
-        for (session, version) in accepted {
+    fn tell_accepted(&self, accepted: Vec<(Arc<Session>, proto::Announced)>) {
+        for (session, announced) in accepted {
             self.metrics.announced(true);
             tracing::info!(
                 sidecar = &*session.name,
-                version,
+                version = announced.version,
                 "announcement accepted: what it takes is free now"
             );
-            session.answer(proto::Announced {
-                version: *version,
-                accepted: true,
-                reasons: Vec::new(),
-                notes: Vec::new(),
-            });
+            session.answer(announced);
         }
     }
 
@@ -374,9 +370,11 @@ impl Relay {
             }
             Err(reasons) => reasons,
         };
-        drop(sources);
-        self.tell_accepted(&freed);
         let accepted = reasons.is_empty();
+        let freed = self.accepted(&sources, freed);
+        let addresses = if accepted { self.addresses(&sources, session.epoch) } else { Vec::new() };
+        drop(sources);
+        self.tell_accepted(freed);
         self.metrics.announced(accepted);
         if accepted {
             tracing::info!(
@@ -394,7 +392,8 @@ impl Relay {
                 "announcement refused"
             );
         }
-        proto::Announced { version: announce.version, accepted, reasons, notes: Vec::new() }
+        let (version, notes) = (announce.version, Vec::new());
+        proto::Announced { version, accepted, reasons, notes, addresses }
     }
 
     /// What is known of an exchange before it is opened.
@@ -441,12 +440,17 @@ impl Dispatch for HttpEntry {
         mut responder: R,
     ) -> HttpExchange {
         let relay = &self.relay;
+        let asked = relay.metrics.is_followed().then(|| (head.method.clone(), head.target.clone()));
         let head = PreparedHead::new(head);
         let Some(plugin) = relay.plugins.claim(&head) else {
             responder.abort(lend::Reset::new(failure::NO_PROTOCOL));
             return HttpExchange::Refused(failure::NO_PROTOCOL);
         };
         let record = Arc::new(relay.metrics.exchange("relay", plugin.name()));
+        if let Some((method, target)) = asked {
+            record.asked(method.as_str(), &target);
+        }
+        let responder = Observed::new(responder, &record);
         if plugin.quarantined() {
             let failure = Failure {
                 code: failure::PLUGIN_FAILED,

@@ -63,6 +63,8 @@ pub struct Sidecar {
     shards: Arc<[Shard]>,
     peers: Vec<Arc<Peer>>,
     stopping: watch::Sender<bool>,
+    /// Told whenever a relay's answer, or why there is none, changes.
+    answers: watch::Sender<()>,
     flows: Flows,
 }
 
@@ -80,7 +82,28 @@ struct PeerState {
     session: Option<SessionFacts>,
     refused: Vec<String>,
     accepted: Option<u64>,
+    addresses: Vec<String>,
+    notes: Vec<String>,
     last_error: Option<String>,
+}
+
+/// What a relay has said, for whoever follows.
+#[derive(Clone, Debug)]
+pub struct RelayAnswer {
+    /// Its address as configured.
+    pub relay: String,
+    /// A session is up.
+    pub is_connected: bool,
+    /// Version of the document that it accepted.
+    pub accepted: Option<u64>,
+    /// Why it refused the last one.
+    pub refused: Vec<String>,
+    /// What it said of the accepted one.
+    pub notes: Vec<String>,
+    /// By which clients reach the routes.
+    pub addresses: Vec<String>,
+    /// Why the last dial failed.
+    pub last_error: Option<String>,
 }
 
 /// What is told of a session on the admin page.
@@ -128,6 +151,7 @@ impl Sidecar {
             shards,
             peers,
             stopping: watch::Sender::new(false),
+            answers: watch::Sender::new(()),
             flows: Flows::new("sidecar"),
         })
     }
@@ -157,6 +181,18 @@ impl Sidecar {
     /// The relays.
     pub fn peers(&self) -> &[Arc<Peer>] {
         &self.peers
+    }
+
+    /// Returns what each relay has said.
+    #[must_use]
+    pub fn relay_answers(&self) -> Vec<RelayAnswer> {
+        self.peers.iter().map(|peer| peer.answer()).collect()
+    }
+
+    /// Returns a watch that changes whenever [`Sidecar::relay_answers`] may differ.
+    #[must_use]
+    pub fn follow_answers(&self) -> watch::Receiver<()> {
+        self.answers.subscribe()
     }
 
     /// Tells the relays that nothing new is taken and dials no more. Running exchanges go on.
@@ -220,6 +256,7 @@ impl Sidecar {
                     let cause = chain(&error);
                     tracing::warn!(relay = peer.relay, error = cause, "no session");
                     peer.with(|state| state.last_error = Some(cause));
+                    self.answers.send_replace(());
                     wait_at_least = error.retry_after().unwrap_or_default();
                 }
             }
@@ -344,7 +381,11 @@ impl Sidecar {
             }
         }
         peer.is_connected.store(false, Ordering::Relaxed);
-        peer.with(|state| state.session = None);
+        peer.with(|state| {
+            state.session = None;
+            state.accepted = None;
+        });
+        self.answers.send_replace(());
     }
 
     fn start_lane(
@@ -416,7 +457,10 @@ impl Sidecar {
             Event::Opened { key, id, protocol_type, open } => {
                 self.deliver(session, link, key, id, protocol_type, &open, texts);
             }
-            Event::Announced(announced) => answered(peer, &announced),
+            Event::Announced(announced) => {
+                answered(peer, &announced);
+                self.answers.send_replace(());
+            }
             Event::GoAway(go_away) => {
                 tracing::info!(
                     relay = peer.relay,
@@ -477,7 +521,7 @@ impl Sidecar {
             deadline: (open.timeout_ns > 0)
                 .then(|| Instant::now() + Duration::from_nanos(open.timeout_ns)),
         };
-        let flow = self.flows.of(&self.metrics, plugin.name());
+        let flow = record.tallied(self.flows.of(&self.metrics, plugin.name()));
         let (send, recv) = link.halves(key, flow);
         let call = plugin.deliver(meta, send, recv, service);
         tokio::spawn(async move {
@@ -517,6 +561,18 @@ impl Peer {
         f(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    fn answer(&self) -> RelayAnswer {
+        self.with(|state| RelayAnswer {
+            relay: self.relay.clone(),
+            is_connected: self.is_connected.load(Ordering::Relaxed),
+            accepted: state.accepted,
+            refused: state.refused.clone(),
+            notes: state.notes.clone(),
+            addresses: state.addresses.clone(),
+            last_error: state.last_error.clone(),
+        })
+    }
+
     /// What the admin page says of it.
     pub fn describe(&self) -> serde_json::Value {
         self.with(|state| {
@@ -530,6 +586,8 @@ impl Peer {
                 })).collect::<Vec<_>>(),
                 "announcement_accepted": state.accepted,
                 "announcement_refused": state.refused,
+                "announcement_notes": state.notes,
+                "addresses": state.addresses,
                 "last_error": state.last_error,
             })
         })
@@ -550,6 +608,8 @@ fn answered(peer: &Peer, announced: &proto::Announced) {
     peer.with(|state| {
         if announced.accepted {
             state.accepted = Some(announced.version);
+            state.addresses.clone_from(&announced.addresses);
+            state.notes.clone_from(&announced.notes);
         }
         state.refused.clone_from(&announced.reasons);
     });

@@ -1,0 +1,399 @@
+//! What would become of a request, as JSON for the admin page and the command: the route, what its
+//! policies do, and what client and service would see.
+//!
+//! Pure. Why a route fits is `router::explain`'s business; who serves a tunnel is asked of [`Facts`].
+
+use serde_json::{Map, Value as Json, json};
+
+use crate::config::policy::{HeaderChanges, Policies, Rate};
+use crate::config::{HostMatch, Listener, Route, duration_text, size_text};
+use crate::router::{self, Query};
+
+/// Addresses told of one route. A relay may have many base domains.
+const URLS_MAX: usize = 8;
+
+/// What only a role knows.
+pub trait Facts {
+    /// Returns where the route comes from: `file`, or a sidecar's name.
+    fn from(&self, route: &Route) -> String;
+    /// Returns the tunnel's service as its file has it.
+    fn service(&self, tunnel: &str) -> Option<String>;
+    /// Returns whether a sidecar serves the tunnel; `None`: not known here.
+    fn is_served(&self, tunnel: &str) -> Option<bool>;
+}
+
+/// What is asked: a URL, or a host, and how it comes in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// `http` or `https`.
+    pub scheme: String,
+    /// Host and port as a client sends them; `None`: byte-born.
+    pub host: Option<String>,
+    /// Path and query.
+    pub target: String,
+    /// Listener; `None`: by the URL's port, else the first of HTTP.
+    pub listener: Option<String>,
+    /// Protocol type.
+    pub protocol_type: String,
+}
+
+impl Question {
+    /// Reads `https://demo.example.org/api`, `demo.example.org:9080/api`, `demo.example.org`; empty: no
+    /// host, as on a listener of a byte-born protocol. Without a protocol type the scheme says it.
+    ///
+    /// # Errors
+    /// What is wrong with the URL, and what is accepted.
+    pub fn parse(
+        url: &str,
+        protocol_type: Option<&str>,
+        listener: Option<&str>,
+    ) -> Result<Self, String> {
+        let bad = |why: &str| {
+            format!("\"{url}\" {why} (accepted: a URL or a host, as in http://demo.localhost/api)")
+        };
+        let (scheme, rest) = url.split_once("://").unwrap_or(("http", url));
+        let (scheme, by_scheme) = match scheme.to_ascii_lowercase().as_str() {
+            "http" => ("http", "HTTP"),
+            "https" => ("https", "HTTP"),
+            "ws" => ("http", "WEBSOCKET"),
+            "wss" => ("https", "WEBSOCKET"),
+            "grpc" => ("http", "GRPC"),
+            "grpcs" => ("https", "GRPC"),
+            _ => return Err(bad("has an unknown scheme")),
+        };
+        if url.bytes().any(|byte| byte.is_ascii_control() || byte == b' ') {
+            return Err(bad("has white space or control characters in it"));
+        }
+        let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+        let (authority, target) = rest.split_at(end);
+        let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+        if host.is_empty() && (!url.is_empty() || listener.is_none()) {
+            return Err(bad("has no host"));
+        }
+        let target = target.split('#').next().unwrap_or_default();
+        let target = if target.starts_with('/') { target.to_owned() } else { format!("/{target}") };
+        Ok(Self {
+            scheme: scheme.to_owned(),
+            host: (!host.is_empty()).then(|| host.to_owned()),
+            target,
+            listener: listener.map(str::to_owned),
+            protocol_type: protocol_type.unwrap_or(by_scheme).to_owned(),
+        })
+    }
+
+    /// Returns the name of the listener that the request would come in by, of those of a relay with the
+    /// ports that they are bound to.
+    fn listener<'a>(&'a self, listeners: &'a [PublicListener]) -> &'a str {
+        if let Some(listener) = &self.listener {
+            return listener;
+        }
+        let port = self.host.as_deref().and_then(port_of);
+        let http = || listeners.iter().filter(|listener| listener.is_http);
+        let found = http().find(|listener| Some(listener.port) == port).or_else(|| http().next());
+        found.map_or("web", |listener| &listener.name)
+    }
+}
+
+/// A relay's listener as clients know it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PublicListener {
+    /// Name.
+    pub name: std::sync::Arc<str>,
+    /// Port that it is bound to.
+    pub port: u16,
+    /// It takes HTTP.
+    pub is_http: bool,
+}
+
+impl PublicListener {
+    /// Returns the listener as its file has it; a port that the system chose is to be filled in.
+    #[must_use]
+    pub fn of(listener: &Listener) -> Self {
+        Self {
+            name: std::sync::Arc::clone(&listener.name),
+            port: listener.address.port(),
+            is_http: listener.protocol_type().is_none(),
+        }
+    }
+}
+
+/// A relay as clients know it.
+#[derive(Clone, Debug, Default)]
+pub struct Public {
+    /// Lower case.
+    pub base_domains: Vec<std::sync::Arc<str>>,
+    /// In the file's order.
+    pub listeners: Vec<PublicListener>,
+}
+
+impl Public {
+    /// Returns the addresses by which clients reach the route, at most [`URLS_MAX`]: by the listener that
+    /// it names, or the first of HTTP. A star stands for what a wildcard takes.
+    #[must_use]
+    pub fn urls(&self, route: &Route) -> Vec<String> {
+        let matches = &route.matches;
+        let named = matches.listener.as_deref();
+        let listener = self
+            .listeners
+            .iter()
+            .find(|listener| named.map_or(listener.is_http, |name| *listener.name == *name));
+        let is_http = listener.is_none_or(|listener| listener.is_http);
+        let below = |prefix: &str| -> Vec<String> {
+            self.base_domains.iter().map(|base| format!("{prefix}.{base}")).collect()
+        };
+        let hosts = match &matches.host {
+            HostMatch::Any => vec!["*".to_owned()],
+            HostMatch::Exact(host) => vec![host.to_string()],
+            HostMatch::HostWildcard(suffix) => vec![format!("*.{suffix}")],
+            HostMatch::Subdomain(name) => below(name),
+            HostMatch::Wildcard(suffix) if suffix.is_empty() => below("*"),
+            HostMatch::Wildcard(suffix) => below(&format!("*.{suffix}")),
+        };
+        let scheme = if is_http { "http" } else { "tcp" };
+        let port = match listener {
+            Some(listener) if !(is_http && listener.port == 80) => format!(":{}", listener.port),
+            _ => String::new(),
+        };
+        let path = if is_http { format!("{}/", matches.path_prefix) } else { String::new() };
+        let url = |host: String| {
+            let host = if host.contains(':') { format!("[{host}]") } else { host };
+            format!("{scheme}://{host}{port}{path}")
+        };
+        hosts.into_iter().take(URLS_MAX).map(url).collect()
+    }
+}
+
+/// Answers the question; the fields are told in docs/operations.md.
+#[must_use]
+pub fn answer(
+    routes: &[std::sync::Arc<Route>],
+    public: &Public,
+    question: &Question,
+    facts: &dyn Facts,
+) -> Json {
+    let query = Query {
+        host: question.host.as_deref(),
+        path: &question.target,
+        listener: question.listener(&public.listeners),
+        protocol_type: &question.protocol_type,
+    };
+    let explanation = router::explain(routes, &public.base_domains, &query);
+    let mut answer = json!({
+        "asked": {
+            "host": question.host,
+            "path": question.target,
+            "listener": query.listener,
+            "protocol_type": question.protocol_type,
+        },
+        "route": null,
+        "others": explanation.others.iter().map(|other| json!({
+            "route": &*other.route.name,
+            "urls": public.urls(&other.route),
+            "why": other.why,
+        })).collect::<Vec<_>>(),
+        "more_others": explanation.more,
+        "hint": explanation.hint,
+    });
+    let (Some(route), Some(map)) = (&explanation.route, answer.as_object_mut()) else {
+        return answer;
+    };
+    map.insert("route".into(), (*route.name).into());
+    map.insert("from".into(), facts.from(route).into());
+    map.insert("urls".into(), public.urls(route).into());
+    map.insert("because".into(), explanation.because.into());
+    map.insert("tunnels".into(), tunnels(route, facts));
+    map.insert("policies".into(), policies(route).into());
+    map.insert("options".into(), options(route, &question.protocol_type));
+    let redirected =
+        route.policies.as_ref().and_then(|policies| redirect(route, policies, question));
+    match redirected {
+        Some(redirect) => map.insert("client_sees".into(), redirect.into()),
+        None => map.insert("service_sees".into(), service_sees(route, question)),
+    };
+    answer
+}
+
+/// Returns the tunnels of a route with what is known of each.
+#[must_use]
+pub fn tunnels(route: &Route, facts: &dyn Facts) -> Json {
+    let describe = |share: &crate::config::Share| {
+        json!({
+            "tunnel": &*share.tunnel,
+            "weight": share.weight,
+            "service": facts.service(&share.tunnel),
+            "served": facts.is_served(&share.tunnel),
+        })
+    };
+    route.tunnels.iter().map(describe).collect()
+}
+
+fn options(route: &Route, protocol_type: &str) -> Json {
+    route.options.get(protocol_type).map_or(Json::Null, |block| block.masked.clone())
+}
+
+/// Returns the names of the policies that a route has, in the order in which they are told.
+#[must_use]
+pub fn policy_names(route: &Route) -> Vec<&'static str> {
+    route
+        .policies
+        .as_deref()
+        .map(lines)
+        .unwrap_or_default()
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect()
+}
+
+/// Returns each policy of a route with what it does, in a line.
+fn policies(route: &Route) -> Vec<Json> {
+    let lines = route.policies.as_deref().map(lines).unwrap_or_default();
+    lines.into_iter().map(|(name, says)| json!({ "policy": name, "says": says })).collect()
+}
+
+/// Values of fields stay out: they may be credentials.
+fn lines(policies: &Policies) -> Vec<(&'static str, String)> {
+    let mut lines = Vec::new();
+    let addresses = &policies.addresses;
+    if !addresses.is_empty() {
+        let nets = |nets: &[ipnet::IpNet]| {
+            nets.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+        };
+        let mut parts = Vec::new();
+        if !addresses.allow.is_empty() {
+            parts.push(format!("only from {}", nets(&addresses.allow)));
+        }
+        if !addresses.deny.is_empty() {
+            parts.push(format!("not from {}", nets(&addresses.deny)));
+        }
+        lines.push(("addresses", format!("{}; else 403", parts.join(", "))));
+    }
+    if let Some(auth) = &policies.basic_auth {
+        let (realm, users) = (&auth.realm, auth.users.len());
+        lines.push(("basic_auth", format!("realm \"{realm}\", users: {users}; else 401")));
+    }
+    if let Some(redirect) = &policies.redirect {
+        lines.push(("redirect", format!("status {}", redirect.status)));
+    }
+    let limits = &policies.limits;
+    let limits = [
+        limits.rate.map(|rate| format!("{}, else 429", rate_text(&rate))),
+        limits.rate_per_client.map(|rate| format!("{} per client, else 429", rate_text(&rate))),
+        limits.concurrent.map(|count| format!("{count} at once, else 503")),
+        limits.body.map(|body| format!("bodies of {}, else 413", size_text(body))),
+    ];
+    push_joined(&mut lines, "limits", limits);
+    let timeouts = &policies.timeouts;
+    let timeouts = [
+        ("connect", timeouts.connect),
+        ("response_head", timeouts.response_head),
+        ("idle", timeouts.idle),
+        ("total", timeouts.total),
+    ];
+    let timeouts =
+        timeouts.map(|(name, value)| value.map(|value| format!("{name} {}", duration_text(value))));
+    push_joined(&mut lines, "timeouts", timeouts);
+    if let Some(retries) = &policies.retries {
+        let says = format!(
+            "{} times at most, {} % of the route's exchanges or {} per second",
+            retries.attempts, retries.budget_percent, retries.budget_min
+        );
+        lines.push(("retries", says));
+    }
+    for (name, changes) in [
+        ("request_headers", &policies.request_headers),
+        ("response_headers", &policies.response_headers),
+    ] {
+        push_joined(&mut lines, name, changes_text(changes));
+    }
+    let rewrite = &policies.rewrite;
+    let rewrite = [
+        rewrite.host.as_ref().map(|host| format!("host {host}")),
+        rewrite.path_prefix.as_ref().map(|prefix| {
+            format!("path_prefix {}", if prefix.is_empty() { "removed" } else { prefix })
+        }),
+    ];
+    push_joined(&mut lines, "rewrite", rewrite);
+    if let Some(compression) = &policies.compression {
+        let (level, min_size) = (compression.level, size_text(compression.min_size));
+        lines.push(("compression", format!("gzip level {level}, from {min_size}")));
+    }
+    lines
+}
+
+fn push_joined<const N: usize>(
+    lines: &mut Vec<(&'static str, String)>,
+    name: &'static str,
+    parts: [Option<String>; N],
+) {
+    let parts: Vec<String> = parts.into_iter().flatten().collect();
+    if !parts.is_empty() {
+        lines.push((name, parts.join("; ")));
+    }
+}
+
+fn changes_text(changes: &HeaderChanges) -> [Option<String>; 3] {
+    let text = |verb: &str, names: Vec<&str>| {
+        (!names.is_empty()).then(|| format!("{verb} {}", names.join(", ")))
+    };
+    let names = |fields: &'_ [(http::HeaderName, http::HeaderValue)]| {
+        fields.iter().map(|(name, _)| name.to_string()).collect::<Vec<_>>()
+    };
+    let (set, add) = (names(&changes.set), names(&changes.add));
+    [
+        text("remove", changes.remove.iter().map(http::HeaderName::as_str).collect()),
+        text("set", set.iter().map(String::as_str).collect()),
+        text("add", add.iter().map(String::as_str).collect()),
+    ]
+}
+
+fn rate_text(rate: &Rate) -> String {
+    let text = format!("{} per {}", rate.count, duration_text(rate.per));
+    if rate.burst == rate.count { text } else { format!("{text}, {} at once", rate.burst) }
+}
+
+/// Returns where the client is sent.
+fn redirect(route: &Route, policies: &Policies, question: &Question) -> Option<String> {
+    let redirect = policies.redirect.as_ref()?;
+    let scheme = redirect.scheme.as_deref().unwrap_or(&question.scheme);
+    let host = redirect.host.as_deref().or(question.host.as_deref()).unwrap_or_default();
+    let target = replaced(route, redirect.path_prefix.as_deref(), &question.target);
+    Some(format!("{} to {scheme}://{host}{target}", redirect.status))
+}
+
+fn service_sees(route: &Route, question: &Question) -> Json {
+    let Some(host) = &question.host else { return json!({}) };
+    let rewrite = route.policies.as_ref().map(|policies| &policies.rewrite);
+    let host = rewrite.and_then(|rewrite| rewrite.host.as_deref()).unwrap_or(host);
+    let prefix = rewrite.and_then(|rewrite| rewrite.path_prefix.as_deref());
+    json!({ "host": host, "path": replaced(route, prefix, &question.target) })
+}
+
+/// Returns the target with `prefix` in place of the route's.
+fn replaced(route: &Route, prefix: Option<&str>, target: &str) -> String {
+    let rest = prefix.and_then(|_| target.strip_prefix(&*route.matches.path_prefix));
+    let (Some(prefix), Some(rest)) = (prefix, rest) else { return target.to_owned() };
+    let text = format!("{prefix}{rest}");
+    if text.starts_with('/') { text } else { format!("/{text}") }
+}
+
+fn port_of(host: &str) -> Option<u16> {
+    let after = host.rfind(']').map_or(host, |bracket| &host[bracket..]);
+    after.rsplit_once(':')?.1.parse().ok()
+}
+
+/// Returns what the admin page says of a route in force: the route as in a file, and what it comes to.
+#[must_use]
+pub fn described(route: &Route, public: &Public, facts: &dyn Facts) -> Map<String, Json> {
+    let mut map = match route.to_json() {
+        Json::Object(map) => map,
+        _ => Map::new(),
+    };
+    map.insert("from".to_owned(), facts.from(route).into());
+    map.insert("urls".to_owned(), public.urls(route).into());
+    map.insert("serving".to_owned(), tunnels(route, facts));
+    map.insert("policies".to_owned(), policy_names(route).into());
+    map
+}
+
+#[cfg(test)]
+mod tests;

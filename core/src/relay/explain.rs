@@ -1,0 +1,118 @@
+//! What the admin page says of the relay's routing, and the addresses that a sidecar is told.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use serde_json::Value as Json;
+use sidelane_tunnel::proto;
+
+use super::routing::Routing;
+use super::{Relay, Sources};
+use crate::config::Route;
+use crate::explain::{self, Facts, Public, PublicListener, Question};
+use crate::tunnel::session::Session;
+
+/// Addresses told in one answer to an announcement. A page of them helps nobody, and the answer must
+/// stay a message.
+const ADDRESSES_MAX: usize = 32;
+
+/// Where routes come from, and who serves their tunnels.
+struct Known<'a> {
+    from: HashMap<*const Route, &'a str>,
+    routing: &'a Routing,
+}
+
+impl<'a> Known<'a> {
+    fn of(sources: &'a Sources, routing: &'a Routing) -> Self {
+        let own = sources.own.iter().map(|route| (route, "file"));
+        let documents = sources.documents.values().chain(sources.lost.iter().map(|(_, lost)| lost));
+        let announced = documents.flat_map(|document| {
+            document.routes.iter().map(|route| (route, &*document.session.name))
+        });
+        let from = own.chain(announced).map(|(route, from)| (Arc::as_ptr(route), from)).collect();
+        Self { from, routing }
+    }
+}
+
+impl Facts for Known<'_> {
+    fn from(&self, route: &Route) -> String {
+        self.from.get(&std::ptr::from_ref(route)).copied().unwrap_or_default().to_owned()
+    }
+
+    fn service(&self, _: &str) -> Option<String> {
+        // The sidecar's business.
+        None
+    }
+
+    fn is_served(&self, tunnel: &str) -> Option<bool> {
+        Some(self.routing.tunnel(tunnel).is_some())
+    }
+}
+
+impl Relay {
+    /// Takes the ports that listeners are bound to, for the addresses that are told.
+    pub fn set_public(&self, listeners: Vec<PublicListener>) {
+        self.listeners.store(Arc::new(listeners));
+    }
+
+    /// Says what would become of a request.
+    #[must_use]
+    pub fn explain(&self, question: &Question) -> Json {
+        let sources = self.lock_sources();
+        let routing = self.routing.load();
+        let known = Known::of(&sources, &routing);
+        explain::answer(routing.table.routes(), &self.public(&sources), question, &known)
+    }
+
+    /// What the admin page says of the routes in force: those of the file, then those announced.
+    #[must_use]
+    pub fn describe_routes(&self) -> Json {
+        let sources = self.lock_sources();
+        let routing = self.routing.load();
+        let known = Known::of(&sources, &routing);
+        let public = self.public(&sources);
+        let announced = sources.documents.values().flat_map(|document| &document.routes);
+        let routes = sources.own.iter().chain(announced);
+        routes.map(|route| Json::from(explain::described(route, &public, &known))).collect()
+    }
+
+    /// Returns addresses of the session's routes that are in force.
+    pub(super) fn addresses(&self, sources: &Sources, epoch: u64) -> Vec<String> {
+        let routing = self.routing.load();
+        let public = self.public(sources);
+        let is_in_force = |route: &&Arc<Route>| {
+            let mut routes = routing.table.routes().iter();
+            // Replicas that announce the same share it.
+            routes.any(|other| other.matches == route.matches && other.tunnels == route.tunnels)
+        };
+        let routes =
+            sources.documents.get(&epoch).into_iter().flat_map(|document| &document.routes);
+        let in_force = routes.take(ADDRESSES_MAX).filter(is_in_force);
+        in_force.flat_map(|route| public.urls(route)).take(ADDRESSES_MAX).collect()
+    }
+
+    /// Returns what sidecars are told whose documents have come into force.
+    pub(super) fn accepted(
+        &self,
+        sources: &Sources,
+        accepted: Vec<(Arc<Session>, u64)>,
+    ) -> Vec<(Arc<Session>, proto::Announced)> {
+        let answer = |(session, version): (Arc<Session>, u64)| {
+            let announced = proto::Announced {
+                version,
+                accepted: true,
+                addresses: self.addresses(sources, session.epoch),
+                ..proto::Announced::default()
+            };
+            (session, announced)
+        };
+        accepted.into_iter().map(answer).collect()
+    }
+
+    fn public(&self, sources: &Sources) -> Public {
+        Public {
+            base_domains: sources.base_domains.clone(),
+            listeners: self.listeners.load().to_vec(),
+        }
+    }
+}
