@@ -27,7 +27,7 @@ use serde_json::Value as Json;
 
 pub use diff::{Changes, Delta, diff};
 pub use error::{ConfigError, ConfigErrors, Position};
-pub use value::{HostPort, Secret, duration_text, size_text};
+pub use value::{HostPort, Secret, duration_text, network_text, size_text};
 
 pub(crate) use error::did_you_mean as near_miss;
 
@@ -120,6 +120,8 @@ pub struct Config {
     pub log: Log,
     /// How long running exchanges may take after SIGTERM.
     pub drain_timeout: Duration,
+    /// What runs and is yet likely a mistake, sorted by place.
+    pub warnings: Vec<ConfigError>,
     /// Files that values were read from; their contents belong to the configuration.
     pub files: Vec<PathBuf>,
     /// Where everything stands.

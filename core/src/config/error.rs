@@ -13,7 +13,10 @@ const ERRORS_MAX: usize = 100;
 const SNIPPET_COLUMNS_MAX: usize = 160;
 
 /// Words that keep a line, and a value below it, out of snippets: it may hold a secret.
-const SECRET_WORDS: [&str; 4] = ["token", "secret", "password", "key"];
+const SECRET_WORDS: [&str; 6] = ["token", "secret", "password", "key", "users", "$2"];
+
+/// Values below these paths are never shown: a password may stand where its hash belongs.
+const SECRET_PATHS: [&str; 1] = ["basic_auth.users."];
 
 /// Where something stands in a file. Lines and columns count characters from 1; line 0: nowhere.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -123,12 +126,13 @@ impl std::error::Error for ConfigErrors {}
 pub(crate) struct Sink {
     file: Arc<str>,
     errors: Vec<ConfigError>,
+    warnings: Vec<ConfigError>,
     more: usize,
 }
 
 impl Sink {
     pub(crate) fn new(file: Arc<str>) -> Self {
-        Self { file, errors: Vec::new(), more: 0 }
+        Self { file, errors: Vec::new(), warnings: Vec::new(), more: 0 }
     }
 
     pub(crate) fn push(&mut self, position: Position, path: &str, message: String) {
@@ -145,13 +149,38 @@ impl Sink {
         });
     }
 
-    /// Returns the errors with snippets of `text`, or `Ok` where there are none.
-    pub(crate) fn into_result(mut self, text: &str) -> Result<(), ConfigErrors> {
+    /// Records what is accepted and yet likely a mistake. At most [`ERRORS_MAX`] are kept.
+    pub(crate) fn warn(&mut self, position: Position, path: &str, message: String) {
+        if self.warnings.len() < ERRORS_MAX {
+            let (file, path) = (self.file.clone(), path.to_owned());
+            self.warnings.push(ConfigError { file, position, path, message, snippet: None });
+        }
+    }
+
+    /// Returns the texts of the errors, `path: message`.
+    pub(crate) fn texts(&self) -> Vec<String> {
+        self.errors
+            .iter()
+            .map(|error| match error.path.as_str() {
+                "" => error.message.clone(),
+                path => format!("{path}: {}", error.message),
+            })
+            .collect()
+    }
+
+    /// Returns the errors with snippets of `text`, or the warnings where there are none.
+    pub(crate) fn into_result(mut self, text: &str) -> Result<Vec<ConfigError>, ConfigErrors> {
         if self.errors.is_empty() {
-            return Ok(());
+            self.warnings.sort_by(|a, b| (a.position, &a.path).cmp(&(b.position, &b.path)));
+            for warning in &mut self.warnings {
+                warning.snippet = snippet(text, warning.position);
+            }
+            return Ok(self.warnings);
         }
         for error in &mut self.errors {
-            error.snippet = snippet(text, error.position);
+            if !SECRET_PATHS.iter().any(|path| error.path.contains(path)) {
+                error.snippet = snippet(text, error.position);
+            }
         }
         Err(ConfigErrors::new(self.errors, self.more))
     }
@@ -186,6 +215,15 @@ pub(crate) fn did_you_mean<'a>(
     value: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> String {
+    nearest(value, candidates)
+        .map_or_else(String::new, |candidate| format!("; did you mean \"{candidate}\"?"))
+}
+
+/// Returns the candidate that is near enough to be meant.
+pub(crate) fn nearest<'a>(
+    value: &str,
+    candidates: impl IntoIterator<Item = &'a str>,
+) -> Option<&'a str> {
     candidates
         .into_iter()
         .map(|candidate| {
@@ -196,7 +234,7 @@ pub(crate) fn did_you_mean<'a>(
         // A third of the letters may be wrong: "apii" is api, "foo" is not web.
         .filter(|(distance, candidate)| *distance <= candidate.chars().count().max(3) / 3)
         .min()
-        .map_or_else(String::new, |(_, candidate)| format!("; did you mean \"{candidate}\"?"))
+        .map(|(_, candidate)| candidate)
 }
 
 /// Returns `a, b, c`, shortened beyond 12 items.

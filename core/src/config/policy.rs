@@ -39,6 +39,21 @@ impl Policies {
     pub fn is_default(&self) -> bool {
         *self == Self::default()
     }
+
+    /// Reads policies as an announcement carries them: a JSON object with the keys of a route in a
+    /// file, checked by the same rules.
+    ///
+    /// # Errors
+    /// Each fault, as `path: what is wrong`.
+    pub fn parse_json(json: &str) -> Result<Self, Vec<String>> {
+        super::read::read_policies(json)
+    }
+
+    /// Returns what [`Self::parse_json`] reads, hashes of passwords included.
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
+        super::show::policies(self, super::show::Hashes::Shown).into()
+    }
 }
 
 /// Timeouts of a route; `None`: the plugin's, or none.
@@ -65,10 +80,11 @@ pub struct Retries {
     pub budget_min: u32,
 }
 
-/// Changes of a head's fields, in this order: remove, set, add.
+/// Changes of a head's fields, in this order: remove, set, add. Sorted by name; those to add of one
+/// name keep their order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HeaderChanges {
-    /// Replaces all fields of that name.
+    /// Replaces all fields of that name; names are unique.
     pub set: Vec<(HeaderName, HeaderValue)>,
     /// Adds a field.
     pub add: Vec<(HeaderName, HeaderValue)>,

@@ -13,7 +13,7 @@ use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::options::DuplicateKeyPolicy;
 use serde_saphyr::{Location, Spanned};
 
-use super::error::{Position, Sink, did_you_mean, list};
+use super::error::{Position, Sink, did_you_mean, list, nearest};
 
 /// Most nodes of one file: about 20,000 routes. Bounds what a hostile file can make us allocate.
 const NODES_MAX: usize = 250_000;
@@ -150,6 +150,32 @@ impl Node {
                 .map_or(self.position, |(item, rest)| item.locate(rest)),
             _ => self.position,
         }
+    }
+}
+
+impl From<serde_json::Value> for Node {
+    /// Returns the same value without places, as YAML would give it.
+    fn from(json: serde_json::Value) -> Self {
+        use serde_json::Value as Json;
+        let scalar = |text: String, plain, json| {
+            Value::Scalar(Scalar { text, plain, hidden: false, resolved: Some(json) })
+        };
+        let value = match json {
+            Json::Null => Value::Null,
+            Json::Bool(_) | Json::Number(_) => scalar(json.to_string(), true, json),
+            Json::String(text) => scalar(text.clone(), false, Json::String(text)),
+            Json::Array(items) => Value::List(items.into_iter().map(Self::from).collect()),
+            Json::Object(map) => Value::Map(
+                map.into_iter()
+                    .map(|(key, value)| Entry {
+                        key,
+                        key_position: Position::default(),
+                        node: value.into(),
+                    })
+                    .collect(),
+            ),
+        };
+        Self { position: Position::default(), value }
     }
 }
 
@@ -333,6 +359,8 @@ impl<'de> Visitor<'de> for YamlVisitor {
 /// A mapping whose keys the language knows.
 pub(crate) struct Section<'a> {
     entries: &'a [Entry],
+    /// What each unknown key is near to, where it is near to any.
+    unknown: Vec<Option<&'static str>>,
     position: Position,
     path: String,
     sink: &'a RefCell<Sink>,
@@ -348,7 +376,7 @@ impl<'a> Section<'a> {
     /// Returns the field; it is an error where the file lacks it.
     pub(crate) fn require(&self, key: &str, accepted: &str) -> Option<Field<'a>> {
         let field = self.field(key);
-        if field.is_none() {
+        if field.is_none() && !self.is_mistyped(key) {
             self.fail(&format!("`{key}` is missing (accepted: {accepted})"));
         }
         field
@@ -364,6 +392,16 @@ impl<'a> Section<'a> {
         if let Some(value) = self.field(key).and_then(|field| read(&field)) {
             *target = value;
         }
+    }
+
+    /// Returns whether an unknown key was told that is near to this one, which then is not missing.
+    pub(crate) fn is_mistyped(&self, key: &str) -> bool {
+        self.unknown.contains(&Some(key))
+    }
+
+    /// Returns whether an unknown key was told: what seems to be missing may be meant by it.
+    pub(crate) fn has_unknown(&self) -> bool {
+        !self.unknown.is_empty()
     }
 
     /// Records a fault of the section as a whole.
@@ -391,6 +429,16 @@ impl<'a> Field<'a> {
     /// Records a fault of this value.
     pub(crate) fn fail(&self, message: impl Into<String>) {
         self.sink.borrow_mut().push(self.node.position, &self.path, message.into());
+    }
+
+    /// Records a fault of the key that this value stands behind.
+    pub(crate) fn fail_key(&self, entry: &Entry, message: impl Into<String>) {
+        self.sink.borrow_mut().push(entry.key_position, &self.path, message.into());
+    }
+
+    /// Records what is accepted and yet likely a mistake.
+    pub(crate) fn warn(&self, message: impl Into<String>) {
+        self.sink.borrow_mut().warn(self.node.position, &self.path, message.into());
     }
 
     pub(crate) fn path(&self) -> &str {
@@ -431,14 +479,16 @@ impl<'a> Field<'a> {
 
     /// Returns the mapping; each key that is not in `keys` is an error. Nothing behind the key
     /// counts as an empty mapping.
-    pub(crate) fn section(&self, keys: &[&str]) -> Option<Section<'a>> {
+    pub(crate) fn section(&self, keys: &[&'static str]) -> Option<Section<'a>> {
         let entries = match &self.node.value {
             Value::Map(entries) => entries.as_slice(),
             Value::Null => &[],
             _ => return self.wrong_shape("a mapping of keys to values"),
         };
+        let mut unknown = Vec::new();
         for entry in entries.iter().filter(|entry| !keys.contains(&entry.key.as_str())) {
             let key = entry.key.as_str();
+            unknown.push(nearest(key, keys.iter().copied()));
             let message = format!(
                 "unknown key \"{key}\" (accepted: {}){}",
                 keys.join(", "),
@@ -448,6 +498,7 @@ impl<'a> Field<'a> {
         }
         Some(Section {
             entries,
+            unknown,
             position: self.node.position,
             path: self.path.clone(),
             sink: self.sink,
@@ -545,6 +596,11 @@ impl<'a> Field<'a> {
                 Err(format!("\"{text}\" is not accepted (accepted: true, false){hint}"))
             }
         })
+    }
+
+    /// Returns whether this is the text `true`; tells nothing.
+    pub(crate) fn is_true(&self) -> bool {
+        matches!(&self.node.value, Value::Scalar(scalar) if scalar.text == "true")
     }
 
     /// Returns the variant of that name.

@@ -2,22 +2,28 @@
 //! between them. Goes on after a fault, with a default in its place, so that all are told.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use ipnet::IpNet;
+
 use super::error::{Sink, did_you_mean, list};
+use super::policy::Policies;
 use super::raw::{self, Field, Section};
 use super::substitute::{self, Context};
 use super::{
-    Balance, Block, Carries, Config, ConfigErrors, HttpVersion, Library, Listener, Log, LogFormat,
-    Match, MatchSpec, Origin, Plugins, Pool, Relay, RelayLimits, RelayTimeouts, RelayTunnel,
-    Relays, Route, Secret, ServiceAddress, Share, Sidecar, SidecarLimits, SidecarTimeouts, Source,
-    Tunnel, duplicates, duration_text, size_text, value,
+    Block, Config, ConfigErrors, Log, LogFormat, Origin, Plugins, Secret, Source, duplicates,
+    duration_text, size_text, value,
 };
-use crate::router::RouteTable;
+
+mod plugins;
+mod policies;
+mod relay;
+mod routes;
+mod sidecar;
+mod tunnels;
 
 /// Version of the language.
 const VERSION: u32 = 1;
@@ -33,6 +39,12 @@ const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
 
 /// Most of any one thing in a list; bounds metric labels and the watch on a relay.
 const ITEMS_MAX: usize = 65_536;
+
+/// Most of anything that is counted at once or per time: beyond any machine's means.
+const COUNT_MAX: u32 = 1_000_000;
+
+/// Most networks of trusted proxies: each connection's address is compared with all of them.
+const PROXIES_MAX: usize = 256;
 
 /// Shortest token. Guessing 16 characters over a network is hopeless, shorter ones are typed by hand.
 const TOKEN_BYTES_MIN: usize = 16;
@@ -50,8 +62,7 @@ const TUNNEL_ADDRESS: SocketAddr = loopback(9081);
 const HEALTH_ADDRESS: SocketAddr = loopback(9082);
 const ADMIN_ADDRESS: SocketAddr = loopback(9083);
 
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Below the time that a cluster's name service keeps an answer, usually 30 s.
+/// As long as a cluster's name service keeps an answer, usually.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(30);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(25);
 
@@ -70,9 +81,18 @@ pub(super) const ROOT_KEYS: &[&str] = &[
     "log",
     "drain_timeout",
 ];
-pub(super) const RELAY_KEYS: &[&str] =
-    &["listeners", "base_domains", "tunnel", "threads", "limits", "timeouts"];
-pub(super) const LISTENER_KEYS: &[&str] = &["name", "address", "protocol_type"];
+pub(super) const RELAY_KEYS: &[&str] = &[
+    "listeners",
+    "base_domains",
+    "trusted_proxies",
+    "max_connection_age",
+    "tunnel",
+    "threads",
+    "limits",
+    "timeouts",
+];
+pub(super) const LISTENER_KEYS: &[&str] =
+    &["name", "address", "protocol_type", "sniff", "proxy_protocol", "balance"];
 pub(super) const RELAY_TUNNEL_KEYS: &[&str] = &["address", "token", "token_file", "token_env"];
 pub(super) const RELAY_LIMITS_KEYS: &[&str] = &[
     "connections",
@@ -91,6 +111,7 @@ pub(super) const RELAY_TIMEOUTS_KEYS: &[&str] = &["request_head", "idle", "open_
 pub(super) const SIDECAR_KEYS: &[&str] = &[
     "name",
     "relays",
+    "resolve_interval",
     "token",
     "token_file",
     "token_env",
@@ -101,7 +122,20 @@ pub(super) const SIDECAR_KEYS: &[&str] = &[
 ];
 pub(super) const SIDECAR_LIMITS_KEYS: &[&str] = &["exchanges_per_session", "queued", "window"];
 pub(super) const SIDECAR_TIMEOUTS_KEYS: &[&str] = &["dial", "handshake"];
-pub(super) const TUNNEL_KEYS: &[&str] = &["name", "service", "protocols", "connect_timeout"];
+pub(super) const TUNNEL_KEYS: &[&str] = &[
+    "name",
+    "service",
+    "protocols",
+    "connect_timeout",
+    "http_version",
+    "pool",
+    "proxy_protocol",
+    "health_check",
+    "wait",
+];
+pub(super) const POOL_KEYS: &[&str] = &["idle_timeout", "idle", "connections"];
+pub(super) const HEALTH_CHECK_KEYS: &[&str] =
+    &["type", "path", "host", "service", "interval", "timeout", "healthy_after", "unhealthy_after"];
 pub(super) const ROUTE_KEYS: &[&str] = &[
     "name",
     "subdomain",
@@ -111,8 +145,20 @@ pub(super) const ROUTE_KEYS: &[&str] = &[
     "listener",
     "protocol_type",
     "tunnel",
+    "tunnels",
+    "timeouts",
+    "retries",
+    "request_headers",
+    "response_headers",
+    "rewrite",
+    "redirect",
+    "basic_auth",
+    "addresses",
+    "limits",
+    "compression",
     "options",
 ];
+pub(super) const SHARE_KEYS: &[&str] = &["name", "weight"];
 pub(super) const PLUGINS_KEYS: &[&str] =
     &["directory", "libraries", "generations", "panics", "panics_within", "slow_poll"];
 pub(super) const LIBRARY_KEYS: &[&str] =
@@ -140,20 +186,42 @@ pub(super) fn read(
     substitute::substitute(&mut root, "", &mut context, &mut sink);
 
     let sink = RefCell::new(sink);
-    let mut reader = Reader { env, directory, files: context.files };
+    let mut reader = Reader { env, files: Files { directory, read: context.files } };
     let mut config = reader.config(&Field::new(&root, "", &sink));
-    sink.into_inner().into_result(&source.text)?;
-    config.files = reader.files;
+    config.warnings = sink.into_inner().into_result(&source.text)?;
+    config.files = reader.files.read;
     config.files.sort();
     config.files.dedup();
     config.origin = Origin { file, root: Arc::new(root) };
     Ok(config)
 }
 
+/// Reads policies as an announcement carries them: JSON with the keys of a route in a file.
+pub(super) fn read_policies(json: &str) -> Result<Policies, Vec<String>> {
+    let value: serde_json::Value =
+        serde_json::from_str(json).map_err(|error| vec![format!("not valid JSON: {error}")])?;
+    let sink = RefCell::new(Sink::new("".into()));
+    let root = raw::Node::from(value);
+    let field = Field::new(&root, "", &sink);
+    let policies = field.section(policies::POLICY_KEYS).map(|s| policies::policies(&s, None));
+    let texts = sink.borrow().texts();
+    match policies {
+        Some(policies) if texts.is_empty() => Ok(policies),
+        _ => Err(texts),
+    }
+}
+
+/// Files that values come from.
+struct Files<'a> {
+    /// Relative paths start here.
+    directory: &'a Path,
+    /// Those read so far.
+    read: Vec<PathBuf>,
+}
+
 struct Reader<'a> {
     env: &'a dyn Fn(&str) -> Option<String>,
-    directory: &'a Path,
-    files: Vec<PathBuf>,
+    files: Files<'a>,
 }
 
 impl Reader<'_> {
@@ -170,6 +238,7 @@ impl Reader<'_> {
             log: Log::default(),
             drain_timeout: DRAIN_TIMEOUT,
             files: Vec::new(),
+            warnings: Vec::new(),
             origin: Origin {
                 file: "".into(),
                 root: Arc::new(raw::Node {
@@ -188,7 +257,11 @@ impl Reader<'_> {
                 }
             });
         }
-        if root.field("relay").is_none() && root.field("sidecar").is_none() {
+        if root.field("relay").is_none()
+            && root.field("sidecar").is_none()
+            && !root.is_mistyped("relay")
+            && !root.is_mistyped("sidecar")
+        {
             root.fail(
                 "has nothing to run (accepted: a `relay` section, a `sidecar` section, or both)",
             );
@@ -200,25 +273,26 @@ impl Reader<'_> {
             .and_then(|field| self.sidecar(&field, has_relay, config.relay.as_ref()));
         let tunnels_field = root.field("tunnels");
         if let Some(field) = &tunnels_field {
-            let tunnels = items(field, tunnel);
+            let tunnels = items(field, tunnels::tunnel);
             unique(field, "tunnel", &tunnels, |tunnel| &tunnel.name);
             config.tunnels = arcs(tunnels);
         }
         if let Some(field) = root.field("routes") {
             // Names as written, so that a tunnel with another fault is not unknown as well.
-            let known = Known {
-                tunnels: (root.field("sidecar").is_some() || tunnels_field.is_some())
-                    .then(|| tunnels_field.as_ref().map(Field::item_names).unwrap_or_default()),
+            let known = routes::Known {
+                tunnels: ((root.field("sidecar").is_some() || tunnels_field.is_some())
+                    && !root.is_mistyped("tunnels"))
+                .then(|| tunnels_field.as_ref().map(Field::item_names).unwrap_or_default()),
                 listeners: root.field("relay").map(|relay| {
                     relay.child("listeners").as_ref().map_or_else(|| vec!["web"], Field::item_names)
                 }),
             };
-            let routes = items(&field, |item| route(item, &known));
-            if ambiguous(&field, &routes, config.relay.as_ref()) {
+            let routes = items(&field, |item| routes::route(item, &known, &mut self.files));
+            if routes::ambiguous(&field, &routes, config.relay.as_ref()) {
                 // Routes without a name that take the same are called the same as well.
                 unique(&field, "route", &routes, |route| &route.name);
             }
-            unreachable(&field, &routes, &config);
+            routes::unreachable(&field, &routes, &config);
             config.routes = arcs(routes);
         }
 
@@ -238,148 +312,6 @@ impl Reader<'_> {
         root.set("drain_timeout", &mut config.drain_timeout, |f| timeout(f, Duration::ZERO));
         Self::distinct_addresses(&root, &config);
         config
-    }
-
-    fn relay(&mut self, field: &Field<'_>) -> Option<Relay> {
-        let section = field.section(RELAY_KEYS)?;
-        let mut relay = Relay {
-            listeners: vec![Arc::new(Listener {
-                name: "web".into(),
-                address: WEB_ADDRESS,
-                carries: Carries::Http,
-                proxy_protocol: false,
-                balance: Balance::Kernel,
-            })],
-            base_domains: vec!["localhost".into()],
-            trusted_proxies: Vec::new(),
-            max_connection_age: None,
-            tunnel: RelayTunnel { address: TUNNEL_ADDRESS, token: None },
-            threads: 0,
-            limits: RelayLimits::default(),
-            timeouts: RelayTimeouts::default(),
-        };
-        if let Some(field) = section.field("listeners") {
-            let listeners = items(&field, listener);
-            unique(&field, "listener", &listeners, |listener| &listener.name);
-            relay.listeners = arcs(listeners);
-            if field.is_empty() {
-                field.fail("is empty (accepted: at least one listener; without the key: web on 127.0.0.1:9080)");
-            }
-        }
-        section.set("base_domains", &mut relay.base_domains, |field| {
-            let domains = field.list_of(|item| item.parse(value::host))?;
-            twice(field, &domains);
-            if field.is_empty() {
-                field.fail("is empty (accepted: at least one domain, as in localhost)");
-            }
-            Some(domains)
-        });
-        if let Some(field) = section.field("tunnel")
-            && let Some(section) = field.section(RELAY_TUNNEL_KEYS)
-        {
-            self.relay_tunnel(&section, &mut relay.tunnel);
-        }
-        section.set("threads", &mut relay.threads, |f| f.integer(0, THREADS_MAX));
-        if let Some(field) = section.field("limits") {
-            relay_limits(&field, &mut relay.limits);
-        }
-        if let Some(field) = section.field("timeouts")
-            && let Some(section) = field.section(RELAY_TIMEOUTS_KEYS)
-        {
-            let timeouts = &mut relay.timeouts;
-            let positive = |f: &Field<'_>| timeout(f, Duration::from_millis(1));
-            section.set("request_head", &mut timeouts.request_head, positive);
-            section.set("idle", &mut timeouts.idle, positive);
-            section.set("open_wait", &mut timeouts.open_wait, |f| timeout(f, Duration::ZERO));
-            section.set("handshake", &mut timeouts.handshake, positive);
-        }
-        Some(relay)
-    }
-
-    fn relay_tunnel(&mut self, section: &Section<'_>, tunnel: &mut RelayTunnel) {
-        section.set("address", &mut tunnel.address, |f| f.parse(value::socket_address));
-        let as_written = self.token(section, &mut tunnel.token);
-        if as_written
-            && tunnel.token.is_none()
-            && !tunnel.address.ip().is_loopback()
-            && let Some(field) = section.field("address")
-        {
-            field.fail(format!(
-                "{} is open to others and asks for no token (accepted: a loopback address, or one \
-                 of token, token_file, token_env beside it)",
-                tunnel.address
-            ));
-        }
-    }
-
-    fn sidecar(
-        &mut self,
-        field: &Field<'_>,
-        has_relay: bool,
-        relay: Option<&Relay>,
-    ) -> Option<Sidecar> {
-        let section = field.section(SIDECAR_KEYS)?;
-        let mut sidecar = Sidecar {
-            name: host_name(),
-            relays: Relays::Embedded,
-            resolve_interval: RESOLVE_INTERVAL,
-            token: None,
-            lanes: LANES,
-            threads: 1,
-            limits: SidecarLimits::default(),
-            timeouts: SidecarTimeouts::default(),
-        };
-        section.set("name", &mut sidecar.name, |f| f.parse(value::name));
-        let token_as_written = self.token(&section, &mut sidecar.token);
-        match section.field("relays") {
-            Some(relays) => {
-                if let Some(listed) = relays.list_of(|item| item.parse(value::host_port)) {
-                    if relays.is_empty() {
-                        relays.fail("is empty (accepted: at least one relay as host:port)");
-                    }
-                    if let Some(open) = listed.iter().find(|relay| !relay.is_loopback())
-                        && sidecar.token.is_none()
-                        && token_as_written
-                    {
-                        relays.fail(format!(
-                            "{open} is another machine and gets no token (accepted: loopback \
-                             addresses, or one of token, token_file, token_env)"
-                        ));
-                    }
-                    sidecar.relays = Relays::Listed(listed);
-                }
-            }
-            None if !has_relay => section.fail(
-                "`relays` is missing (accepted: a list of host:port; only beside a `relay` section \
-                 it may be left out)",
-            ),
-            None => {
-                if sidecar.token.is_none() {
-                    sidecar.token = relay.and_then(|relay| relay.tunnel.token.clone());
-                }
-            }
-        }
-        section.set("lanes", &mut sidecar.lanes, |f| f.integer(1, LANES_MAX));
-        section.set("threads", &mut sidecar.threads, |f| f.integer(0, THREADS_MAX));
-        if let Some(field) = section.field("limits")
-            && let Some(section) = field.section(SIDECAR_LIMITS_KEYS)
-        {
-            let limits = &mut sidecar.limits;
-            section.set("exchanges_per_session", &mut limits.exchanges_per_session, |f| {
-                f.integer(1, 1_000_000)
-            });
-            section.set("queued", &mut limits.queued, |f| size(f, 1 << 20, 1 << 40));
-            section.set("window", &mut limits.window, |f| size(f, 64 << 10, 64 << 20));
-        }
-        if let Some(field) = section.field("timeouts")
-            && let Some(section) = field.section(SIDECAR_TIMEOUTS_KEYS)
-        {
-            let timeouts = &mut sidecar.timeouts;
-            let positive = |f: &Field<'_>| timeout(f, Duration::from_millis(1));
-            section.set("dial", &mut timeouts.dial, positive);
-            section.set("handshake", &mut timeouts.handshake, positive);
-        }
-        Some(sidecar)
     }
 
     /// Reads one of `token`, `token_file`, `token_env`. Returns whether `target` is what the file
@@ -402,9 +334,9 @@ impl Reader<'_> {
         let text = match *key {
             "token" => field.secret().map(str::to_owned),
             "token_file" => field.text().and_then(|path| {
-                let path = self.directory.join(path);
+                let path = self.files.directory.join(path);
                 let text = substitute::read_secret(&path);
-                self.files.push(path);
+                self.files.read.push(path);
                 text.map_err(|message| field.fail(message)).ok()
             }),
             _ => field.text().and_then(|name| {
@@ -429,24 +361,6 @@ impl Reader<'_> {
         }
         *target = Some(Secret::new(&text));
         true
-    }
-
-    fn plugins(&self, field: &Field<'_>) -> Plugins {
-        let mut plugins = Plugins::default();
-        let Some(section) = field.section(PLUGINS_KEYS) else { return plugins };
-        let mut directory = self.directory.to_owned();
-        section.set("directory", &mut directory, |f| Some(self.directory.join(f.text()?)));
-        if let Some(field) = section.field("libraries") {
-            let libraries = items(&field, |item| library(item, &directory));
-            unique(&field, "plugin", &libraries, |library| &library.name);
-            plugins.libraries = libraries.into_iter().map(|(_, library)| library).collect();
-        }
-        section.set("generations", &mut plugins.generations, |f| f.integer(1, 256));
-        section.set("panics", &mut plugins.panics, |f| f.integer(1, 1_000_000));
-        let positive = |f: &Field<'_>| timeout(f, Duration::from_millis(1));
-        section.set("panics_within", &mut plugins.panics_within, positive);
-        section.set("slow_poll", &mut plugins.slow_poll, positive);
-        plugins
     }
 
     /// Two sockets on one address: the second could not be bound.
@@ -485,69 +399,6 @@ impl Reader<'_> {
     }
 }
 
-fn listener(field: &Field<'_>) -> Option<Listener> {
-    let section = field.section(LISTENER_KEYS)?;
-    let name = section.require("name", "text").and_then(|f| f.parse(value::name));
-    let address = section
-        .require("address", "IP:port, as in 127.0.0.1:9080")
-        .and_then(|f| f.parse(value::socket_address));
-    let mut protocol_type = None;
-    section.set("protocol_type", &mut protocol_type, |f| f.parse(value::protocol_type).map(Some));
-    let carries = protocol_type.map_or(Carries::Http, Carries::Type);
-    let (proxy_protocol, balance) = (false, Balance::Kernel);
-    Some(Listener { name: name?, address: address?, carries, proxy_protocol, balance })
-}
-
-fn relay_limits(field: &Field<'_>, limits: &mut RelayLimits) {
-    let Some(section) = field.section(RELAY_LIMITS_KEYS) else { return };
-    section.set("connections", &mut limits.connections, |f| f.integer(1, 10_000_000));
-    section.set("sessions", &mut limits.sessions, |f| f.integer(1, 1_000_000));
-    section.set("lanes_per_session", &mut limits.lanes_per_session, |f| f.integer(1, LANES_MAX));
-    section.set("exchanges_per_session", &mut limits.exchanges_per_session, |f| {
-        f.integer(1, 1_000_000)
-    });
-    section.set("streams_per_connection", &mut limits.streams_per_connection, |f| {
-        f.integer(1, 10_000)
-    });
-    section.set("request_head", &mut limits.request_head, |f| {
-        usize::try_from(size(f, 8 << 10, 64 << 10)?).ok()
-    });
-    section.set("request_headers", &mut limits.request_headers, |f| f.integer(16, 128));
-    section.set("queued", &mut limits.queued, |f| size(f, 1 << 20, 1 << 40));
-    section.set("window", &mut limits.window, |f| size(f, 64 << 10, 64 << 20));
-    section.set("handshakes_per_second", &mut limits.handshakes_per_second, |f| {
-        f.integer(1, 1_000_000)
-    });
-    section.set(
-        "handshakes_per_second_per_address",
-        &mut limits.handshakes_per_second_per_address,
-        |f| f.integer(1, 1_000_000),
-    );
-}
-
-fn tunnel(field: &Field<'_>) -> Option<Tunnel> {
-    let section = field.section(TUNNEL_KEYS)?;
-    let name = section.require("name", "text").and_then(|f| f.parse(value::name));
-    let service = section
-        .require("service", "host:port, as in 127.0.0.1:3000")
-        .and_then(|f| f.parse(value::host_port));
-    let mut protocols = None;
-    section.set("protocols", &mut protocols, |f| protocol_types(f).map(Some));
-    let mut connect_timeout = CONNECT_TIMEOUT;
-    section.set("connect_timeout", &mut connect_timeout, |f| timeout(f, Duration::from_millis(1)));
-    Some(Tunnel {
-        name: name?,
-        service: ServiceAddress::Tcp(service?),
-        protocols,
-        connect_timeout,
-        http_version: HttpVersion::Http1,
-        pool: Pool::default(),
-        proxy_protocol: None,
-        health_check: None,
-        wait: Duration::ZERO,
-    })
-}
-
 fn protocol_types(field: &Field<'_>) -> Option<Vec<Arc<str>>> {
     let types = field.list_of(|item| item.parse(value::protocol_type))?;
     if field.is_empty() {
@@ -559,68 +410,6 @@ fn protocol_types(field: &Field<'_>) -> Option<Vec<Arc<str>>> {
     Some(types)
 }
 
-/// What a route's references are checked against; `None`: not known in this process.
-struct Known<'a> {
-    tunnels: Option<Vec<&'a str>>,
-    listeners: Option<Vec<&'a str>>,
-}
-
-fn route(field: &Field<'_>, known: &Known<'_>) -> Option<Route> {
-    let section = field.section(ROUTE_KEYS)?;
-    let texts = ["subdomain", "host", "wildcard", "path_prefix", "listener", "protocol_type"]
-        .map(|key| section.field(key).map(|field| field.text()));
-    // A part that is there but no text is told already.
-    let shapes_good = texts.iter().all(|text| !matches!(text, Some(None)));
-    let [subdomain, host, wildcard, path_prefix, listener, protocol_type] =
-        texts.map(Option::flatten);
-    let spec = MatchSpec { subdomain, host, wildcard, path_prefix, listener, protocol_type };
-    let matches = match Match::parse(&spec) {
-        _ if !shapes_good => None,
-        Ok(matches) => Some(matches),
-        Err((key, message)) => {
-            match section.field(key) {
-                // Through the field, so that what came from a file stays hidden.
-                Some(field) => drop(field.parse(|_| Err::<(), _>(message))),
-                None => section.fail(&message),
-            }
-            None
-        }
-    };
-    if let (Some(listeners), Some(name)) = (&known.listeners, section.field("listener")) {
-        refer(&name, "listener", listeners);
-    }
-    let tunnel = section.require("tunnel", "the name of a tunnel").and_then(|field| {
-        let name = field.parse(value::name)?;
-        if let Some(tunnels) = &known.tunnels {
-            refer(&field, "tunnel", tunnels);
-        }
-        Some(name)
-    });
-    let mut name = None;
-    section.set("name", &mut name, |f| f.parse(value::name).map(Some));
-    let mut options = BTreeMap::new();
-    section.set("options", &mut options, |f| {
-        let mut options = BTreeMap::new();
-        for (entry, field) in f.entries()? {
-            match value::protocol_type(&entry.key) {
-                Ok(protocol_type) => {
-                    options.insert(protocol_type, block(&field));
-                }
-                Err(message) => field.fail(message),
-            }
-        }
-        Some(options)
-    });
-    let matches = matches?;
-    Some(Route {
-        name: name.unwrap_or_else(|| matches.to_string().into()),
-        tunnels: vec![Share { tunnel: tunnel?, weight: 1 }],
-        matches,
-        options,
-        policies: None,
-    })
-}
-
 fn refer(field: &Field<'_>, kind: &str, declared: &[&str]) {
     field.parse(|text| {
         if declared.contains(&text) {
@@ -630,28 +419,6 @@ fn refer(field: &Field<'_>, kind: &str, declared: &[&str]) {
         let declared = list(declared.iter().copied());
         Err(format!("unknown {kind} \"{text}\" (declared: {declared}){near}"))
     });
-}
-
-fn library(field: &Field<'_>, directory: &Path) -> Option<Library> {
-    let section = field.section(LIBRARY_KEYS)?;
-    let name = section.require("name", "text").and_then(|f| f.parse(value::name));
-    let path = section.require("library", "the path of a shared library").and_then(|f| {
-        f.parse(|text| {
-            if text.is_empty() {
-                Err("is empty (accepted: the path of a shared library)".into())
-            } else {
-                Ok(directory.join(text))
-            }
-        })
-    });
-    let mut sha256 = None;
-    section.set("sha256", &mut sha256, |f| f.parse(value::sha256).map(Some));
-    let mut required = true;
-    section.set("required", &mut required, Field::boolean);
-    let mut types = None;
-    section.set("protocol_types", &mut types, |f| protocol_types(f).map(Some));
-    let config = section.field("config").map(|field| block(&field)).unwrap_or_default();
-    Some(Library { name: name?, path: path?, sha256, required, protocol_types: types, config })
 }
 
 fn block(field: &Field<'_>) -> Block {
@@ -705,7 +472,7 @@ fn log_level(text: &str) -> Result<Arc<str>, String> {
 }
 
 /// Reads a list of named things, with their indices in the file.
-fn items<T>(field: &Field<'_>, read: impl Fn(&Field<'_>) -> Option<T>) -> Vec<(usize, T)> {
+fn items<T>(field: &Field<'_>, mut read: impl FnMut(&Field<'_>) -> Option<T>) -> Vec<(usize, T)> {
     let items = field.items().unwrap_or_default();
     if items.len() > ITEMS_MAX {
         field.fail(format!("has {} items (accepted: at most {ITEMS_MAX})", items.len()));
@@ -741,62 +508,6 @@ fn unique<T>(field: &Field<'_>, kind: &str, items: &[(usize, T)], name: fn(&T) -
     }
 }
 
-/// Tells routes that take the same exchanges.
-///
-/// Returns whether there are none.
-fn ambiguous(field: &Field<'_>, routes: &[(usize, Route)], relay: Option<&Relay>) -> bool {
-    let placeholder = [Arc::from("localhost")];
-    let base_domains = relay.map_or(placeholder.as_slice(), |relay| &relay.base_domains);
-    let arcs: Vec<Arc<Route>> = routes.iter().map(|(_, route)| Arc::new(route.clone())).collect();
-    let Err(ambiguity) = RouteTable::build(&arcs, base_domains) else { return true };
-    let index = |route: &Arc<Route>| {
-        arcs.iter().position(|other| Arc::ptr_eq(other, route)).map_or(0, |at| routes[at].0)
-    };
-    for (first, second) in &ambiguity.pairs {
-        let (first_index, second_index) = (index(first), index(second));
-        let Some(place) = field.item(second_index) else { continue };
-        place.fail(format!(
-            "route \"{}\" takes the same exchanges as \"{}\", {}[{first_index}] (accepted: another \
-             host, path_prefix, listener or protocol_type)",
-            second.name,
-            first.name,
-            field.path(),
-        ));
-    }
-    false
-}
-
-/// Tells routes that no exchange can take, because of what they point at.
-fn unreachable(field: &Field<'_>, routes: &[(usize, Route)], config: &Config) {
-    for (index, route) in routes {
-        let Some(place) = field.item(*index) else { continue };
-        let Some(wanted) = &route.matches.protocol_type else { continue };
-        let tunnel = route.tunnels.first().and_then(|share| config.tunnel(&share.tunnel));
-        if let Some(tunnel) = tunnel.filter(|tunnel| !tunnel.carries(wanted)) {
-            let carried = tunnel.protocols.iter().flatten().map(AsRef::as_ref);
-            place.child("protocol_type").unwrap_or(place).fail(format!(
-                "tunnel \"{}\" does not carry {wanted} (accepted: {})",
-                tunnel.name,
-                list(carried)
-            ));
-            continue;
-        }
-        let listener = config
-            .relay
-            .iter()
-            .flat_map(|relay| &relay.listeners)
-            .find(|listener| Some(&listener.name) == route.matches.listener.as_ref());
-        if let Some(bound) = listener.and_then(|listener| listener.protocol_type())
-            && bound != wanted
-        {
-            place
-                .child("protocol_type")
-                .unwrap_or(place)
-                .fail(format!("the listener takes {bound} only (accepted: {bound})"));
-        }
-    }
-}
-
 fn timeout(field: &Field<'_>, min: Duration) -> Option<Duration> {
     field.parse(|text| {
         let value = value::duration(text)?;
@@ -825,6 +536,16 @@ fn size(field: &Field<'_>, min: u64, max: u64) -> Option<u64> {
             ))
         }
     })
+}
+
+/// Reads a list of networks.
+fn networks(field: &Field<'_>, max: usize) -> Option<Vec<IpNet>> {
+    let networks = field.list_of(|item| item.parse(value::network))?;
+    if networks.len() > max {
+        field.fail(format!("has {} networks (accepted: at most {max})", networks.len()));
+        return None;
+    }
+    Some(networks)
 }
 
 /// The machine's name, as far as it is a name for us.

@@ -1,13 +1,20 @@
 //! The effective configuration for people: defaults filled in, secrets masked.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use http::{HeaderName, HeaderValue};
+use ipnet::IpNet;
 use serde_json::{Value as Json, json};
 
+use super::policy::{HeaderChanges, Policies, Rate};
 use super::{
-    Config, HostPort, LogFormat, Plugins, Relay, Relays, Route, Secret, Sidecar, Tunnel,
-    duration_text, size_text,
+    Balance, Carries, Config, HealthCheck, HostPort, HttpVersion, LogFormat, Plugins, Probe,
+    ProxyVersion, Relay, Relays, Route, Secret, Share, Sidecar, Tunnel, duration_text,
+    network_text, size_text,
 };
+
+type Map = serde_json::Map<String, Json>;
 
 impl Config {
     /// Returns the effective configuration, defaults filled in and secrets masked.
@@ -49,12 +56,20 @@ impl Relay {
                     "name": listener.name.as_ref(),
                     "address": listener.address,
                     "protocol_type": listener.protocol_type().map(AsRef::as_ref),
+                    "sniff": listener.carries == Carries::Sniffed,
+                    "proxy_protocol": listener.proxy_protocol,
+                    "balance": match listener.balance {
+                        Balance::Kernel => "kernel",
+                        Balance::Exact => "exact",
+                    },
                 })
             })
             .collect();
         json!({
             "listeners": listeners,
             "base_domains": self.base_domains.iter().map(AsRef::as_ref).collect::<Vec<&str>>(),
+            "trusted_proxies": self.trusted_proxies.iter().map(network_text).collect::<Vec<_>>(),
+            "max_connection_age": self.max_connection_age.map(duration_text),
             "tunnel": {
                 "address": self.tunnel.address,
                 "token": masked(self.tunnel.token.as_ref()),
@@ -91,6 +106,7 @@ impl Sidecar {
                 Relays::Embedded => Json::Null,
                 Relays::Listed(relays) => relays.iter().map(HostPort::to_string).collect(),
             },
+            "resolve_interval": duration_text(self.resolve_interval),
             "token": masked(self.token.as_ref()),
             "lanes": self.lanes,
             "threads": self.threads,
@@ -118,7 +134,46 @@ impl Tunnel {
             "service": self.service.to_string(),
             "protocols": names(self.protocols.as_ref()),
             "connect_timeout": duration_text(self.connect_timeout),
+            "http_version": match self.http_version {
+                HttpVersion::Http1 => 1,
+                HttpVersion::Http2 => 2,
+            },
+            "pool": {
+                "idle_timeout": self.pool.idle_timeout.map(duration_text),
+                "idle": self.pool.idle,
+                "connections": self.pool.connections,
+            },
+            "proxy_protocol": self.proxy_protocol.map(|version| match version {
+                ProxyVersion::V1 => "v1",
+                ProxyVersion::V2 => "v2",
+            }),
+            "health_check": self.health_check.as_ref().map(HealthCheck::to_json),
+            "wait": duration_text(self.wait),
         })
+    }
+}
+
+impl HealthCheck {
+    fn to_json(&self) -> Json {
+        let mut json = json!({
+            "interval": duration_text(self.interval),
+            "timeout": duration_text(self.timeout),
+            "healthy_after": self.healthy_after,
+            "unhealthy_after": self.unhealthy_after,
+        });
+        match &self.probe {
+            Probe::Tcp => json["type"] = "tcp".into(),
+            Probe::Http { path, host } => {
+                json["type"] = "http".into();
+                json["path"] = path.as_ref().into();
+                json["host"] = host.as_deref().into();
+            }
+            Probe::Grpc { service } => {
+                json["type"] = "grpc".into();
+                json["service"] = service.as_ref().into();
+            }
+        }
+        json
     }
 }
 
@@ -126,7 +181,7 @@ impl Route {
     /// Returns the route as it may stand in a file, secrets masked.
     #[must_use]
     pub fn to_json(&self) -> Json {
-        let mut map = serde_json::Map::new();
+        let mut map = Map::new();
         map.insert("name".into(), self.name.as_ref().into());
         let host = self.matches.host.to_key_value();
         map.extend(host.map(|(key, host)| (key.to_owned(), host.into())));
@@ -137,7 +192,15 @@ impl Route {
         map.extend(
             matches.protocol_type.as_deref().map(|name| ("protocol_type".to_owned(), name.into())),
         );
-        map.insert("tunnel".into(), self.tunnels_text().into());
+        match self.tunnels.as_slice() {
+            [] => {}
+            [share] => drop(map.insert("tunnel".into(), share.tunnel.as_ref().into())),
+            shares => {
+                let share = |share: &Share| json!({ "name": share.tunnel.as_ref(), "weight": share.weight });
+                map.insert("tunnels".into(), shares.iter().map(share).collect());
+            }
+        }
+        map.extend(self.policies.iter().flat_map(|asked| policies(asked, Hashes::Masked)));
         if !self.options.is_empty() {
             let options: serde_json::Map<String, Json> = self
                 .options
@@ -176,4 +239,142 @@ impl Plugins {
             "slow_poll": duration_text(self.slow_poll),
         })
     }
+}
+
+/// Whether hashes of passwords are shown.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hashes {
+    Shown,
+    Masked,
+}
+
+/// Returns the policies under the keys of a route in a file; those that ask for nothing are left
+/// out.
+pub(super) fn policies(policies: &Policies, hashes: Hashes) -> Map {
+    let mut map = Map::new();
+    let mut put = |key: &str, value: Option<Json>| {
+        map.extend(value.map(|value| (key.to_owned(), value)));
+    };
+    let Policies {
+        timeouts, request_headers, response_headers, rewrite, addresses, limits, ..
+    } = policies;
+    put(
+        "timeouts",
+        object([
+            ("connect", timeouts.connect.map(duration)),
+            ("response_head", timeouts.response_head.map(duration)),
+            ("idle", timeouts.idle.map(duration)),
+            ("total", timeouts.total.map(duration)),
+        ]),
+    );
+    put(
+        "retries",
+        policies.retries.map(|retries| {
+            json!({
+                "attempts": retries.attempts,
+                "budget": format!("{}%", retries.budget_percent),
+                "budget_min": retries.budget_min,
+            })
+        }),
+    );
+    put("request_headers", headers(request_headers));
+    put("response_headers", headers(response_headers));
+    put(
+        "rewrite",
+        object([
+            ("host", rewrite.host.as_deref().map(Json::from)),
+            ("path_prefix", rewrite.path_prefix.as_deref().map(path_prefix)),
+        ]),
+    );
+    put(
+        "redirect",
+        policies.redirect.as_ref().and_then(|redirect| {
+            object([
+                ("status", Some(redirect.status.into())),
+                ("scheme", redirect.scheme.as_deref().map(Json::from)),
+                ("host", redirect.host.as_deref().map(Json::from)),
+                ("path_prefix", redirect.path_prefix.as_deref().map(path_prefix)),
+            ])
+        }),
+    );
+    put(
+        "basic_auth",
+        policies.basic_auth.as_ref().map(|auth| {
+            let hash = |hash: &str| if hashes == Hashes::Shown { hash } else { "***" }.to_owned();
+            let users: Map = auth
+                .users
+                .iter()
+                .map(|(name, text)| (name.to_string(), hash(text).into()))
+                .collect();
+            json!({ "realm": auth.realm.as_ref(), "users": users })
+        }),
+    );
+    put(
+        "addresses",
+        object([("allow", networks(&addresses.allow)), ("deny", networks(&addresses.deny))]),
+    );
+    put(
+        "limits",
+        object([
+            ("rate", limits.rate.map(rate)),
+            ("rate_per_client", limits.rate_per_client.map(rate)),
+            ("concurrent", limits.concurrent.map(Json::from)),
+            ("body", limits.body.map(|body| size_text(body).into())),
+        ]),
+    );
+    put(
+        "compression",
+        policies.compression.map(|compression| {
+            json!({ "level": compression.level, "min_size": size_text(compression.min_size) })
+        }),
+    );
+    map
+}
+
+/// Returns what is there as an object; `None`: nothing is.
+fn object<const N: usize>(entries: [(&str, Option<Json>); N]) -> Option<Json> {
+    let map: Map =
+        entries.into_iter().filter_map(|(key, value)| Some((key.to_owned(), value?))).collect();
+    (!map.is_empty()).then(|| map.into())
+}
+
+fn duration(value: Duration) -> Json {
+    duration_text(value).into()
+}
+
+/// Empty is the root, which a file cannot write otherwise.
+fn path_prefix(prefix: &str) -> Json {
+    if prefix.is_empty() { "/" } else { prefix }.into()
+}
+
+fn rate(rate: Rate) -> Json {
+    json!({ "count": rate.count, "per": duration_text(rate.per), "burst": rate.burst })
+}
+
+fn networks(networks: &[IpNet]) -> Option<Json> {
+    (!networks.is_empty()).then(|| networks.iter().map(network_text).collect())
+}
+
+fn headers(changes: &HeaderChanges) -> Option<Json> {
+    let remove = &changes.remove;
+    object([
+        ("remove", (!remove.is_empty()).then(|| remove.iter().map(HeaderName::as_str).collect())),
+        ("set", fields(&changes.set)),
+        ("add", fields(&changes.add)),
+    ])
+}
+
+/// Returns the fields by name; those of one name keep their order.
+fn fields(fields: &[(HeaderName, HeaderValue)]) -> Option<Json> {
+    let mut map = Map::new();
+    for (name, value) in fields {
+        // The reader takes nothing else.
+        let value = Json::from(value.to_str().unwrap_or_default());
+        match map.get_mut(name.as_str()) {
+            Some(Json::Array(values)) => values.push(value),
+            Some(first) => *first = vec![first.take(), value].into(),
+            None => drop(map.insert(name.to_string(), value)),
+        }
+    }
+    (!map.is_empty()).then(|| map.into())
 }

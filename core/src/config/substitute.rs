@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::Sink;
 use super::raw::{Node, Value};
+use super::value::size_text;
 
 /// Largest file that `${file:…}` reads. A Kubernetes secret holds 1 MiB at most; a value here is a
 /// token or a number.
@@ -110,24 +111,29 @@ fn variable(inner: &str, context: &Context<'_>) -> Result<String, String> {
 
 fn read(path: &str, context: &mut Context<'_>) -> Result<String, String> {
     let path = context.directory.join(path);
-    let text = read_secret(&path)?;
+    let text = read_secret(&path);
+    // A file that is missing belongs to the configuration too: its return is waited for.
     context.files.push(path);
-    Ok(text)
+    text
 }
 
 /// Reads a small file that holds one value; a final line break is dropped.
 pub(crate) fn read_secret(path: &Path) -> Result<String, String> {
+    let mut text = read_file(path, FILE_BYTES_MAX)?;
+    while text.ends_with(['\n', '\r']) {
+        text.pop();
+    }
+    Ok(text)
+}
+
+/// Reads a file of at most `max` bytes.
+pub(crate) fn read_file(path: &Path, max: u64) -> Result<String, String> {
     let fault = |reason: &str| format!("cannot read {}: {reason}", path.display());
     let file = std::fs::File::open(path).map_err(|error| fault(&error.to_string()))?;
     let mut text = String::new();
-    file.take(FILE_BYTES_MAX + 1)
-        .read_to_string(&mut text)
-        .map_err(|error| fault(&error.to_string()))?;
-    if text.len() as u64 > FILE_BYTES_MAX {
-        return Err(fault("larger than 64KiB"));
-    }
-    while text.ends_with(['\n', '\r']) {
-        text.pop();
+    file.take(max + 1).read_to_string(&mut text).map_err(|error| fault(&error.to_string()))?;
+    if text.len() as u64 > max {
+        return Err(fault(&format!("larger than {}", size_text(max))));
     }
     Ok(text)
 }

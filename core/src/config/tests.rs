@@ -443,3 +443,130 @@ proptest! {
         }
     }
 }
+
+/// A file that uses every key of policies, tunnels and listeners.
+const EVERYTHING: &str = "version: 1
+relay:
+  trusted_proxies: [10.0.0.0/8, \"192.0.2.7\"]
+  max_connection_age: 1h
+  listeners:
+    - { name: web, address: \"0.0.0.0:9080\", proxy_protocol: true, balance: exact }
+    - { name: any, address: \"0.0.0.0:9443\", sniff: true }
+sidecar:
+  relays: [\"localhost:9081\"]
+  resolve_interval: 10s
+tunnels:
+  - name: web
+    service: 127.0.0.1:3000
+    http_version: 2
+    pool: { idle_timeout: 55s, idle: 64, connections: 1024 }
+    health_check: { type: http, path: /healthz, host: app.local, interval: 6s, timeout: 2s, healthy_after: 2, unhealthy_after: 4 }
+    wait: 30s
+  - { name: canary, service: \"unix:/run/app.sock\", proxy_protocol: v2, health_check: { type: grpc, service: a.B } }
+routes:
+  - name: shop
+    subdomain: shop
+    path_prefix: /api
+    tunnels: [{ name: web, weight: 90 }, { name: canary, weight: 10 }]
+    timeouts: { connect: 2s, response_head: 10s, idle: 60s, total: 5m }
+    retries: { attempts: 2, budget: 25%, budget_min: 11 }
+    request_headers: { set: { X-Env: prod, x-two: [a, b] }, add: { x-tag: a, x-tags: [c, d] }, remove: [x-debug] }
+    response_headers: { set: { x-a: \"1\" }, remove: [server] }
+    rewrite: { host: \"App.internal:80\", path_prefix: / }
+    basic_auth: { realm: Shop, users: { bob: $2y$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW, alice: $2a$05$CCCCCCCCCCCCCCCCCCCCC.E5YPO9kmyuRGyh0XouQYb4YMJKvyOeW } }
+    addresses: { allow: [10.0.0.0/8, \"2001:db8::1\"], deny: [10.1.0.0/16] }
+    limits: { rate: { count: 100, per: 2s, burst: 200 }, rate_per_client: { count: 5 }, concurrent: 50, body: 10MiB }
+    compression: { level: 6, min_size: 2KiB }
+  - { subdomain: old, redirect: { status: 308, scheme: https, host: new.example.org, path_prefix: /x } }
+";
+
+#[test]
+fn every_new_key_reaches_its_type() {
+    let config = good(EVERYTHING);
+    let relay = config.relay.as_ref().unwrap();
+    assert_eq!(
+        relay.trusted_proxies.iter().map(network_text).collect::<Vec<_>>(),
+        ["10.0.0.0/8", "192.0.2.7"]
+    );
+    assert_eq!(relay.max_connection_age, Some(Duration::from_secs(3600)));
+    assert!(relay.listeners[0].proxy_protocol);
+    assert_eq!(relay.listeners[0].balance, Balance::Exact);
+    assert_eq!(relay.listeners[1].carries, Carries::Sniffed);
+    assert_eq!(config.sidecar.as_ref().unwrap().resolve_interval, Duration::from_secs(10));
+    let tunnel = &config.tunnels[0];
+    assert_eq!(tunnel.http_version, HttpVersion::Http2);
+    assert_eq!(
+        tunnel.pool,
+        Pool {
+            idle_timeout: Some(Duration::from_secs(55)),
+            idle: Some(64),
+            connections: Some(1024)
+        }
+    );
+    assert_eq!(
+        tunnel.health_check,
+        Some(HealthCheck {
+            probe: Probe::Http { path: "/healthz".into(), host: Some("app.local".into()) },
+            interval: Duration::from_secs(6),
+            timeout: Duration::from_secs(2),
+            healthy_after: 2,
+            unhealthy_after: 4,
+        })
+    );
+    assert_eq!(tunnel.wait, Duration::from_secs(30));
+    let canary = &config.tunnels[1];
+    assert_eq!(canary.service, ServiceAddress::Unix(Path::new("/run/app.sock").into()));
+    assert_eq!(canary.proxy_protocol, Some(ProxyVersion::V2));
+    let route = &config.routes[0];
+    assert_eq!(route.tunnels_text(), "web 90, canary 10");
+    let policies = route.policies.as_ref().unwrap();
+    assert_eq!(policies.retries.unwrap().budget_percent, 25);
+    assert_eq!(policies.rewrite.host.as_deref(), Some("app.internal:80"));
+    assert_eq!(policies.rewrite.path_prefix.as_deref(), Some(""));
+    let users: Vec<&str> =
+        policies.basic_auth.as_ref().unwrap().users.iter().map(|(name, _)| &**name).collect();
+    assert_eq!(users, ["alice", "bob"]);
+    // The first of several takes the place of what is there.
+    assert_eq!(policies.request_headers.set.len(), 2);
+    assert_eq!(policies.request_headers.add.len(), 4);
+    assert_eq!(policies.limits.rate_per_client.unwrap().burst, 5);
+    assert_eq!(config.routes[1].policies.as_ref().unwrap().redirect.as_ref().unwrap().status, 308);
+    assert!(config.routes[1].tunnels.is_empty());
+}
+
+#[test]
+fn policies_read_what_they_print() {
+    for route in &good(EVERYTHING).routes {
+        let policies = route.policies.as_deref().unwrap();
+        let text = policies.to_json().to_string();
+        assert_eq!(Policies::parse_json(&text).as_ref(), Ok(policies), "{text}");
+    }
+    assert_eq!(Policies::parse_json("{}"), Ok(Policies::default()));
+    assert_eq!(Policies::default().to_json().to_string(), "{}");
+}
+
+#[test]
+fn policies_of_an_announcement_are_checked_by_the_same_rules() {
+    let check = |json: &str, expected: &str| {
+        let errors = Policies::parse_json(json).unwrap_err().join("\n");
+        assert!(errors.contains(expected), "{json}: {errors}");
+    };
+    check("[]", "a list is not accepted");
+    check("{", "not valid JSON");
+    check("{\"timeout\":{}}", "timeout: unknown key \"timeout\"");
+    check("{\"limits\":{\"body\":5}}", "limits.body: \"5\" is not a size");
+    check("{\"basic_auth\":{\"users_file\":\"/etc/passwd\"}}", "names a file of another machine");
+    check("{\"basic_auth\":{\"users\":{\"a\":\"s3cret\"}}}", "is not a bcrypt hash");
+    check("{\"request_headers\":{\"remove\":[\"Host\"]}}", "use rewrite.host");
+}
+
+#[test]
+fn hashes_are_masked_for_people() {
+    let config = good(EVERYTHING);
+    for shown in [config.to_masked_json().to_string(), format!("{config:?}")] {
+        assert!(!shown.contains("$2"), "{shown}");
+    }
+    let report = bad(&EVERYTHING.replace("alice: $2a$05$CCCC", "alice: s3cret")).report();
+    assert!(report.contains("basic_auth.users.alice: is not a bcrypt hash"), "{report}");
+    assert!(!report.contains("s3cret") && !report.contains("CCCC"), "{report}");
+}

@@ -4,9 +4,14 @@
 //! caller's knowledge.
 
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+
+use ipnet::IpNet;
+
+use super::ServiceAddress;
 
 /// Longest name of a route, tunnel, listener or plugin; names are metric labels.
 const NAME_BYTES_MAX: usize = 63;
@@ -338,6 +343,139 @@ pub(crate) fn host_port(text: &str) -> Result<HostPort, String> {
         _ => Err(bad(String::new())),
     }
 }
+
+/// Parses what a `Host` field holds: a host name or address, with a port or without.
+pub(crate) fn authority(text: &str) -> Result<Arc<str>, String> {
+    let bad = |hint: &str| {
+        format!(
+            "\"{text}\" is not a host (accepted: host or host:port, as in app.internal or \
+             [::1]:8080){hint}"
+        )
+    };
+    if let Ok(address) = text.parse::<SocketAddr>() {
+        return Ok(address.to_string().into());
+    }
+    if let Some(address) = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+        let address: Ipv6Addr = address.parse().map_err(|_| bad(""))?;
+        return Ok(format!("[{address}]").into());
+    }
+    if text.parse::<Ipv6Addr>().is_ok() {
+        return Err(bad(&format!("; did you mean \"[{text}]\"?")));
+    }
+    let (name, port) = match text.split_once(':') {
+        Some((name, port)) => (name, Some(port)),
+        None => (text, None),
+    };
+    let name = name.to_ascii_lowercase();
+    match port.map(str::parse::<u16>) {
+        None if is_host_name(&name) => Ok(name.into()),
+        Some(Ok(port)) if port > 0 && is_host_name(&name) => Ok(format!("{name}:{port}").into()),
+        _ if text.contains("://") => Err(bad("; leave out the scheme")),
+        _ if text.contains('/') => Err(bad("; a path goes to path_prefix")),
+        _ => Err(bad("")),
+    }
+}
+
+/// Parses `10.0.0.0/8`, `2001:db8::/32`, or an address, which is a network of its own.
+pub(crate) fn network(text: &str) -> Result<IpNet, String> {
+    let bad = |what: &str, hint: String| {
+        format!(
+            "\"{text}\" {what} (accepted: an address or address/bits, as in 192.0.2.7, 10.0.0.0/8 \
+             or 2001:db8::/32){hint}"
+        )
+    };
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return Ok(address.into());
+    }
+    let network: IpNet = text.parse().map_err(|_| bad("is not a network", String::new()))?;
+    let whole = network.trunc();
+    if whole != network {
+        let hint = format!("; did you mean \"{whole}\" or \"{}\"?", network.addr());
+        return Err(bad("has bits beyond its length", hint));
+    }
+    Ok(network)
+}
+
+/// Returns the shortest text that `network` takes for this value.
+#[must_use]
+pub fn network_text(network: &IpNet) -> String {
+    if network.prefix_len() == network.max_prefix_len() {
+        network.addr().to_string()
+    } else {
+        network.to_string()
+    }
+}
+
+/// Parses `20%`, from 1 to 100.
+pub(crate) fn percent(text: &str) -> Result<u32, String> {
+    let number = text.strip_suffix('%').map(str::parse::<u32>);
+    match number {
+        Some(Ok(percent)) if (1..=100).contains(&percent) => Ok(percent),
+        _ => {
+            let hint = match text.parse::<u32>() {
+                Ok(percent) if (1..=100).contains(&percent) => {
+                    format!("; did you mean \"{text}%\"?")
+                }
+                _ => String::new(),
+            };
+            Err(format!("\"{text}\" is not a share (accepted: 1% to 100%){hint}"))
+        }
+    }
+}
+
+/// Longest path of a Unix socket: `sun_path` holds 108 bytes with the zero at its end.
+const UNIX_PATH_BYTES_MAX: usize = 107;
+
+/// Parses `127.0.0.1:3000` or `unix:/run/app.sock`.
+pub(crate) fn service(text: &str) -> Result<ServiceAddress, String> {
+    let Some(path) = text.strip_prefix("unix:") else {
+        let hint = if text.starts_with('/') {
+            format!("; did you mean \"unix:{text}\"?")
+        } else {
+            String::new()
+        };
+        return host_port(text)
+            .map(ServiceAddress::Tcp)
+            .map_err(|message| format!("{message}{hint}"));
+    };
+    let good = path.starts_with('/')
+        && !path.starts_with("//")
+        && !path.ends_with('/')
+        && path.len() <= UNIX_PATH_BYTES_MAX
+        && !path.contains('\0');
+    if good {
+        return Ok(ServiceAddress::Unix(Path::new(path).into()));
+    }
+    let absolute = path.trim_start_matches('/');
+    let hint = if path.starts_with("//") && !absolute.is_empty() {
+        format!("; did you mean \"unix:/{absolute}\"?")
+    } else {
+        String::new()
+    };
+    Err(format!(
+        "\"{text}\" is not a Unix socket (accepted: unix: and an absolute path of at most \
+         {UNIX_PATH_BYTES_MAX} bytes, as in unix:/run/app.sock){hint}"
+    ))
+}
+
+/// Parses a path with or without a query, as a request asks for it.
+pub(crate) fn request_path(text: &str) -> Result<Arc<str>, String> {
+    let good = text.starts_with('/')
+        && text.len() <= REQUEST_PATH_BYTES_MAX
+        && !text.contains('#')
+        && text.bytes().all(|byte| byte.is_ascii_graphic());
+    if good {
+        Ok(text.into())
+    } else {
+        Err(format!(
+            "\"{text}\" is not a path (accepted: '/' and at most {REQUEST_PATH_BYTES_MAX} visible \
+             ASCII characters without '#', as in /healthz)"
+        ))
+    }
+}
+
+/// Longest path that a health check asks for.
+const REQUEST_PATH_BYTES_MAX: usize = 1024;
 
 /// Parses the 64 hexadecimal digits of a SHA-256.
 pub(crate) fn sha256(text: &str) -> Result<[u8; 32], String> {

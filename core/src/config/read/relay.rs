@@ -1,0 +1,171 @@
+//! The `relay` section.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{
+    LANES_MAX, LISTENER_KEYS, PROXIES_MAX, RELAY_KEYS, RELAY_LIMITS_KEYS, RELAY_TIMEOUTS_KEYS,
+    RELAY_TUNNEL_KEYS, Reader, THREADS_MAX, TUNNEL_ADDRESS, WEB_ADDRESS, arcs, items, networks,
+    size, timeout, twice, unique,
+};
+use crate::config::raw::{Field, Section};
+use crate::config::{
+    Balance, Carries, Listener, Relay, RelayLimits, RelayTimeouts, RelayTunnel, value,
+};
+
+/// Youngest age at which connections are ended: below it clients do little but connect.
+const CONNECTION_AGE_MIN: Duration = Duration::from_secs(1);
+
+impl Reader<'_> {
+    pub(super) fn relay(&mut self, field: &Field<'_>) -> Option<Relay> {
+        let section = field.section(RELAY_KEYS)?;
+        let mut relay = Relay {
+            listeners: vec![Arc::new(Listener {
+                name: "web".into(),
+                address: WEB_ADDRESS,
+                carries: Carries::Http,
+                proxy_protocol: false,
+                balance: Balance::Kernel,
+            })],
+            base_domains: vec!["localhost".into()],
+            trusted_proxies: Vec::new(),
+            max_connection_age: None,
+            tunnel: RelayTunnel { address: TUNNEL_ADDRESS, token: None },
+            threads: 0,
+            limits: RelayLimits::default(),
+            timeouts: RelayTimeouts::default(),
+        };
+        if let Some(field) = section.field("listeners") {
+            let listeners = items(&field, listener);
+            unique(&field, "listener", &listeners, |listener| &listener.name);
+            relay.listeners = arcs(listeners);
+            if field.is_empty() {
+                field.fail("is empty (accepted: at least one listener; without the key: web on 127.0.0.1:9080)");
+            }
+        }
+        section.set("base_domains", &mut relay.base_domains, |field| {
+            let domains = field.list_of(|item| item.parse(value::host))?;
+            twice(field, &domains);
+            if field.is_empty() {
+                field.fail("is empty (accepted: at least one domain, as in localhost)");
+            }
+            Some(domains)
+        });
+        section.set("trusted_proxies", &mut relay.trusted_proxies, |f| networks(f, PROXIES_MAX));
+        section.set("max_connection_age", &mut relay.max_connection_age, |f| {
+            timeout(f, CONNECTION_AGE_MIN).map(Some)
+        });
+        proxies(&section, &relay);
+        if let Some(field) = section.field("tunnel")
+            && let Some(section) = field.section(RELAY_TUNNEL_KEYS)
+        {
+            self.relay_tunnel(&section, &mut relay.tunnel);
+        }
+        section.set("threads", &mut relay.threads, |f| f.integer(0, THREADS_MAX));
+        if let Some(field) = section.field("limits") {
+            relay_limits(&field, &mut relay.limits);
+        }
+        if let Some(field) = section.field("timeouts")
+            && let Some(section) = field.section(RELAY_TIMEOUTS_KEYS)
+        {
+            let timeouts = &mut relay.timeouts;
+            let positive = |f: &Field<'_>| timeout(f, Duration::from_millis(1));
+            section.set("request_head", &mut timeouts.request_head, positive);
+            section.set("idle", &mut timeouts.idle, positive);
+            section.set("open_wait", &mut timeouts.open_wait, |f| timeout(f, Duration::ZERO));
+            section.set("handshake", &mut timeouts.handshake, positive);
+        }
+        Some(relay)
+    }
+
+    fn relay_tunnel(&mut self, section: &Section<'_>, tunnel: &mut RelayTunnel) {
+        section.set("address", &mut tunnel.address, |f| f.parse(value::socket_address));
+        let as_written = self.token(section, &mut tunnel.token);
+        if as_written
+            && tunnel.token.is_none()
+            && !tunnel.address.ip().is_loopback()
+            && let Some(field) = section.field("address")
+        {
+            field.fail(format!(
+                "{} is open to others and asks for no token (accepted: a loopback address, or one \
+                 of token, token_file, token_env beside it)",
+                tunnel.address
+            ));
+        }
+    }
+}
+
+/// Tells listeners that would believe everybody, or nobody, about clients' addresses.
+fn proxies(section: &Section<'_>, relay: &Relay) {
+    let any = relay.trusted_proxies.iter().find(|network| network.prefix_len() == 0);
+    if let (Some(network), Some(field)) = (any, section.field("trusted_proxies")) {
+        field.warn(format!("{network} is everybody: any client may give any address for its own"));
+    }
+    let listeners = section.field("listeners").and_then(|field| field.items()).unwrap_or_default();
+    for field in listeners.iter().filter_map(|item| item.child("proxy_protocol")) {
+        if section.field("trusted_proxies").is_none() && field.is_true() {
+            field.warn(
+                "takes no header, since no proxy is trusted: every connection is closed (accepted: \
+                 the proxies' addresses in relay.trusted_proxies)",
+            );
+        }
+    }
+}
+
+fn listener(field: &Field<'_>) -> Option<Listener> {
+    let section = field.section(LISTENER_KEYS)?;
+    let name = section.require("name", "text").and_then(|f| f.parse(value::name));
+    let address = section
+        .require("address", "IP:port, as in 127.0.0.1:9080")
+        .and_then(|f| f.parse(value::socket_address));
+    let mut protocol_type = None;
+    section.set("protocol_type", &mut protocol_type, |f| f.parse(value::protocol_type).map(Some));
+    let mut sniff = false;
+    section.set("sniff", &mut sniff, Field::boolean);
+    let carries = match (protocol_type, sniff) {
+        (Some(_), true) => {
+            section.fail(
+                "has protocol_type and sniff at once (accepted: one of them; without both: the \
+                 HTTP front)",
+            );
+            return None;
+        }
+        (Some(protocol_type), false) => Carries::Type(protocol_type),
+        (None, true) => Carries::Sniffed,
+        (None, false) => Carries::Http,
+    };
+    let mut proxy_protocol = false;
+    section.set("proxy_protocol", &mut proxy_protocol, Field::boolean);
+    let mut balance = Balance::default();
+    section.set("balance", &mut balance, |f| {
+        f.one_of(&[("kernel", Balance::Kernel), ("exact", Balance::Exact)])
+    });
+    Some(Listener { name: name?, address: address?, carries, proxy_protocol, balance })
+}
+
+fn relay_limits(field: &Field<'_>, limits: &mut RelayLimits) {
+    let Some(section) = field.section(RELAY_LIMITS_KEYS) else { return };
+    section.set("connections", &mut limits.connections, |f| f.integer(1, 10_000_000));
+    section.set("sessions", &mut limits.sessions, |f| f.integer(1, 1_000_000));
+    section.set("lanes_per_session", &mut limits.lanes_per_session, |f| f.integer(1, LANES_MAX));
+    section.set("exchanges_per_session", &mut limits.exchanges_per_session, |f| {
+        f.integer(1, 1_000_000)
+    });
+    section.set("streams_per_connection", &mut limits.streams_per_connection, |f| {
+        f.integer(1, 10_000)
+    });
+    section.set("request_head", &mut limits.request_head, |f| {
+        usize::try_from(size(f, 8 << 10, 64 << 10)?).ok()
+    });
+    section.set("request_headers", &mut limits.request_headers, |f| f.integer(16, 128));
+    section.set("queued", &mut limits.queued, |f| size(f, 1 << 20, 1 << 40));
+    section.set("window", &mut limits.window, |f| size(f, 64 << 10, 64 << 20));
+    section.set("handshakes_per_second", &mut limits.handshakes_per_second, |f| {
+        f.integer(1, 1_000_000)
+    });
+    section.set(
+        "handshakes_per_second_per_address",
+        &mut limits.handshakes_per_second_per_address,
+        |f| f.integer(1, 1_000_000),
+    );
+}
