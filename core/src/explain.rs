@@ -3,11 +3,14 @@
 //!
 //! Pure. Why a route fits is `router::explain`'s business; who serves a tunnel is asked of [`Facts`].
 
+use std::sync::Arc;
+
 use serde_json::{Map, Value as Json, json};
 
 use crate::config::policy::{HeaderChanges, Policies, Rate};
-use crate::config::{HostMatch, Listener, Route, duration_text, size_text};
+use crate::config::{Config, HostMatch, Listener, Route, duration_text, size_text};
 use crate::router::{self, Query};
+use crate::sidecar::RelayAnswer;
 
 /// Addresses told of one route. A relay may have many base domains.
 const URLS_MAX: usize = 8;
@@ -98,7 +101,7 @@ impl Question {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PublicListener {
     /// Name.
-    pub name: std::sync::Arc<str>,
+    pub name: Arc<str>,
     /// Port that it is bound to.
     pub port: u16,
     /// It takes HTTP.
@@ -110,7 +113,7 @@ impl PublicListener {
     #[must_use]
     pub fn of(listener: &Listener) -> Self {
         Self {
-            name: std::sync::Arc::clone(&listener.name),
+            name: Arc::clone(&listener.name),
             port: listener.address.port(),
             is_http: listener.protocol_type().is_none(),
         }
@@ -121,7 +124,7 @@ impl PublicListener {
 #[derive(Clone, Debug, Default)]
 pub struct Public {
     /// Lower case.
-    pub base_domains: Vec<std::sync::Arc<str>>,
+    pub base_domains: Vec<Arc<str>>,
     /// In the file's order.
     pub listeners: Vec<PublicListener>,
 }
@@ -166,7 +169,7 @@ impl Public {
 /// Answers the question; the fields are told in docs/operations.md.
 #[must_use]
 pub fn answer(
-    routes: &[std::sync::Arc<Route>],
+    routes: &[Arc<Route>],
     public: &Public,
     question: &Question,
     facts: &dyn Facts,
@@ -225,6 +228,112 @@ pub fn tunnels(route: &Route, facts: &dyn Facts) -> Json {
         })
     };
     route.tunnels.iter().map(describe).collect()
+}
+
+/// Answers the question by a file alone: nobody is known to serve anything. Without a relay in it the
+/// base domains are not known either, and every ending of the host is taken for one.
+#[must_use]
+pub fn from_config(config: &Config, question: &Question) -> Json {
+    let public = match &config.relay {
+        Some(relay) => Public {
+            base_domains: relay.base_domains.clone(),
+            listeners: relay
+                .listeners
+                .iter()
+                .map(|listener| PublicListener::of(listener))
+                .collect(),
+        },
+        None => Public { base_domains: endings(question), listeners: Vec::new() },
+    };
+    let mut answer = answer(&config.routes, &public, question, &FromConfig(config));
+    if let (None, Some(map)) = (&config.relay, answer.as_object_mut()) {
+        map.insert("assumed_base_domains".to_owned(), true.into());
+        // They would be told as if they were known.
+        map.insert("hint".to_owned(), Json::Null);
+    }
+    answer
+}
+
+/// Returns what follows each dot of the host.
+fn endings(question: &Question) -> Vec<Arc<str>> {
+    let host = question.host.as_deref().unwrap_or_default().to_ascii_lowercase();
+    let host =
+        port_of(&host).map_or(&*host, |_| host.rsplit_once(':').map_or("", |(host, _)| host));
+    let host = host.strip_suffix('.').unwrap_or(host);
+    host.match_indices('.').map(|(dot, _)| host[dot + 1..].into()).collect()
+}
+
+struct FromConfig<'a>(&'a Config);
+
+impl Facts for FromConfig<'_> {
+    fn from(&self, _: &Route) -> String {
+        "file".to_owned()
+    }
+
+    fn service(&self, tunnel: &str) -> Option<String> {
+        self.0.tunnel(tunnel).map(|tunnel| tunnel.service.to_string())
+    }
+
+    fn is_served(&self, _: &str) -> Option<bool> {
+        None
+    }
+}
+
+/// Returns what the admin page of a sidecar says of its routes, and what relays said of them.
+#[must_use]
+pub fn announced(config: &Config, answers: &[RelayAnswer]) -> Json {
+    let public = Public::default();
+    let describe = |route: &Arc<Route>| {
+        let mut map = described(route, &public, &FromConfig(config));
+        let about = format!("route {}: ", route.name);
+        let relays = answers.iter().map(|answer| {
+            let of_route = |reason: &&String| reason.starts_with(&about);
+            let reasons: Vec<&String> = answer.refused.iter().filter(of_route).collect();
+            json!({
+                "relay": answer.relay,
+                "state": announcement_state(answer),
+                "version": answer.accepted,
+                "reasons": reasons,
+                "notes": answer.notes.iter().filter(of_route).collect::<Vec<_>>(),
+            })
+        });
+        map.insert("announced".to_owned(), relays.collect());
+        Json::from(map)
+    };
+    config.routes.iter().map(describe).collect()
+}
+
+fn announcement_state(answer: &RelayAnswer) -> &'static str {
+    match answer {
+        RelayAnswer { is_connected: false, .. } => "not connected",
+        RelayAnswer { refused, .. } if !refused.is_empty() => "refused",
+        RelayAnswer { accepted: Some(_), .. } => "accepted",
+        _ => "announced",
+    }
+}
+
+/// Adds the services of a configuration to tunnels that sidecars serve, and those that none does.
+pub fn with_services(tunnels: &mut Vec<Json>, config: &Config) {
+    for tunnel in &config.tunnels {
+        if !tunnels.iter().any(|known| known["name"] == *tunnel.name) {
+            tunnels.push(json!({ "name": &*tunnel.name }));
+        }
+    }
+    for known in tunnels {
+        let name = known["name"].as_str().unwrap_or_default();
+        if let Some(tunnel) = config.tunnel(name) {
+            known["service"] = tunnel.service.to_string().into();
+        }
+    }
+}
+
+/// Fills in services that the configuration knows.
+pub fn fill_services(tunnels: &mut Json, config: &Config) {
+    for known in tunnels.as_array_mut().into_iter().flatten() {
+        if let Some(tunnel) = known["tunnel"].as_str().and_then(|name| config.tunnel(name)) {
+            known["service"] = tunnel.service.to_string().into();
+        }
+    }
 }
 
 fn options(route: &Route, protocol_type: &str) -> Json {

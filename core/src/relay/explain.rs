@@ -1,9 +1,9 @@
 //! What the admin page says of the relay's routing, and the addresses that a sidecar is told.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use serde_json::Value as Json;
+use serde_json::{Value as Json, json};
 use sidelane_tunnel::proto;
 
 use super::routing::Routing;
@@ -74,6 +74,30 @@ impl Relay {
         let announced = sources.documents.values().flat_map(|document| &document.routes);
         let routes = sources.own.iter().chain(announced);
         routes.map(|route| Json::from(explain::described(route, &public, &known))).collect()
+    }
+
+    /// What the admin page says of the tunnels that sidecars serve, sorted by name.
+    #[must_use]
+    pub fn describe_tunnels(&self) -> Vec<Json> {
+        let sources = self.lock_sources();
+        let mut tunnels: BTreeMap<&str, Vec<&Arc<Session>>> = BTreeMap::new();
+        for document in sources.documents.values() {
+            for name in document.tunnel_names() {
+                tunnels.entry(name).or_default().push(&document.session);
+            }
+        }
+        let describe = |(name, sessions): (&str, Vec<&Arc<Session>>)| {
+            let lanes: Vec<_> =
+                sessions.iter().flat_map(|session| session.lanes().to_vec()).collect();
+            json!({
+                "name": name,
+                "sidecars": sessions.iter().map(|session| &*session.name).collect::<Vec<_>>(),
+                "sessions": sessions.len(),
+                "lanes": lanes.len(),
+                "in_flight": lanes.iter().map(|link| link.load()).sum::<usize>(),
+            })
+        };
+        tunnels.into_iter().map(describe).collect()
     }
 
     /// Returns addresses of the session's routes that are in force.
