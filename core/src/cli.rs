@@ -119,7 +119,7 @@ Exit codes:
 Examples:
   sidelane explain http://shop.example.org/api/x     asks the running process
   sidelane explain shop.example.org --file relay.yaml
-  sidelane explain wss://chat.example.org/ws         the scheme says the protocol: ws, wss, grpc, grpcs
+  sidelane explain wss://chat.example.org/ws         the scheme says the protocol (ws, grpc)
   sidelane explain --listener lines --protocol LINE  a byte-born protocol: no host
 
 Exit codes:
@@ -155,16 +155,16 @@ Example:
   # yaml-language-server: $schema=sidelane.schema.json")]
     Schema,
     /// Show the configuration that a running process has in force, with defaults, secrets masked.
-    #[command(after_help = PAGE_HELP)]
+    #[command(after_help = page_help("config"))]
     Config(Asked),
     /// Show the routes that a running process knows: what they take, where it goes, and their state.
-    #[command(after_help = PAGE_HELP)]
+    #[command(after_help = page_help("routes"))]
     Routes(Asked),
     /// Show tunnels, and the sessions of relay or sidecar that carry them.
-    #[command(after_help = PAGE_HELP)]
+    #[command(after_help = page_help("tunnels"))]
     Tunnels(Asked),
     /// Show the plugins of a running process: protocols, versions, generations.
-    #[command(after_help = PAGE_HELP)]
+    #[command(after_help = page_help("plugins"))]
     Plugins(Asked),
     /// Give one service an address, without a file.
     ///
@@ -202,19 +202,23 @@ Examples:
     },
 }
 
-const PAGE_HELP: &str = "\
+fn page_help(name: &str) -> String {
+    format!(
+        "\
 Examples:
-  sidelane routes                                  asks 127.0.0.1:9083, or what sidecar.yaml says
-  sidelane routes --admin 127.0.0.1:9183
-  sidelane routes --file /etc/sidelane/relay.yaml  asks the process whose file this is
-  sidelane routes --output json                    for scripts; docs/operations.md tells the fields
+  sidelane {name}                          asks 127.0.0.1:9083, or what sidecar.yaml says
+  sidelane {name} --admin 127.0.0.1:9183
+  sidelane {name} --file /etc/relay.yaml   asks the process whose file this is
+  sidelane {name} --output json            for scripts; docs/operations.md tells the fields
 
-The admin address is of this machine alone. In a pod: kubectl exec POD -- sidelane routes.
+The admin address is of this machine alone. In a pod: kubectl exec POD -- sidelane {name}.
 
 Exit codes:
   0  answered
   1  failed
-  3  the process cannot be reached: is `admin` in its file?";
+  3  the process cannot be reached: is `admin` in its file?"
+    )
+}
 
 /// Which running process is asked.
 #[derive(Debug, Args)]
