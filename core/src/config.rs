@@ -4,19 +4,21 @@
 //! Knows the language and its defaults (`docs/config.md`), not what plugins accept: that is asked
 //! of a [`PluginCheck`]. Does no I/O but to read the file and those it names.
 
+mod ask;
 mod diff;
 mod error;
+mod merge;
 pub mod policy;
 mod raw;
 mod read;
 mod show;
+mod source;
 mod substitute;
 mod value;
 pub mod watch;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
-use std::io::Read;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,63 +29,17 @@ use serde_json::Value as Json;
 
 pub use diff::{Changes, Delta, diff};
 pub use error::{ConfigError, ConfigErrors, Position};
+pub use source::{FILE_BYTES_MAX, FILES_MAX, Source, SourceFile};
 pub use value::{HostPort, Secret, duration_text, network_text, size_text};
 
 pub(crate) use error::did_you_mean as near_miss;
 
-use error::{did_you_mean, list};
 use policy::Policies;
 
-/// Largest configuration file. A ConfigMap holds 1 MiB at most.
-pub const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
-
-/// A configuration file's contents.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Source {
-    /// Where it was read from; relative paths in it start at its directory.
-    pub path: PathBuf,
-    /// YAML.
-    pub text: String,
-}
-
-/// The text may hold secrets.
-impl fmt::Debug for Source {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Source").field("path", &self.path).finish_non_exhaustive()
-    }
-}
-
-impl Source {
-    /// Reads the file.
-    pub fn read(path: &Path) -> Result<Self, ConfigErrors> {
-        let fault = |message: String| {
-            ConfigErrors::from(ConfigError {
-                file: path.display().to_string().into(),
-                position: Position::default(),
-                path: String::new(),
-                message,
-                snippet: None,
-            })
-        };
-        let mut bytes = Vec::new();
-        std::fs::File::open(path)
-            .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes))
-            .map_err(|error| fault(format!("cannot be read: {error}")))?;
-        if bytes.len() as u64 > FILE_BYTES_MAX {
-            return Err(fault(format!("is larger than {}", size_text(FILE_BYTES_MAX))));
-        }
-        let text = String::from_utf8(bytes).map_err(|error| {
-            let line = error.as_bytes()[..error.utf8_error().valid_up_to()]
-                .iter()
-                .filter(|byte| **byte == b'\n')
-                .count();
-            fault(format!("is not UTF-8 text (line {})", line + 1))
-        })?;
-        Ok(Self { path: path.to_owned(), text })
-    }
-}
-
-/// Reads and parses the file, with the process's environment.
+/// Reads and parses the file or directory, with the process's environment.
+///
+/// # Errors
+/// All that is wrong with it, but for what plugins would say.
 pub fn load(path: &Path) -> Result<(Source, Config), ConfigErrors> {
     let source = Source::read(path)?;
     let config = parse(&source, &|name| std::env::var(name).ok())?;
@@ -91,11 +47,63 @@ pub fn load(path: &Path) -> Result<(Source, Config), ConfigErrors> {
 }
 
 /// Parses a configuration; `env` gives the environment's variables.
+///
+/// # Errors
+/// All that is wrong with it, but for what plugins would say.
 pub fn parse(
     source: &Source,
     env: &dyn Fn(&str) -> Option<String>,
 ) -> Result<Config, ConfigErrors> {
+    read::read(source, env)?.finish(Vec::new())
+}
+
+/// Parses a configuration as far as it goes, so that plugins can be asked about a faulty one too.
+///
+/// # Errors
+/// What keeps the files from being read as YAML.
+pub fn draft(source: &Source, env: &dyn Fn(&str) -> Option<String>) -> Result<Draft, ConfigErrors> {
     read::read(source, env)
+}
+
+/// A configuration of which not all need be right.
+#[derive(Debug)]
+pub struct Draft {
+    config: Config,
+    errors: Option<ConfigErrors>,
+    /// What it was made of, for the lines that errors show.
+    source: Source,
+    /// Nothing below `plugins` is at fault.
+    plugins_whole: bool,
+}
+
+impl Draft {
+    /// Returns the configuration to ask plugins with, where its section on them is right. Of its
+    /// other parts those at fault are missing.
+    #[must_use]
+    pub fn to_ask(&self) -> Option<&Config> {
+        self.plugins_whole.then_some(&self.config)
+    }
+
+    /// Returns whether nothing was found that is wrong.
+    #[must_use]
+    pub fn is_good(&self) -> bool {
+        self.errors.is_none()
+    }
+
+    /// Returns the configuration.
+    ///
+    /// # Errors
+    /// What is wrong with it, with what plugins `refused`, in the order of places.
+    pub fn finish(self, mut refused: Vec<ConfigError>) -> Result<Config, ConfigErrors> {
+        for error in refused.iter_mut().filter(|error| error.snippet.is_none()) {
+            let file = self.source.files.get(usize::from(error.position.file));
+            error.snippet = file.and_then(|file| error::snippet(&file.text, error));
+        }
+        match ConfigErrors::join(self.errors, refused) {
+            Some(errors) => Err(errors),
+            None => Ok(self.config),
+        }
+    }
 }
 
 /// A configuration, valid by construction.
@@ -729,17 +737,18 @@ pub enum LogFormat {
     Json,
 }
 
-/// Where the parts of a configuration stand in their file.
+/// Where the parts of a configuration stand in their files.
 #[derive(Clone)]
 pub struct Origin {
-    file: Arc<str>,
+    /// By [`Position::file`].
+    files: Vec<Arc<str>>,
     root: Arc<raw::Node>,
 }
 
 /// The tree holds secrets.
 impl fmt::Debug for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Origin").field("file", &self.file).finish_non_exhaustive()
+        f.debug_struct("Origin").field("files", &self.files).finish_non_exhaustive()
     }
 }
 
@@ -753,9 +762,10 @@ impl Origin {
     /// Returns an error at `path`.
     #[must_use]
     pub fn error(&self, path: &str, message: impl Into<String>) -> ConfigError {
+        let position = self.locate(path);
         ConfigError {
-            file: self.file.clone(),
-            position: self.locate(path),
+            file: self.files.get(usize::from(position.file)).cloned().unwrap_or_default(),
+            position,
             path: path.to_owned(),
             message: message.into(),
             snippet: None,
@@ -776,6 +786,10 @@ pub struct Fault {
 pub trait PluginCheck {
     /// Returns the protocol types that plugins serve.
     fn types(&self) -> Vec<Arc<str>>;
+    /// Returns whether all plugins could be asked: else an unknown protocol type is not told.
+    fn are_all(&self) -> bool {
+        true
+    }
     /// Checks a route's options for this protocol.
     fn validate_route(&self, protocol_type: &str, options_json: &str) -> Result<(), Fault>;
 }
@@ -788,51 +802,18 @@ impl Config {
     }
 
     /// Checks what only plugins know: protocol types and routes' options.
+    ///
+    /// # Errors
+    /// All that they do not know or refuse.
     pub fn check_plugins(&self, plugins: &dyn PluginCheck) -> Result<(), ConfigErrors> {
-        let types = plugins.types();
-        let mut errors = Vec::new();
-        let mut known = |path: String, protocol_type: &str| {
-            let known = types.iter().any(|served| **served == *protocol_type);
-            if !known {
-                let names = || types.iter().map(|served| &**served);
-                let message = format!(
-                    "no plugin serves protocol type \"{protocol_type}\" (served: {}){}",
-                    list(names()),
-                    did_you_mean(protocol_type, names())
-                );
-                errors.push(self.origin.error(&path, message));
-            }
-            known
-        };
-        let listeners = self.relay.iter().flat_map(|relay| &relay.listeners);
-        for (index, listener) in listeners.enumerate() {
-            if let Some(protocol_type) = listener.protocol_type() {
-                known(format!("relay.listeners[{index}].protocol_type"), protocol_type);
-            }
-        }
-        for (index, tunnel) in self.tunnels.iter().enumerate() {
-            for (item, protocol_type) in tunnel.protocols.iter().flatten().enumerate() {
-                known(format!("tunnels[{index}].protocols[{item}]"), protocol_type);
-            }
-        }
-        let mut blocks = Vec::new();
-        for (index, route) in self.routes.iter().enumerate() {
-            if let Some(protocol_type) = &route.matches.protocol_type {
-                known(format!("routes[{index}].protocol_type"), protocol_type);
-            }
-            for (protocol_type, block) in &route.options {
-                let path = format!("routes[{index}].options.{protocol_type}");
-                if known(path.clone(), protocol_type) {
-                    blocks.push((path, protocol_type, block));
-                }
-            }
-        }
-        for (path, protocol_type, block) in blocks {
-            if let Err(fault) = plugins.validate_route(protocol_type, &block.text) {
-                errors.push(self.fault(&path, &fault));
-            }
-        }
-        if errors.is_empty() { Ok(()) } else { Err(ConfigErrors::new(errors, 0)) }
+        ConfigErrors::join(None, self.refused_by(plugins)).map_or(Ok(()), Err)
+    }
+
+    /// Returns what plugins do not know or refuse; of a faulty configuration too, since it is the
+    /// file that is asked about and not what was made of it.
+    #[must_use]
+    pub fn refused_by(&self, plugins: &dyn PluginCheck) -> Vec<ConfigError> {
+        ask::refused(self, plugins)
     }
 
     /// Returns the error of a plugin that refuses its own `config`.

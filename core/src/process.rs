@@ -18,7 +18,7 @@ use tokio::time::MissedTickBehavior;
 
 use crate::admin::{self, AdminState, Readiness, ReloadRequest};
 use crate::config::watch::{Reload, Watcher};
-use crate::config::{self, Changes, Config, ConfigErrors, Fault, PluginCheck, Relays};
+use crate::config::{self, Changes, Config, ConfigError, ConfigErrors, Fault, PluginCheck, Relays};
 use crate::error::chain;
 use crate::explain::{self, Question};
 use crate::front::FrontConfig;
@@ -33,9 +33,11 @@ use crate::tunnel::accept::Bounds;
 use crate::tunnel::pressure::PRESSURE_TICK;
 use crate::tunnel::{dial, session};
 
+mod check;
 mod log;
 mod sockets;
 
+pub use check::{Checked, check};
 use sockets::Sockets;
 
 /// How often the end of running exchanges is looked for during shutdown.
@@ -57,9 +59,6 @@ pub enum RunError {
     /// The file does not hold.
     #[error(transparent)]
     Config(#[from] ConfigErrors),
-    /// A required plugin cannot be loaded; one line for each.
-    #[error("{0}")]
-    Plugins(String),
     /// An address cannot be bound.
     #[error("{what}: cannot listen on {address}")]
     Bind {
@@ -103,31 +102,12 @@ pub struct Followed {
 /// Follows a process once it has started; must not wait, but may start a thread that does.
 pub type Follow = Box<dyn FnOnce(Followed) -> io::Result<()>>;
 
-/// Validates a file as a start would, plugins included. Returns a summary.
-///
-/// # Errors
-/// What is wrong with it.
-pub fn check(file: &Path) -> Result<String, RunError> {
-    let (_, config) = config::load(file)?;
-    let metrics = Arc::new(Metrics::new());
-    let plugins = Plugins::new(HostContext::new(metrics.sink()), limits(&config.plugins));
-    load_plugins(&plugins, &config)?;
-    config.check_plugins(&Asked(&plugins))?;
-    Ok(format!(
-        "{}: valid: {} routes, {} tunnels, protocol types {}",
-        file.display(),
-        config.routes.len(),
-        config.tunnels.len(),
-        plugins.types().join(", "),
-    ))
-}
-
 /// Runs the process until a signal ends it.
 ///
 /// # Errors
 /// Why it did not start.
 pub fn run(file: &Path, ports_file: Option<&Path>) -> Result<(), RunError> {
-    let (source, config) = config::load(file)?;
+    let (source, config) = check::load(file)?;
     run_config(&source, config, ports_file, None)
 }
 
@@ -145,6 +125,7 @@ pub fn run_config(
     let file = &source.path;
     let log = log::init(&config.log);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), file = %file.display(), "starting");
+    check::warn(&config);
     let metrics = Arc::new(Metrics::new());
     let exchanges = follow.is_some().then(|| metrics.follow());
     let relay_threads = config.relay.as_ref().map_or(0, |relay| threads(relay.threads));
@@ -154,8 +135,7 @@ pub fn run_config(
         u32::try_from(total).map_err(|error| RunError::Start(io::Error::other(error)))?,
     );
     let plugins = Arc::new(Plugins::new(host, limits(&config.plugins)));
-    load_plugins(&plugins, &config)?;
-    config.check_plugins(&Asked(&plugins))?;
+    check::ask(&plugins, &config)?;
     let sockets = Sockets::bind(&config)?;
     let start =
         |name, count, first| Shards::start(name, count, first, total).map_err(RunError::Start);
@@ -400,7 +380,7 @@ impl Process {
         log: &log::Handle,
     ) -> Result<String, String> {
         let result = source
-            .and_then(|source| config::parse(&source, &|name| std::env::var(name).ok()))
+            .and_then(|source| check::reread(&source, &self.plugins, &self.config()))
             .map_err(RunError::from)
             .and_then(|config| self.take(config, log));
         match result {
@@ -441,6 +421,7 @@ impl Process {
         if changes.is_empty() && loaded.is_empty() {
             return Ok("nothing has changed".to_owned());
         }
+        check::warn(&config);
         for what in &changes.needs_restart {
             tracing::warn!(setting = what, "changed, and takes effect only after a restart");
         }
@@ -505,24 +486,28 @@ fn summary(changes: &Changes, loaded: &[String]) -> String {
 /// Loads what the file names. Returns the names of those that were not running before.
 fn load_plugins(plugins: &Plugins, config: &Config) -> Result<Vec<String>, RunError> {
     let specs: Vec<PluginSpec> = config.plugins.libraries.iter().map(spec).collect();
-    let applied =
-        plugins.apply(&specs, config.drain_timeout).map_err(|errors| refused(config, &errors))?;
+    let applied = plugins.apply(&specs, config.drain_timeout).map_err(|faults| {
+        ConfigErrors::join(None, refused(config, &faults)).map_or_else(
+            || RunError::Start(io::Error::other("no plugin was loaded and none refused")),
+            RunError::Config,
+        )
+    })?;
     for error in &applied.failed {
         tracing::error!(error = chain(error), "a plugin that is not required is left out");
     }
     Ok(applied.loaded)
 }
 
-/// Tells which plugins cannot be loaded or refuse their block, each with its place in the file.
-fn refused(config: &Config, errors: &[LoadError]) -> RunError {
-    let lines = errors.iter().map(|error| match &error.fault {
+/// Returns which plugins cannot be loaded or refuse their block, each with its place in the file.
+fn refused(config: &Config, faults: &[LoadError]) -> Vec<ConfigError> {
+    let error = |error: &LoadError| match &error.fault {
         LoadFault::Refused(fault) => {
             let fault = Fault { message: fault.message.clone(), path: fault.path.clone() };
-            config.library_fault(&error.plugin, &fault).to_string()
+            config.library_fault(&error.plugin, &fault)
         }
-        _ => config.library_error(&error.plugin, chain(error)).to_string(),
-    });
-    RunError::Plugins(lines.collect::<Vec<_>>().join("\n"))
+        _ => config.library_error(&error.plugin, chain(error)),
+    };
+    faults.iter().map(error).collect()
 }
 
 fn spec(library: &config::Library) -> PluginSpec {

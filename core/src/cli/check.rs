@@ -11,14 +11,16 @@ use crate::error::chain;
 use crate::process::{self, RunError};
 
 pub(super) fn run(file: &Path, strict: bool, output: Report) -> Result<(), Failed> {
-    let (summary, warnings, errors) = match process::check(file) {
-        Ok(summary) => (summary, Vec::new(), Vec::new()),
-        Err(RunError::Config(errors)) => (String::new(), Vec::new(), errors.errors().to_vec()),
+    let (summary, warnings, errors, more) = match process::check(file) {
+        Ok(checked) => (checked.summary, checked.warnings, Vec::new(), 0),
+        Err(RunError::Config(errors)) => {
+            (String::new(), Vec::new(), errors.errors().to_vec(), errors.more())
+        }
         Err(error) => {
             // What no place of a file is to blame for.
             if output == Report::Json {
                 let message = json!({ "message": chain(&error) });
-                print_json(&report(false, vec![message], Vec::new()))?;
+                print_json(&report(false, vec![message], Vec::new(), 0))?;
                 return Err(Failed::silent(EXIT_FAILED));
             }
             return Err(Failed::new(&error));
@@ -27,7 +29,7 @@ pub(super) fn run(file: &Path, strict: bool, output: Report) -> Result<(), Faile
     let is_valid = errors.is_empty() && (warnings.is_empty() || !strict);
     if output == Report::Json {
         let json = |faults: &[ConfigError]| faults.iter().map(fault).collect();
-        print_json(&report(is_valid, json(&errors), json(&warnings)))?;
+        print_json(&report(is_valid, json(&errors), json(&warnings), more))?;
     } else {
         let paint = Paint::of(&io::stderr());
         let word = if strict { "error" } else { "warning" };
@@ -37,6 +39,9 @@ pub(super) fn run(file: &Path, strict: bool, output: Report) -> Result<(), Faile
         for error in &errors {
             eprint!("{}", text(error, None, paint));
         }
+        if more > 0 {
+            eprintln!("and {more} more");
+        }
         if is_valid {
             print(&format!("{summary}\n"))?;
         }
@@ -44,8 +49,8 @@ pub(super) fn run(file: &Path, strict: bool, output: Report) -> Result<(), Faile
     if is_valid { Ok(()) } else { Err(Failed::silent(EXIT_FAILED)) }
 }
 
-fn report(is_valid: bool, errors: Vec<Json>, warnings: Vec<Json>) -> Json {
-    json!({ "valid": is_valid, "errors": errors, "warnings": warnings })
+fn report(is_valid: bool, errors: Vec<Json>, warnings: Vec<Json>, more: usize) -> Json {
+    json!({ "valid": is_valid, "errors": errors, "more_errors": more, "warnings": warnings })
 }
 
 fn fault(error: &ConfigError) -> Json {
@@ -83,8 +88,7 @@ mod tests {
     use crate::config::{self, Source};
 
     fn errors() -> Vec<ConfigError> {
-        let source =
-            Source { path: "c.yaml".into(), text: "version: 1\nrelay:\n  thread: 3\n".to_owned() };
+        let source = Source::from_text("c.yaml".as_ref(), "version: 1\nrelay:\n  thread: 3\n");
         config::parse(&source, &|_| None).unwrap_err().errors().to_vec()
     }
 

@@ -170,7 +170,7 @@ routes:
 ";
 
     fn ask(file: &str, url: &str) -> Json {
-        let source = Source { path: "c.yaml".into(), text: file.to_owned() };
+        let source = Source::from_text("c.yaml".as_ref(), file);
         let config = parse(&source, &|_| None).unwrap_or_else(|errors| panic!("{errors}"));
         explain::from_config(&config, &Question::parse(url, None, None).unwrap())
     }

@@ -68,7 +68,7 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failed> {
     let libraries = plugins::find(arguments.plugin_dir.as_deref()).map_err(Failed::said)?;
     let tunnel = format!("expose-{:08x}", random::number() as u32);
     let document = document(arguments, &subdomain, &tunnel, &libraries);
-    let source = Source { path: PathBuf::from(SOURCE), text: document.to_string() };
+    let source = Source::from_text(SOURCE.as_ref(), document.to_string());
     let config = config::parse(&source, &|_| None).map_err(|errors| Failed::said(said(&errors)))?;
     let view = View {
         service: config.tunnels.iter().map(|tunnel| tunnel.service.to_string()).collect(),
@@ -200,7 +200,7 @@ mod tests {
         let found =
             plugins::Found::of(vec![("http".to_owned(), "/lib/libsidelane_http.so".into())]);
         let document = document(&line.arguments, "calm-otter-42", "expose-1", &found);
-        let source = Source { path: SOURCE.into(), text: document.to_string() };
+        let source = Source::from_text(SOURCE.as_ref(), document.to_string());
         config::parse(&source, &|_| None).map_err(|errors| said(&errors))
     }
 

@@ -18,9 +18,12 @@ const SECRET_WORDS: [&str; 6] = ["token", "secret", "password", "key", "users", 
 /// Values below these paths are never shown: a password may stand where its hash belongs.
 const SECRET_PATHS: [&str; 1] = ["basic_auth.users."];
 
-/// Where something stands in a file. Lines and columns count characters from 1; line 0: nowhere.
+/// Where something stands in a configuration. Lines and columns count characters from 1; line 0:
+/// nowhere.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Position {
+    /// Index of the file among those of a directory.
+    pub file: u16,
     /// From 1; 0: unknown.
     pub line: u32,
     /// From 1, in characters.
@@ -46,10 +49,7 @@ pub struct ConfigError {
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.file)?;
-        if self.position.line > 0 {
-            write!(f, ":{}:{}", self.position.line, self.position.column)?;
-        }
+        f.write_str(&self.place())?;
         if !self.path.is_empty() {
             write!(f, ": {}", self.path)?;
         }
@@ -58,6 +58,17 @@ impl fmt::Display for ConfigError {
 }
 
 impl std::error::Error for ConfigError {}
+
+impl ConfigError {
+    /// Returns `sidecar.yaml:14:9`, or the file alone.
+    #[must_use]
+    pub fn place(&self) -> String {
+        match self.position {
+            Position { line: 0, .. } => self.file.to_string(),
+            Position { line, column, .. } => format!("{}:{line}:{column}", self.file),
+        }
+    }
+}
 
 /// All faults of a configuration, in the order of their places. Never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,13 +83,28 @@ impl ConfigErrors {
     pub(crate) fn new(mut errors: Vec<ConfigError>, more: usize) -> Self {
         debug_assert!(!errors.is_empty());
         errors.sort_by(|a, b| (a.position, &a.path).cmp(&(b.position, &b.path)));
+        errors.dedup();
         Self { errors, more }
+    }
+
+    /// Returns these and `others` as one, in the order of their places; `None`: there are none.
+    #[must_use]
+    pub fn join(these: Option<Self>, others: Vec<ConfigError>) -> Option<Self> {
+        let (mut errors, more) = these.map_or_else(Default::default, |e| (e.errors, e.more));
+        errors.extend(others);
+        (!errors.is_empty()).then(|| Self::new(errors, more))
     }
 
     /// Returns the errors, sorted by position.
     #[must_use]
     pub fn errors(&self) -> &[ConfigError] {
         &self.errors
+    }
+
+    /// Returns how many there are beyond those that are told.
+    #[must_use]
+    pub fn more(&self) -> usize {
+        self.more
     }
 
     /// Returns the errors for a terminal: each with its line and a caret.
@@ -124,15 +150,16 @@ impl std::error::Error for ConfigErrors {}
 
 /// Collects errors, so that all are told at once.
 pub(crate) struct Sink {
-    file: Arc<str>,
+    /// By [`Position::file`]; the last is the name of all together. Never empty.
+    files: Vec<Arc<str>>,
     errors: Vec<ConfigError>,
     warnings: Vec<ConfigError>,
     more: usize,
 }
 
 impl Sink {
-    pub(crate) fn new(file: Arc<str>) -> Self {
-        Self { file, errors: Vec::new(), warnings: Vec::new(), more: 0 }
+    pub(crate) fn new(files: Vec<Arc<str>>) -> Self {
+        Self { files, errors: Vec::new(), warnings: Vec::new(), more: 0 }
     }
 
     pub(crate) fn push(&mut self, position: Position, path: &str, message: String) {
@@ -141,7 +168,7 @@ impl Sink {
             return;
         }
         self.errors.push(ConfigError {
-            file: self.file.clone(),
+            file: self.file(position),
             position,
             path: path.to_owned(),
             message,
@@ -152,9 +179,33 @@ impl Sink {
     /// Records what is accepted and yet likely a mistake. At most [`ERRORS_MAX`] are kept.
     pub(crate) fn warn(&mut self, position: Position, path: &str, message: String) {
         if self.warnings.len() < ERRORS_MAX {
-            let (file, path) = (self.file.clone(), path.to_owned());
+            let (file, path) = (self.file(position), path.to_owned());
             self.warnings.push(ConfigError { file, position, path, message, snippet: None });
         }
+    }
+
+    fn file(&self, position: Position) -> Arc<str> {
+        self.files.get(usize::from(position.file)).cloned().unwrap_or_default()
+    }
+
+    /// Returns the file index that stands for all files together.
+    pub(crate) fn whole(&self) -> u16 {
+        u16::try_from(self.files.len().saturating_sub(1)).unwrap_or(u16::MAX)
+    }
+
+    /// Returns a place for people: `sidecar.yaml:14:9`.
+    pub(crate) fn place(&self, position: Position) -> String {
+        format!("{}:{}:{}", self.file(position), position.line, position.column)
+    }
+
+    /// Returns whether an error stands at `path` or below it.
+    pub(crate) fn has_errors_at(&self, path: &str) -> bool {
+        self.errors.iter().any(|error| {
+            error
+                .path
+                .strip_prefix(path)
+                .is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
+        })
     }
 
     /// Returns the texts of the errors, `path: message`.
@@ -168,25 +219,24 @@ impl Sink {
             .collect()
     }
 
-    /// Returns the errors with snippets of `text`, or the warnings where there are none.
-    pub(crate) fn into_result(mut self, text: &str) -> Result<Vec<ConfigError>, ConfigErrors> {
-        if self.errors.is_empty() {
-            self.warnings.sort_by(|a, b| (a.position, &a.path).cmp(&(b.position, &b.path)));
-            for warning in &mut self.warnings {
-                warning.snippet = snippet(text, warning.position);
-            }
-            return Ok(self.warnings);
+    /// Returns errors and warnings, in the order of their places, with snippets of the files' texts.
+    pub(crate) fn into_parts(self, texts: &[&str]) -> (Option<ConfigErrors>, Vec<ConfigError>) {
+        let Self { mut errors, mut warnings, more, .. } = self;
+        warnings.sort_by(|a, b| (a.position, &a.path).cmp(&(b.position, &b.path)));
+        for error in errors.iter_mut().chain(&mut warnings) {
+            let text = texts.get(usize::from(error.position.file)).copied().unwrap_or_default();
+            error.snippet = snippet(text, error);
         }
-        for error in &mut self.errors {
-            if !SECRET_PATHS.iter().any(|path| error.path.contains(path)) {
-                error.snippet = snippet(text, error.position);
-            }
-        }
-        Err(ConfigErrors::new(self.errors, self.more))
+        ((!errors.is_empty()).then(|| ConfigErrors::new(errors, more)), warnings)
     }
 }
 
-fn snippet(text: &str, position: Position) -> Option<String> {
+/// Returns the line of an error and a caret under its place, where that shows no secret.
+pub(super) fn snippet(text: &str, error: &ConfigError) -> Option<String> {
+    let position = error.position;
+    if SECRET_PATHS.iter().any(|path| error.path.contains(path)) {
+        return None;
+    }
     let at = position.line.checked_sub(1)? as usize;
     let line = text.lines().nth(at)?;
     // A value may stand below its key.
@@ -232,7 +282,10 @@ pub(crate) fn nearest<'a>(
             (distance, candidate)
         })
         // A third of the letters may be wrong: "apii" is api, "foo" is not web.
-        .filter(|(distance, candidate)| *distance <= candidate.chars().count().max(3) / 3)
+        .filter(|(distance, candidate)| {
+            let letters = candidate.chars().count();
+            *distance <= letters.max(3) / 3 && *distance < letters
+        })
         .min()
         .map(|(_, candidate)| candidate)
 }

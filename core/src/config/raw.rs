@@ -15,8 +15,8 @@ use serde_saphyr::{Location, Spanned};
 
 use super::error::{Position, Sink, did_you_mean, list, nearest};
 
-/// Most nodes of one file: about 20,000 routes. Bounds what a hostile file can make us allocate.
-const NODES_MAX: usize = 250_000;
+/// Most nodes of a configuration: about 20,000 routes. Bounds what a hostile file can make us allocate.
+pub(crate) const NODES_MAX: usize = 250_000;
 
 /// Deepest nesting; the language itself needs 6, plugin blocks may go deeper.
 const DEPTH_MAX: usize = 32;
@@ -129,6 +129,37 @@ impl Node {
         }
     }
 
+    /// Returns the value of `key` where this is a mapping that has it.
+    pub(crate) fn child(&self, key: &str) -> Option<&Self> {
+        let Value::Map(entries) = &self.value else { return None };
+        entries.iter().find(|entry| entry.key == key).map(|entry| &entry.node)
+    }
+
+    /// Returns the text of a scalar.
+    pub(crate) fn text(&self) -> Option<&str> {
+        let Value::Scalar(scalar) = &self.value else { return None };
+        Some(&scalar.text)
+    }
+
+    /// Returns how many values there are, itself included.
+    pub(crate) fn count(&self) -> usize {
+        1 + match &self.value {
+            Value::List(items) => items.iter().map(Self::count).sum(),
+            Value::Map(entries) => entries.iter().map(|entry| entry.node.count()).sum(),
+            _ => 0,
+        }
+    }
+
+    /// Returns whether a part of it is faulty, so that it is not what the file means.
+    pub(crate) fn is_faulty(&self) -> bool {
+        match &self.value {
+            Value::Faulty => true,
+            Value::List(items) => items.iter().any(Self::is_faulty),
+            Value::Map(entries) => entries.iter().any(|entry| entry.node.is_faulty()),
+            Value::Null | Value::Scalar(_) => false,
+        }
+    }
+
     /// Returns the place of `path`, or of its nearest ancestor that exists.
     ///
     /// Keys may hold dots, so each step takes the longest key that fits.
@@ -179,8 +210,8 @@ impl From<serde_json::Value> for Node {
     }
 }
 
-/// Parses one YAML document.
-pub(crate) fn parse(text: &str) -> Result<Node, (Position, String)> {
+/// Parses one YAML document, the file of that index.
+pub(crate) fn parse(text: &str, file: u16) -> Result<Node, (Position, String)> {
     let options = serde_saphyr::options! {
         budget: serde_saphyr::budget! {
             max_nodes: NODES_MAX,
@@ -193,12 +224,14 @@ pub(crate) fn parse(text: &str) -> Result<Node, (Position, String)> {
     };
     // A file of nothing but comments holds no document at all, which is no error here.
     match serde_saphyr::from_str_with_options::<Option<Spanned<Yaml>>>(text, options) {
-        Ok(Some(root)) => Ok(node(root, text)),
-        Ok(None) => Ok(Node { position: Position::default(), value: Value::Null }),
+        Ok(Some(root)) => Ok(node(root, text, file)),
+        Ok(None) => {
+            Ok(Node { position: Position { file, ..Position::default() }, value: Value::Null })
+        }
         Err(error) => {
             let error = error.without_snippet();
-            let position =
-                error.location().map_or_else(Position::default, |location| position(&location));
+            let nowhere = Position { file, ..Position::default() };
+            let position = error.location().map_or(nowhere, |at| position(&at, file));
             Err((position, message(error)))
         }
     }
@@ -234,17 +267,18 @@ fn message(error: &serde_saphyr::Error) -> String {
     }
 }
 
-fn position(location: &Location) -> Position {
+fn position(location: &Location, file: u16) -> Position {
     let number = |value: u64| u32::try_from(value).unwrap_or(u32::MAX);
     Position {
+        file,
         line: number(location.line()),
         column: number(location.column()),
         len: number(location.span().len()),
     }
 }
 
-fn node(yaml: Spanned<Yaml>, text: &str) -> Node {
-    let position = position(&yaml.referenced);
+fn node(yaml: Spanned<Yaml>, text: &str, file: u16) -> Node {
+    let position = position(&yaml.referenced, file);
     let span = yaml.defined.span();
     // The text as written: `1.10` as a version is not the number 1.1.
     let written = span
@@ -267,14 +301,16 @@ fn node(yaml: Spanned<Yaml>, text: &str) -> Node {
             let resolved = Some(serde_json::Value::String(text.clone()));
             Value::Scalar(Scalar { text, plain, hidden: false, resolved })
         }
-        Yaml::List(items) => Value::List(items.into_iter().map(|item| node(item, text)).collect()),
+        Yaml::List(items) => {
+            Value::List(items.into_iter().map(|item| node(item, text, file)).collect())
+        }
         Yaml::Map(entries) => Value::Map(
             entries
                 .into_iter()
                 .map(|(key, value)| Entry {
-                    key_position: self::position(&key.referenced),
+                    key_position: self::position(&key.referenced, file),
                     key: key.value,
-                    node: node(value, text),
+                    node: node(value, text, file),
                 })
                 .collect(),
         ),
@@ -439,6 +475,11 @@ impl<'a> Field<'a> {
     /// Records what is accepted and yet likely a mistake.
     pub(crate) fn warn(&self, message: impl Into<String>) {
         self.sink.borrow_mut().warn(self.node.position, &self.path, message.into());
+    }
+
+    /// Returns its place for people: `sidecar.yaml:14:9`.
+    pub(crate) fn place(&self) -> String {
+        self.sink.borrow().place(self.node.position)
     }
 
     pub(crate) fn path(&self) -> &str {

@@ -3,19 +3,18 @@
 
 use std::cell::RefCell;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
 
-use super::error::{Sink, did_you_mean, list};
+use super::error::{Position, Sink, did_you_mean, list};
 use super::policy::Policies;
 use super::raw::{self, Field, Section};
-use super::substitute::{self, Context};
+use super::substitute::{self, Context, Files};
 use super::{
-    Block, Config, ConfigErrors, Log, LogFormat, Origin, Plugins, Secret, Source, duplicates,
-    duration_text, size_text, value,
+    Block, Config, ConfigErrors, Draft, Log, LogFormat, Origin, Plugins, Secret, Source,
+    duplicates, duration_text, merge, size_text, value,
 };
 
 mod plugins;
@@ -167,40 +166,60 @@ pub(super) const HEALTH_KEYS: &[&str] = &["address"];
 pub(super) const ADMIN_KEYS: &[&str] = &["address"];
 pub(super) const LOG_KEYS: &[&str] = &["level", "format"];
 
-/// Reads the configuration.
+/// Reads the configuration as far as it goes.
+///
+/// # Errors
+/// What keeps the files from being read as YAML.
 pub(super) fn read(
     source: &Source,
     env: &dyn Fn(&str) -> Option<String>,
-) -> Result<Config, ConfigErrors> {
-    let file: Arc<str> = source.path.display().to_string().into();
-    let mut sink = Sink::new(file.clone());
-    let mut root = match raw::parse(&source.text) {
-        Ok(root) => root,
-        Err((position, message)) => {
-            sink.push(position, "", message);
-            return Err(sink.into_result(&source.text).expect_err("an error was pushed"));
+) -> Result<Draft, ConfigErrors> {
+    let names = merge::names(source);
+    let texts: Vec<&str> = source.files.iter().map(|file| file.text.as_str()).collect();
+    let sink = RefCell::new(Sink::new(names.clone()));
+    let mut documents = Vec::new();
+    let mut values = 0;
+    for (index, text) in texts.iter().enumerate() {
+        let file = u16::try_from(index).unwrap_or(u16::MAX);
+        match raw::parse(text, file) {
+            Ok(document) => {
+                values += document.count();
+                documents.push(document);
+            }
+            Err((position, message)) => sink.borrow_mut().push(position, "", message),
         }
-    };
-    let directory = source.path.parent().unwrap_or_else(|| Path::new(""));
-    let mut context = Context { env, directory, files: Vec::new() };
-    substitute::substitute(&mut root, "", &mut context, &mut sink);
+    }
+    if values > raw::NODES_MAX {
+        let position = Position { file: sink.borrow().whole(), ..Position::default() };
+        let message = format!("is too large (accepted: {} values in all files)", raw::NODES_MAX);
+        sink.borrow_mut().push(position, "", message);
+    }
+    if documents.len() < texts.len() || values > raw::NODES_MAX {
+        // What stands in a file that cannot be read would be missed in the others.
+        return Err(sink.into_inner().into_parts(&texts).0.expect("an error was pushed"));
+    }
+    let mut root = merge::merge(documents, &sink);
+    let mut files = Files { source, read: Vec::new() };
+    let mut context = Context { env, files: &mut files };
+    substitute::substitute(&mut root, "", &mut context, &mut sink.borrow_mut());
 
-    let sink = RefCell::new(sink);
-    let mut reader = Reader { env, files: Files { directory, read: context.files } };
+    let mut reader = Reader { env, files, plugins_mistyped: false };
     let mut config = reader.config(&Field::new(&root, "", &sink));
-    config.warnings = sink.into_inner().into_result(&source.text)?;
+    let plugins_whole = !sink.borrow().has_errors_at("plugins") && !reader.plugins_mistyped;
+    let (errors, warnings) = sink.into_inner().into_parts(&texts);
+    config.warnings = warnings;
     config.files = reader.files.read;
     config.files.sort();
     config.files.dedup();
-    config.origin = Origin { file, root: Arc::new(root) };
-    Ok(config)
+    config.origin = Origin { files: names, root: Arc::new(root) };
+    Ok(Draft { config, errors, source: source.clone(), plugins_whole })
 }
 
 /// Reads policies as an announcement carries them: JSON with the keys of a route in a file.
 pub(super) fn read_policies(json: &str) -> Result<Policies, Vec<String>> {
     let value: serde_json::Value =
         serde_json::from_str(json).map_err(|error| vec![format!("not valid JSON: {error}")])?;
-    let sink = RefCell::new(Sink::new("".into()));
+    let sink = RefCell::new(Sink::new(vec!["".into()]));
     let root = raw::Node::from(value);
     let field = Field::new(&root, "", &sink);
     let policies = field.section(policies::POLICY_KEYS).map(|s| policies::policies(&s, None));
@@ -211,17 +230,11 @@ pub(super) fn read_policies(json: &str) -> Result<Policies, Vec<String>> {
     }
 }
 
-/// Files that values come from.
-struct Files<'a> {
-    /// Relative paths start here.
-    directory: &'a Path,
-    /// Those read so far.
-    read: Vec<PathBuf>,
-}
-
 struct Reader<'a> {
     env: &'a dyn Fn(&str) -> Option<String>,
     files: Files<'a>,
+    /// A key that seems to mean `plugins` was told as unknown.
+    plugins_mistyped: bool,
 }
 
 impl Reader<'_> {
@@ -240,14 +253,15 @@ impl Reader<'_> {
             files: Vec::new(),
             warnings: Vec::new(),
             origin: Origin {
-                file: "".into(),
+                files: Vec::new(),
                 root: Arc::new(raw::Node {
-                    position: super::Position::default(),
+                    position: Position::default(),
                     value: raw::Value::Null,
                 }),
             },
         };
         let Some(root) = field.section(ROOT_KEYS) else { return config };
+        self.plugins_mistyped = root.is_mistyped("plugins");
         if let Some(version) = root.require("version", "1") {
             version.parse(|text| {
                 if text.parse() == Ok(VERSION) {
@@ -334,9 +348,7 @@ impl Reader<'_> {
         let text = match *key {
             "token" => field.secret().map(str::to_owned),
             "token_file" => field.text().and_then(|path| {
-                let path = self.files.directory.join(path);
-                let text = substitute::read_secret(&path);
-                self.files.read.push(path);
+                let text = self.files.read_secret(path);
                 text.map_err(|message| field.fail(message)).ok()
             }),
             _ => field.text().and_then(|name| {
@@ -415,6 +427,9 @@ fn refer(field: &Field<'_>, kind: &str, declared: &[&str]) {
         if declared.contains(&text) {
             return Ok(());
         }
+        let mut declared = declared.to_vec();
+        declared.sort_unstable();
+        declared.dedup();
         let near = did_you_mean(text, declared.iter().copied());
         let declared = list(declared.iter().copied());
         Err(format!("unknown {kind} \"{text}\" (declared: {declared}){near}"))
@@ -494,15 +509,21 @@ fn twice(field: &Field<'_>, texts: &[Arc<str>]) {
     }
 }
 
+/// Returns `, at FILE:LINE:COLUMN` of a list's item.
+fn at(field: &Field<'_>, index: usize) -> String {
+    field.item(index).map_or_else(String::new, |item| format!(", at {}", item.place()))
+}
+
 /// Tells each name that an earlier item has.
 fn unique<T>(field: &Field<'_>, kind: &str, items: &[(usize, T)], name: fn(&T) -> &str) {
     for (first, again) in duplicates(items.iter().map(|(_, item)| name(item))) {
         let (first, (again, item)) = (items[first].0, &items[again]);
         let Some(place) = field.item(*again) else { continue };
         let message = format!(
-            "{kind} \"{}\" is declared already, as {}[{first}] (accepted: a name of its own)",
+            "{kind} \"{}\" is declared already, as {}[{first}]{} (accepted: a name of its own)",
             name(item),
-            field.path()
+            field.path(),
+            at(field, first)
         );
         place.child("name").unwrap_or(place).fail(message);
     }

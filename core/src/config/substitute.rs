@@ -5,6 +5,7 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use super::Source;
 use super::error::Sink;
 use super::raw::{Node, Value};
 use super::value::size_text;
@@ -14,16 +15,19 @@ use super::value::size_text;
 const FILE_BYTES_MAX: u64 = 64 * 1024;
 
 /// Where values come from.
-pub(crate) struct Context<'a> {
+pub(crate) struct Context<'a, 'b> {
     pub(crate) env: &'a dyn Fn(&str) -> Option<String>,
-    /// Relative paths start here.
-    pub(crate) directory: &'a Path,
-    /// Files read so far.
-    pub(crate) files: Vec<PathBuf>,
+    /// Where files are read from.
+    pub(crate) files: &'a mut Files<'b>,
 }
 
 /// Substitutes in every scalar below `node`; faulty ones are told and marked.
-pub(crate) fn substitute(node: &mut Node, path: &str, context: &mut Context<'_>, sink: &mut Sink) {
+pub(crate) fn substitute(
+    node: &mut Node,
+    path: &str,
+    context: &mut Context<'_, '_>,
+    sink: &mut Sink,
+) {
     match &mut node.value {
         Value::Scalar(scalar) if scalar.text.contains("${") => {
             match expand(&scalar.text, context) {
@@ -54,7 +58,7 @@ pub(crate) fn substitute(node: &mut Node, path: &str, context: &mut Context<'_>,
 }
 
 /// Returns the text and whether a part of it came from a file.
-fn expand(text: &str, context: &mut Context<'_>) -> Result<(String, bool), String> {
+fn expand(text: &str, context: &mut Context<'_, '_>) -> Result<(String, bool), String> {
     let mut out = String::with_capacity(text.len());
     let mut hidden = false;
     let mut rest = text;
@@ -86,7 +90,7 @@ fn expand(text: &str, context: &mut Context<'_>) -> Result<(String, bool), Strin
     Ok((out, hidden))
 }
 
-fn variable(inner: &str, context: &Context<'_>) -> Result<String, String> {
+fn variable(inner: &str, context: &Context<'_, '_>) -> Result<String, String> {
     let (name, default) = match inner.split_once(":-") {
         Some((name, default)) => (name, Some(default)),
         None => (inner, None),
@@ -109,33 +113,42 @@ fn variable(inner: &str, context: &Context<'_>) -> Result<String, String> {
     }
 }
 
-fn read(path: &str, context: &mut Context<'_>) -> Result<String, String> {
-    let path = context.directory.join(path);
-    let text = read_secret(&path);
-    // A file that is missing belongs to the configuration too: its return is waited for.
-    context.files.push(path);
-    text
+fn read(path: &str, context: &mut Context<'_, '_>) -> Result<String, String> {
+    context.files.read_secret(path)
 }
 
-/// Reads a small file that holds one value; a final line break is dropped.
-pub(crate) fn read_secret(path: &Path) -> Result<String, String> {
-    let mut text = read_file(path, FILE_BYTES_MAX)?;
-    while text.ends_with(['\n', '\r']) {
-        text.pop();
-    }
-    Ok(text)
+/// Reads files that values come from, and keeps their names.
+pub(crate) struct Files<'a> {
+    pub(crate) source: &'a Source,
+    /// Those read so far, and those that could not be: their return is waited for.
+    pub(crate) read: Vec<PathBuf>,
 }
 
-/// Reads a file of at most `max` bytes.
-pub(crate) fn read_file(path: &Path, max: u64) -> Result<String, String> {
-    let fault = |reason: &str| format!("cannot read {}: {reason}", path.display());
-    let file = std::fs::File::open(path).map_err(|error| fault(&error.to_string()))?;
-    let mut text = String::new();
-    file.take(max + 1).read_to_string(&mut text).map_err(|error| fault(&error.to_string()))?;
-    if text.len() as u64 > max {
-        return Err(fault(&format!("larger than {}", size_text(max))));
+impl Files<'_> {
+    /// Reads a small file that holds one value; a final line break is dropped.
+    pub(crate) fn read_secret(&mut self, path: &str) -> Result<String, String> {
+        let mut text = self.read_file(path, FILE_BYTES_MAX)?;
+        while text.ends_with(['\n', '\r']) {
+            text.pop();
+        }
+        Ok(text)
     }
-    Ok(text)
+
+    /// Reads a file of at most `max` bytes.
+    pub(crate) fn read_file(&mut self, path: &str, max: u64) -> Result<String, String> {
+        let full = self.source.directory.join(path);
+        let fault = |reason: &str| format!("cannot read {}: {reason}", full.display());
+        self.read.push(full.clone());
+        let mut text = String::new();
+        self.source
+            .open(Path::new(path))
+            .and_then(|file| file.take(max + 1).read_to_string(&mut text))
+            .map_err(|error| fault(&error.to_string()))?;
+        if text.len() as u64 > max {
+            return Err(fault(&format!("larger than {}", size_text(max))));
+        }
+        Ok(text)
+    }
 }
 
 #[cfg(test)]
@@ -148,8 +161,9 @@ mod tests {
             "EMPTY" => Some(String::new()),
             _ => None,
         };
-        let mut context =
-            Context { env: &env, directory: Path::new("/nowhere"), files: Vec::new() };
+        let source = Source::from_text(Path::new("/nowhere/c.yaml"), "");
+        let mut files = Files { source: &source, read: Vec::new() };
+        let mut context = Context { env: &env, files: &mut files };
         let result = expand(text, &mut context).map(|(text, _)| text);
         match expected {
             Ok(expected) => assert_eq!(result.as_deref(), Ok(expected), "{text}"),
@@ -175,7 +189,9 @@ mod tests {
     #[test]
     fn what_is_expanded_is_not_expanded_again() {
         let env = |_: &str| Some("${OTHER}".to_owned());
-        let mut context = Context { env: &env, directory: Path::new(""), files: Vec::new() };
+        let source = Source::from_text(Path::new("c.yaml"), "");
+        let mut files = Files { source: &source, read: Vec::new() };
+        let mut context = Context { env: &env, files: &mut files };
         assert_eq!(expand("${X}", &mut context), Ok(("${OTHER}".to_owned(), false)));
     }
 }

@@ -8,7 +8,7 @@ use super::*;
 const FILE: &str = "/etc/sidelane/test.yaml";
 
 fn source(text: &str) -> Source {
-    Source { path: FILE.into(), text: text.to_owned() }
+    Source::from_text(Path::new(FILE), text)
 }
 
 fn env(name: &str) -> Option<String> {
@@ -325,7 +325,7 @@ routes:
   - { subdomain: a, tunnel: t, options: { HTTP: { x: \"${file:secret}\", password: pl4in } } }
 tunnels: [{ name: t, service: \"127.0.0.1:3000\" }]
 ";
-    let source = Source { path: directory.path().join("c.yaml"), text: text.to_owned() };
+    let source = Source::from_text(&directory.path().join("c.yaml"), text);
     let config = parse(&source, &env).unwrap();
     assert_eq!(config.files, [directory.path().join("secret")]);
     assert_eq!(config.sidecar.as_ref().unwrap().token, Some(Secret::new("f1le-s3cret-0123456")));
@@ -356,7 +356,7 @@ fn errors_do_not_show_what_came_from_a_file() {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("secret"), "s3cret").unwrap();
     let text = "version: 1\nrelay: { threads: \"${file:secret}\", tunnel: \"${file:secret}\" }\n";
-    let source = Source { path: directory.path().join("c.yaml"), text: text.to_owned() };
+    let source = Source::from_text(&directory.path().join("c.yaml"), text);
     let report = parse(&source, &env).unwrap_err().report();
     assert!(report.contains("relay.threads") && report.contains("relay.tunnel"), "{report}");
     assert!(!report.contains("s3cret"), "{report}");
@@ -569,4 +569,106 @@ fn hashes_are_masked_for_people() {
     let report = bad(&EVERYTHING.replace("alice: $2a$05$CCCC", "alice: s3cret")).report();
     assert!(report.contains("basic_auth.users.alice: is not a bcrypt hash"), "{report}");
     assert!(!report.contains("s3cret") && !report.contains("CCCC"), "{report}");
+}
+
+/// A directory's files, by name.
+fn several(files: &[(&str, &str)]) -> (tempfile::TempDir, Source) {
+    let directory = tempfile::tempdir().unwrap();
+    for (name, text) in files {
+        std::fs::write(directory.path().join(name), text).unwrap();
+    }
+    let source = Source::read(directory.path()).unwrap();
+    (directory, source)
+}
+
+#[test]
+fn a_directorys_files_are_one_configuration() {
+    let (_directory, source) = several(&[
+        (
+            "10-base.yaml",
+            "version: 1\nrelay: { threads: 2, timeouts: { idle: 5s } }\nsidecar:\nplugins: { panics: 3 }\n",
+        ),
+        (
+            "20-shop.yaml",
+            "version: 1\nsidecar: { lanes: 3 }\ntunnels: [{ name: shop, service: \"127.0.0.1:1\" }]\nroutes: [{ subdomain: shop, tunnel: shop }]\n",
+        ),
+        (
+            "30-blog.yml",
+            "relay: { timeouts: { handshake: 5s }, listeners: [{ name: web, address: \"127.0.0.1:0\" }] }\ntunnels: [{ name: blog, service: \"127.0.0.1:2\" }]\nroutes: [{ subdomain: blog, tunnel: blog }]\nplugins: { libraries: [{ name: http, library: a.so }] }\n",
+        ),
+        ("40-empty.yaml", "# nothing\n"),
+    ]);
+    let config = parse(&source, &env).unwrap_or_else(|errors| panic!("{}", errors.report()));
+    let relay = config.relay.as_ref().unwrap();
+    assert_eq!((relay.threads, relay.listeners.len()), (2, 1));
+    assert_eq!(relay.timeouts.idle, Duration::from_secs(5));
+    assert_eq!(relay.timeouts.handshake, Duration::from_secs(5));
+    assert_eq!(config.sidecar.as_ref().unwrap().lanes, 3);
+    assert_eq!(config.routes.iter().map(|r| &*r.name).collect::<Vec<_>>(), ["shop", "blog"]);
+    assert_eq!((config.plugins.panics, config.plugins.libraries.len()), (3, 1));
+    assert!(config.plugins.libraries[0].path.starts_with(&source.path));
+    let error = config.origin.error("routes[1].tunnel", "x").to_string();
+    assert!(error.contains("30-blog.yml:3:37: routes[1].tunnel"), "{error}");
+}
+
+#[test]
+fn what_two_files_give_is_told_with_both_places() {
+    let (directory, source) = several(&[
+        (
+            "a.yaml",
+            "version: 1\nrelay: { threads: 2, base_domains: [a] }\ntunnels: [{ name: t, service: \"a:1\" }]\n",
+        ),
+        (
+            "b.yaml",
+            "version: 2\nrelay: { threads: 3, base_domains: [b] }\ntunnels: [{ name: t, service: \"a:2\" }]\nroutes: [{ subdomain: x, tunnel: u }]\n",
+        ),
+        ("c.yaml", "relay: 5\nroutes: [{ subdomain: x, tunnel: t }]\n"),
+    ]);
+    let errors = parse(&source, &env).unwrap_err();
+    let text = errors.to_string().replace(&format!("{}/", directory.path().display()), "");
+    assert_eq!(
+        text,
+        "b.yaml:1:10: version: is given already, at a.yaml:1:10 (accepted: in one file)\n\
+         b.yaml:2:19: relay.threads: is given already, at a.yaml:2:19 (accepted: in one file)\n\
+         b.yaml:2:36: relay.base_domains: is given already, at a.yaml:2:36 (accepted: in one file)\n\
+         b.yaml:3:19: tunnels[1].name: tunnel \"t\" is declared already, as tunnels[0], at a.yaml:3:11 \
+         (accepted: a name of its own)\n\
+         b.yaml:4:34: routes[0].tunnel: unknown tunnel \"u\" (declared: t)\n\
+         c.yaml:1:8: relay: is given already, at a.yaml:2:8 (accepted: in one file)\n\
+         c.yaml:2:10: routes[1]: route \"x\" takes the same exchanges as \"x\", routes[0], at b.yaml:4:10 \
+         (accepted: another host, path_prefix, listener or protocol_type)"
+    );
+    assert!(errors.report().contains(" 1 | version: 2\n"), "{}", errors.report());
+}
+
+#[test]
+fn each_file_that_is_not_yaml_is_told() {
+    let (_directory, source) =
+        several(&[("a.yaml", "a: ["), ("b.yaml", "version: 1"), ("c.yaml", "b: }")]);
+    let errors = parse(&source, &env).unwrap_err();
+    assert_eq!(errors.errors().len(), 2, "{errors}");
+    let (directory, source) = several(&[("a.yaml", ""), ("b.yaml", "log: {}")]);
+    let text = parse(&source, &env).unwrap_err().to_string();
+    // What all together lack stands in none of them.
+    let name = directory.path().display();
+    assert!(text.contains(&format!("{name}: `version` is missing")), "{text}");
+}
+
+#[test]
+fn a_faulty_file_is_asked_about_as_far_as_it_goes() {
+    let text = TWO_ROUTES
+        .replace("two, tunnel: web", "two, tunnel: wep")
+        .replace("name: one, ", "name: one, timeouts: { idle: 5 }, ");
+    let draft = draft(&source(&text), &env).unwrap();
+    let refused = draft.to_ask().unwrap().refused_by(&Checked);
+    let errors = draft.finish(refused).unwrap_err();
+    let paths: Vec<&str> = errors.errors().iter().map(|error| error.path.as_str()).collect();
+    assert_eq!(
+        paths,
+        ["routes[0].timeouts.idle", "routes[0].options.HTTP.a[1].b", "routes[1].tunnel"]
+    );
+    for typo in ["plugins: { panics: x }\n", "plugin: {}\n"] {
+        let draft = super::draft(&source(&format!("{TWO_ROUTES}{typo}")), &env).unwrap();
+        assert!(draft.to_ask().is_none(), "{typo}");
+    }
 }

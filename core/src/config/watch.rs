@@ -1,11 +1,12 @@
-//! Watches the configuration file and yields its contents whenever they change, or when asked.
+//! Watches the configuration, a file or a directory, and yields its contents whenever they change,
+//! or when asked.
 //!
-//! Events of the *parent directory* are hints only: a ConfigMap swaps the symlink `..data`, editors
+//! Events of the file's *parent directory* are hints only: a ConfigMap swaps the symlink `..data`, editors
 //! rename over the file, and a watch on the file itself goes deaf after the first of these. What
 //! counts is the contents' hash, which is polled too. Knows nothing of what the file says.
 
 use std::io::Read;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,7 +29,7 @@ const LONGEST: Duration = Duration::from_secs(2);
 /// limits give none.
 const POLL: Duration = Duration::from_secs(10);
 
-/// New contents of the file.
+/// New contents of the configuration.
 #[derive(Debug)]
 pub struct Reload {
     /// The contents, or why they cannot be read.
@@ -76,7 +77,7 @@ impl std::fmt::Debug for Watcher {
 }
 
 impl Watcher {
-    /// Starts to watch the file of `current` on a thread of its own. `files` are those that its
+    /// Starts to watch the file or directory of `current` on a thread of its own. `files` are those that its
     /// values come from ([`super::Config::files`]). The thread waits while `reloads` is full.
     pub fn start(
         current: &Source,
@@ -101,7 +102,7 @@ impl Watcher {
             if events { watch(&current.path, commands.clone(), hinted.clone()) } else { None };
         let task = Task {
             path: current.path.clone(),
-            seen: Seen { text: text_hash(&current.text), files: files_hash(files) },
+            seen: Seen { source: source_hash(current), files: files_hash(files) },
             files: files.to_owned(),
             inbox,
             hinted,
@@ -135,6 +136,10 @@ impl Drop for Watcher {
 #[must_use]
 pub fn is_sub_path_mount(path: &Path) -> bool {
     let Ok(path) = std::path::absolute(path) else { return false };
+    // A directory that is mounted is how it should be.
+    if path.is_dir() {
+        return false;
+    }
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     is_mount_point(&path, &mounts)
 }
@@ -161,6 +166,7 @@ fn watch(
         }
     };
     let directory = match path.parent() {
+        _ if path.is_dir() => path,
         Some(parent) if parent != Path::new("") => parent,
         _ => Path::new("."),
     };
@@ -238,11 +244,11 @@ impl Task {
             Ok(None) => Source::read(&self.path),
             Err(errors) => Err(errors),
         };
-        let text = match &source {
-            Ok(source) => text_hash(&source.text),
-            Err(errors) => text_hash(&errors.to_string()),
+        let hash = match &source {
+            Ok(source) => source_hash(source),
+            Err(errors) => Sha256::digest(errors.to_string()).into(),
         };
-        let seen = Seen { text, files: files_hash(&self.files) };
+        let seen = Seen { source: hash, files: files_hash(&self.files) };
         if cause == Cause::Changed && seen == self.seen {
             return true;
         }
@@ -270,26 +276,29 @@ impl Debounce {
     }
 }
 
-/// Reads the file; `None`: it changed meanwhile.
+/// Reads the configuration; `None`: it changed meanwhile.
 fn read(path: &Path) -> Result<Option<Source>, ConfigErrors> {
-    let state = || {
-        std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino(), m.len(), m.mtime(), m.mtime_nsec()))
-    };
-    let before = state();
-    let source = Source::read(path)?;
-    Ok((before == state()).then_some(source))
+    let (source, torn) = Source::read_watched(path)?;
+    Ok((!torn).then_some(source))
 }
 
-/// Hashes of contents. Those of the file and of the others are apart, since a change of the list of
+/// Hashes of contents. Those of the configuration and of the others are apart, since a change of the list of
 /// the others must not hide a change of the file.
 #[derive(PartialEq)]
 struct Seen {
-    text: [u8; 32],
+    source: [u8; 32],
     files: [u8; 32],
 }
 
-fn text_hash(text: &str) -> [u8; 32] {
-    Sha256::digest(text).into()
+fn source_hash(source: &Source) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for file in &source.files {
+        for bytes in [file.path.as_os_str().as_bytes(), file.text.as_bytes()] {
+            hash.update(bytes.len().to_le_bytes());
+            hash.update(bytes);
+        }
+    }
+    hash.finalize().into()
 }
 
 fn files_hash(files: &[PathBuf]) -> [u8; 32] {
@@ -344,7 +353,10 @@ mod tests {
             let deadline = Instant::now() + Duration::from_secs(30);
             loop {
                 let reload = self.next(deadline);
-                if reload.source.is_ok_and(|source| source.text == text) {
+                if reload
+                    .source
+                    .is_ok_and(|source| source.files.iter().any(|file| file.text == text))
+                {
                     return;
                 }
             }
@@ -391,6 +403,22 @@ mod tests {
             publish(watched.directory.path(), version, text);
             watched.expect(text);
         }
+    }
+
+    #[test]
+    fn a_directorys_files_are_watched_those_that_come_and_go_too() {
+        let directory = tempfile::tempdir().unwrap();
+        publish(directory.path(), "1", "one");
+        symlink("..data/c.yaml", directory.path().join("c.yaml")).unwrap();
+        let mut watched = Watched::start(directory, "", EVENTS, true);
+        publish(watched.directory.path(), "2", "two");
+        watched.expect("two");
+        let extra = watched.directory.path().join("extra.yaml");
+        fs::write(&extra, "extra").unwrap();
+        watched.expect("extra");
+        fs::remove_file(&extra).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while watched.next(deadline).source.is_ok_and(|source| source.files.len() > 1) {}
     }
 
     #[test]
@@ -459,7 +487,7 @@ mod tests {
         watched.watcher.trigger();
         let reload = watched.next(Instant::now() + Duration::from_secs(30));
         assert_eq!(reload.cause, Cause::Requested);
-        assert_eq!(reload.source.unwrap().text, "one");
+        assert_eq!(reload.source.unwrap().files[0].text, "one");
     }
 
     #[test]
@@ -472,7 +500,7 @@ mod tests {
         fs::write(watched.directory.path().join("tmp"), "two").unwrap();
         fs::rename(watched.directory.path().join("tmp"), &watched.path).unwrap();
         let reload = watched.next(Instant::now() + Duration::from_secs(30));
-        assert_eq!(reload.source.unwrap().text, "two");
+        assert_eq!(reload.source.unwrap().files[0].text, "two");
     }
 
     #[test]

@@ -264,7 +264,8 @@ impl Asked<'_> {
     /// Says what may have been meant.
     fn hint(&self, routes: &[Arc<Route>]) -> Option<String> {
         let host = self.host?;
-        if routes.iter().any(|route| self.host_rank(&route.matches.host).is_some()) {
+        let best = routes.iter().filter_map(|route| self.host_rank(&route.matches.host)).max();
+        if best.is_some_and(|best| best >= HostRank::Subdomain) {
             return None;
         }
         let names: Vec<String> = routes
@@ -284,7 +285,7 @@ impl Asked<'_> {
         }
         let is_known = self.below_any_base(host).is_some()
             || self.base_domains.iter().any(|base| **base == *host);
-        (!is_known)
+        (!is_known && best.is_none())
             .then(|| format!("{host} is not below a base domain (those are {})", self.bases()))
     }
 

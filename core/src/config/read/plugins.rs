@@ -11,8 +11,10 @@ impl Reader<'_> {
     pub(super) fn plugins(&self, field: &Field<'_>) -> Plugins {
         let mut plugins = Plugins::default();
         let Some(section) = field.section(PLUGINS_KEYS) else { return plugins };
-        let mut directory = self.files.directory.to_owned();
-        section.set("directory", &mut directory, |f| Some(self.files.directory.join(f.text()?)));
+        let mut directory = self.files.source.directory.to_owned();
+        section.set("directory", &mut directory, |f| {
+            Some(self.files.source.directory.join(f.text()?))
+        });
         if let Some(field) = section.field("libraries") {
             let libraries = items(&field, |item| library(item, &directory));
             unique(&field, "plugin", &libraries, |library| &library.name);

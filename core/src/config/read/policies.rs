@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use http::{HeaderName, HeaderValue};
 
-use super::{COUNT_MAX, Files, networks, size, timeout};
+use super::{COUNT_MAX, networks, size, timeout};
 use crate::config::policy::{
     Addresses, BasicAuth, Compression, HeaderChanges, Policies, Rate, Redirect, Retries, Rewrite,
     RouteLimits, RouteTimeouts,
 };
 use crate::config::raw::{Field, Section, Value};
-use crate::config::{substitute, value};
+use crate::config::substitute::Files;
+use crate::config::value;
 
 pub(crate) const POLICY_KEYS: &[&str] = &[
     "timeouts",
@@ -351,9 +352,8 @@ fn not_too_many(field: &Field<'_>, users: &Users) -> bool {
 
 /// Reads lines of `name:hash`, as `htpasswd -B` writes them.
 fn users_file(field: &Field<'_>, files: &mut Files<'_>) -> Option<Users> {
-    let path = files.directory.join(field.text()?);
-    let text = substitute::read_file(&path, USERS_FILE_BYTES_MAX);
-    files.read.push(path.clone());
+    let path = field.text()?;
+    let text = files.read_file(path, USERS_FILE_BYTES_MAX);
     let text = text.map_err(|message| field.fail(message)).ok()?;
     let mut users = Users::new();
     let mut good = true;
@@ -371,12 +371,12 @@ fn users_file(field: &Field<'_>, files: &mut Files<'_>) -> Option<Users> {
             None => Ok(()),
         });
         if let Err(message) = result {
-            field.fail(format!("{}, line {}: {message}", path.display(), index + 1));
+            field.fail(format!("{path}, line {}: {message}", index + 1));
             good = false;
         }
     }
     if good && users.is_empty() {
-        field.fail(format!("{} lets nobody in (accepted: lines of name:hash)", path.display()));
+        field.fail(format!("{path} lets nobody in (accepted: lines of name:hash)"));
         return None;
     }
     (good && not_too_many(field, &users)).then_some(users)

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::policies::policies;
-use super::{Files, ROUTE_KEYS, SHARE_KEYS, block, refer};
+use super::{ROUTE_KEYS, SHARE_KEYS, at, block, refer};
 use crate::config::error::list;
 use crate::config::policy::Policies;
 use crate::config::raw::{Field, Section};
+use crate::config::substitute::Files;
 use crate::config::{Config, Match, MatchSpec, Relay, Route, Share, value};
 use crate::router::RouteTable;
 
@@ -185,11 +186,12 @@ pub(super) fn ambiguous(
         let (first_index, second_index) = (index(first), index(second));
         let Some(place) = field.item(second_index) else { continue };
         place.fail(format!(
-            "route \"{}\" takes the same exchanges as \"{}\", {}[{first_index}] (accepted: another \
+            "route \"{}\" takes the same exchanges as \"{}\", {}[{first_index}]{} (accepted: another \
              host, path_prefix, listener or protocol_type)",
             second.name,
             first.name,
             field.path(),
+            at(field, first_index),
         ));
     }
     false
