@@ -231,7 +231,9 @@ impl Sidecar {
         self.peers.iter().flat_map(|peer| peer.with(|state| state.lanes.clone())).collect()
     }
 
-    fn is_stopping(&self) -> bool {
+    /// Whether it takes nothing new any more.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
         *self.stopping.borrow()
     }
 

@@ -33,7 +33,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug, Error)]
 pub(super) enum AskError {
     /// Nobody is there.
-    #[error("nothing listens on {address}: is `admin` in the file of a process that runs here?")]
+    #[error("cannot reach {address} (is `admin` in the file of a process that runs here?)")]
     Unreachable {
         /// The address.
         address: String,

@@ -212,6 +212,7 @@ routes:
 
         asked     shpo.localhost/, protocol HTTP, listener web
         route     none: 404
+        hint      did you mean "shop.localhost"?
         not       all: it takes listener other only, this is web
                   api: its subdomain is "shop"
                   rpc: its subdomain is "shop"

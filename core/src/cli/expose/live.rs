@@ -56,7 +56,9 @@ pub(super) async fn follow(view: View, followed: Followed, mut finish: oneshot::
     let mut stage = Stage::default();
     let role = if view.is_embedded { "relay" } else { "sidecar" };
     loop {
-        let answer = sidecar.relay_answers().into_iter().next();
+        // A relay that goes with the process is not missed.
+        let is_stopping = sidecar.is_stopping();
+        let answer = sidecar.relay_answers().into_iter().next().filter(|_| !is_stopping);
         match answer.map_or(Step::Nothing, |answer| view.step(&mut stage, &answer)) {
             Step::Nothing => {}
             Step::Print(text) => print(&text),
