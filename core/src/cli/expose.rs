@@ -66,7 +66,8 @@ const LOG: &str = "error,sidelane::sidecar=off";
 pub(super) fn run(arguments: &Arguments) -> Result<(), Failed> {
     let subdomain = arguments.subdomain.clone().unwrap_or_else(|| names::random(random::number()));
     let libraries = plugins::find(arguments.plugin_dir.as_deref()).map_err(Failed::said)?;
-    let tunnel = format!("expose-{:08x}", random::number() as u32);
+    // Two that expose the same name must not share it, as replicas of one tunnel would.
+    let tunnel = format!("expose-{:016x}", random::number());
     let document = document(arguments, &subdomain, &tunnel, &libraries);
     let source = Source::from_text(SOURCE.as_ref(), document.to_string());
     let config = config::parse(&source, &|_| None).map_err(|errors| Failed::said(said(&errors)))?;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use clap::CommandFactory as _;
 
-use super::{Cli, Failed, print, print_json};
+use super::{Cli, Failed, print};
 
 pub(super) fn schema() -> Result<(), Failed> {
     Err(Failed::said("no schema yet"))

@@ -71,6 +71,13 @@ fn check_says_what_is_wrong_and_exits_accordingly() {
     assert_eq!(json["valid"], false);
     assert_eq!(json["errors"][0]["path"], "routes[0].tunnel");
     assert!(json["errors"][0]["line"].is_u64(), "{json}");
+    // Everybody may say who a client is.
+    write(&good.replace("  base_domains:", "  trusted_proxies: [0.0.0.0/0]\n  base_domains:"));
+    check_output(&run(&["check"]), 0, &["warning: 0.0.0.0/0 is everybody", "valid"]);
+    check_output(&run(&["check", "--strict"]), 1, &["error: 0.0.0.0/0 is everybody"]);
+    let output = run(&["check", "--output", "json"]);
+    let json: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(json["warnings"][0]["path"], "relay.trusted_proxies");
     // What only the plugin knows.
     write(&good.replace("config: {}", "config: { idle_timeout: soon }"));
     check_output(&run(&["check"]), 1, &["plugins.libraries[0].config", "idle_timeout"]);
@@ -321,12 +328,21 @@ fn expose_gives_a_service_an_address_and_shows_its_requests() {
     exposed.line(&["HTTP ", "POST /hello?a=b 200 ", "ms "]);
     assert_eq!(ask(relay, "other.localhost", "/"), 404);
     exposed.line(&["GET / 404 ", "no-route"]);
-    drop(service);
-    assert_eq!(ask(relay, &host, "/gone"), 502);
-    exposed.line(&["GET /gone 502 ", "service-unreachable"]);
     let (code, wrote) = exposed.interrupt();
     assert_eq!(code, Some(0), "{wrote}");
     assert!(!wrote.contains('\x1b') && !wrote.contains("dialling again"), "{wrote}");
+}
+
+#[test]
+fn expose_shows_that_the_service_is_down() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let service = listener.local_addr().expect("an address").to_string();
+    drop(listener);
+    let exposed = Exposed::start(&[&service, "--listen", "127.0.0.1:0"]);
+    let (host, listening) = exposed.address();
+    let relay = SocketAddr::from(([127, 0, 0, 1], listening));
+    assert_eq!(ask(relay, &host, "/x"), 502);
+    exposed.line(&["GET /x 502 ", "service-unreachable"]);
 }
 
 #[test]
@@ -348,7 +364,7 @@ fn expose_takes_a_subdomain_of_a_relay_elsewhere() {
     assert_eq!(first.address(), ("mine.localhost".to_owned(), relay.web().port()));
     assert_eq!(ask(relay.web(), "mine.localhost", "/"), 200);
     // Only the relay knows method, path and status.
-    first.line(&["HTTP ", "ms 2B"]);
+    first.line(&["Z HTTP ", "ms "]);
     assert!(first.read("out").contains("method, path and status are the relay's"));
 
     let second = Exposed::start(&arguments);
