@@ -11,6 +11,7 @@ mod merge;
 pub mod policy;
 mod raw;
 mod read;
+mod schema;
 mod show;
 mod source;
 mod substitute;
@@ -29,6 +30,7 @@ use serde_json::Value as Json;
 
 pub use diff::{Changes, Delta, diff};
 pub use error::{ConfigError, ConfigErrors, Position};
+pub use schema::schema;
 pub use source::{FILE_BYTES_MAX, FILES_MAX, Source, SourceFile};
 pub use value::{HostPort, Secret, duration_text, network_text, size_text};
 

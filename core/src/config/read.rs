@@ -24,14 +24,54 @@ mod routes;
 mod sidecar;
 mod tunnels;
 
+pub(super) use policies::{ATTEMPTS_MAX, REALM, USERS_MAX};
+pub(super) use routes::WEIGHT_MAX;
+pub(super) use tunnels::{CHECKS_MAX, CONNECTIONS_MAX};
+
+/// Keys by section, for the schema's test.
+#[cfg(test)]
+pub(crate) const SECTIONS: &[(&str, &[&str])] = &[
+    ("", ROOT_KEYS),
+    ("relay", RELAY_KEYS),
+    ("relay.listeners[]", LISTENER_KEYS),
+    ("relay.tunnel", RELAY_TUNNEL_KEYS),
+    ("relay.limits", RELAY_LIMITS_KEYS),
+    ("relay.timeouts", RELAY_TIMEOUTS_KEYS),
+    ("sidecar", SIDECAR_KEYS),
+    ("sidecar.limits", SIDECAR_LIMITS_KEYS),
+    ("sidecar.timeouts", SIDECAR_TIMEOUTS_KEYS),
+    ("tunnels[]", TUNNEL_KEYS),
+    ("tunnels[].pool", POOL_KEYS),
+    ("tunnels[].health_check", HEALTH_CHECK_KEYS),
+    ("routes[]", ROUTE_KEYS),
+    ("routes[].tunnels[]", SHARE_KEYS),
+    ("routes[].timeouts", policies::TIMEOUTS_KEYS),
+    ("routes[].retries", policies::RETRIES_KEYS),
+    ("routes[].request_headers", policies::HEADERS_KEYS),
+    ("routes[].response_headers", policies::HEADERS_KEYS),
+    ("routes[].rewrite", policies::REWRITE_KEYS),
+    ("routes[].redirect", policies::REDIRECT_KEYS),
+    ("routes[].basic_auth", policies::BASIC_AUTH_KEYS),
+    ("routes[].addresses", policies::ADDRESSES_KEYS),
+    ("routes[].limits", policies::LIMITS_KEYS),
+    ("routes[].limits.rate", policies::RATE_KEYS),
+    ("routes[].limits.rate_per_client", policies::RATE_KEYS),
+    ("routes[].compression", policies::COMPRESSION_KEYS),
+    ("plugins", PLUGINS_KEYS),
+    ("plugins.libraries[]", LIBRARY_KEYS),
+    ("health", HEALTH_KEYS),
+    ("admin", ADMIN_KEYS),
+    ("log", LOG_KEYS),
+];
+
 /// Version of the language.
 const VERSION: u32 = 1;
 
 /// Most data-path threads: beyond the cores they only cost.
-const THREADS_MAX: usize = 256;
+pub(crate) const THREADS_MAX: usize = 256;
 
 /// Most lanes of a session (the tunnel's own bound).
-const LANES_MAX: usize = 16;
+pub(crate) const LANES_MAX: usize = 16;
 
 /// Longest timeout. Longer ones are a mistaken unit.
 const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
@@ -40,7 +80,7 @@ const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
 const ITEMS_MAX: usize = 65_536;
 
 /// Most of anything that is counted at once or per time: beyond any machine's means.
-const COUNT_MAX: u32 = 1_000_000;
+pub(crate) const COUNT_MAX: u32 = 1_000_000;
 
 /// Most networks of trusted proxies: each connection's address is compared with all of them.
 const PROXIES_MAX: usize = 256;
@@ -68,7 +108,7 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(25);
 /// Two, so that a lost segment stalls half of the exchanges only.
 const LANES: usize = 2;
 
-pub(super) const ROOT_KEYS: &[&str] = &[
+pub(crate) const ROOT_KEYS: &[&str] = &[
     "version",
     "relay",
     "sidecar",
@@ -80,7 +120,7 @@ pub(super) const ROOT_KEYS: &[&str] = &[
     "log",
     "drain_timeout",
 ];
-pub(super) const RELAY_KEYS: &[&str] = &[
+pub(crate) const RELAY_KEYS: &[&str] = &[
     "listeners",
     "base_domains",
     "trusted_proxies",
@@ -90,10 +130,10 @@ pub(super) const RELAY_KEYS: &[&str] = &[
     "limits",
     "timeouts",
 ];
-pub(super) const LISTENER_KEYS: &[&str] =
+pub(crate) const LISTENER_KEYS: &[&str] =
     &["name", "address", "protocol_type", "sniff", "proxy_protocol", "balance"];
-pub(super) const RELAY_TUNNEL_KEYS: &[&str] = &["address", "token", "token_file", "token_env"];
-pub(super) const RELAY_LIMITS_KEYS: &[&str] = &[
+pub(crate) const RELAY_TUNNEL_KEYS: &[&str] = &["address", "token", "token_file", "token_env"];
+pub(crate) const RELAY_LIMITS_KEYS: &[&str] = &[
     "connections",
     "sessions",
     "lanes_per_session",
@@ -106,8 +146,8 @@ pub(super) const RELAY_LIMITS_KEYS: &[&str] = &[
     "handshakes_per_second",
     "handshakes_per_second_per_address",
 ];
-pub(super) const RELAY_TIMEOUTS_KEYS: &[&str] = &["request_head", "idle", "open_wait", "handshake"];
-pub(super) const SIDECAR_KEYS: &[&str] = &[
+pub(crate) const RELAY_TIMEOUTS_KEYS: &[&str] = &["request_head", "idle", "open_wait", "handshake"];
+pub(crate) const SIDECAR_KEYS: &[&str] = &[
     "name",
     "relays",
     "resolve_interval",
@@ -119,9 +159,9 @@ pub(super) const SIDECAR_KEYS: &[&str] = &[
     "limits",
     "timeouts",
 ];
-pub(super) const SIDECAR_LIMITS_KEYS: &[&str] = &["exchanges_per_session", "queued", "window"];
-pub(super) const SIDECAR_TIMEOUTS_KEYS: &[&str] = &["dial", "handshake"];
-pub(super) const TUNNEL_KEYS: &[&str] = &[
+pub(crate) const SIDECAR_LIMITS_KEYS: &[&str] = &["exchanges_per_session", "queued", "window"];
+pub(crate) const SIDECAR_TIMEOUTS_KEYS: &[&str] = &["dial", "handshake"];
+pub(crate) const TUNNEL_KEYS: &[&str] = &[
     "name",
     "service",
     "protocols",
@@ -132,10 +172,10 @@ pub(super) const TUNNEL_KEYS: &[&str] = &[
     "health_check",
     "wait",
 ];
-pub(super) const POOL_KEYS: &[&str] = &["idle_timeout", "idle", "connections"];
-pub(super) const HEALTH_CHECK_KEYS: &[&str] =
+pub(crate) const POOL_KEYS: &[&str] = &["idle_timeout", "idle", "connections"];
+pub(crate) const HEALTH_CHECK_KEYS: &[&str] =
     &["type", "path", "host", "service", "interval", "timeout", "healthy_after", "unhealthy_after"];
-pub(super) const ROUTE_KEYS: &[&str] = &[
+pub(crate) const ROUTE_KEYS: &[&str] = &[
     "name",
     "subdomain",
     "host",
@@ -157,14 +197,14 @@ pub(super) const ROUTE_KEYS: &[&str] = &[
     "compression",
     "options",
 ];
-pub(super) const SHARE_KEYS: &[&str] = &["name", "weight"];
-pub(super) const PLUGINS_KEYS: &[&str] =
+pub(crate) const SHARE_KEYS: &[&str] = &["name", "weight"];
+pub(crate) const PLUGINS_KEYS: &[&str] =
     &["directory", "libraries", "generations", "panics", "panics_within", "slow_poll"];
-pub(super) const LIBRARY_KEYS: &[&str] =
+pub(crate) const LIBRARY_KEYS: &[&str] =
     &["name", "library", "sha256", "required", "protocol_types", "config"];
-pub(super) const HEALTH_KEYS: &[&str] = &["address"];
-pub(super) const ADMIN_KEYS: &[&str] = &["address"];
-pub(super) const LOG_KEYS: &[&str] = &["level", "format"];
+pub(crate) const HEALTH_KEYS: &[&str] = &["address"];
+pub(crate) const ADMIN_KEYS: &[&str] = &["address"];
+pub(crate) const LOG_KEYS: &[&str] = &["level", "format"];
 
 /// Reads the configuration as far as it goes.
 ///

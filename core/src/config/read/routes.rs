@@ -13,10 +13,10 @@ use crate::config::{Config, Match, MatchSpec, Relay, Route, Share, value};
 use crate::router::RouteTable;
 
 /// Most tunnels that a route's exchanges are split between.
-const SHARES_MAX: usize = 16;
+pub(crate) const SHARES_MAX: usize = 16;
 
 /// Largest weight; the sum of all stays far from a 32-bit number's end.
-const WEIGHT_MAX: u32 = 10_000;
+pub(crate) const WEIGHT_MAX: u32 = 10_000;
 
 /// What a route's references are checked against; `None`: not known in this process.
 pub(super) struct Known<'a> {

@@ -10,7 +10,7 @@ use crate::config::{HealthCheck, HttpVersion, Pool, Probe, ProxyVersion, Tunnel,
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Most connections of a pool: more than there are ports for one address.
-const CONNECTIONS_MAX: usize = 65_536;
+pub(crate) const CONNECTIONS_MAX: usize = 65_536;
 
 /// Shortest time between two checks: a check is not to be the service's load.
 const CHECK_INTERVAL_MIN: Duration = Duration::from_millis(100);
@@ -20,7 +20,7 @@ pub(crate) const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) const HEALTHY_AFTER: u32 = 1;
 pub(crate) const UNHEALTHY_AFTER: u32 = 3;
 /// Most checks in a row that a change of state waits for.
-const CHECKS_MAX: u32 = 100;
+pub(crate) const CHECKS_MAX: u32 = 100;
 
 /// Longest name of a gRPC service that is asked about.
 const SERVICE_BYTES_MAX: usize = 255;
