@@ -4,10 +4,10 @@ use std::path::Path;
 
 use clap::CommandFactory as _;
 
-use super::{Cli, Failed, print};
+use super::{Cli, Failed, print, print_json};
 
 pub(super) fn schema() -> Result<(), Failed> {
-    Err(Failed::said("no schema yet"))
+    print_json(&crate::config::schema())
 }
 
 pub(super) fn completions(shell: clap_complete::Shell) -> Result<(), Failed> {

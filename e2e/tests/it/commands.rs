@@ -226,6 +226,13 @@ fn completions_are_scripts_that_shells_read() {
 }
 
 #[test]
+fn the_schema_is_one_of_draft_2020_12() {
+    let schema: Value = serde_json::from_str(&check(&["schema"], 0, &[])).expect("JSON");
+    assert_eq!(schema["$schema"], "https://json-schema.org/draft/2020-12/schema");
+    assert!(schema["properties"]["routes"].is_object());
+}
+
+#[test]
 fn man_pages_are_written_for_every_command() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     check_output(&run_in(directory.path(), &["man", "--dir", "man1"]), 0, &[]);
