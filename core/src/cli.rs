@@ -170,7 +170,8 @@ Example:
     ///
     /// With --relay it dials that relay, and the address is below the relay's base domain; without, a
     /// relay runs in this process, for this machine. The address is printed once the relay has accepted
-    /// it, then a line for each request. Ctrl-C lets running requests end and exits 0.
+    /// it, then a line for each request. Ctrl-C lets running requests
+    /// end for 5s and exits 0.
     #[command(after_help = "\
 Examples:
   sidelane expose 3000

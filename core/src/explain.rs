@@ -464,7 +464,13 @@ fn rate_text(rate: &Rate) -> String {
 fn redirect(route: &Route, policies: &Policies, question: &Question) -> Option<String> {
     let redirect = policies.redirect.as_ref()?;
     let scheme = redirect.scheme.as_deref().unwrap_or(&question.scheme);
-    let host = redirect.host.as_deref().or(question.host.as_deref()).unwrap_or_default();
+    let asked = question.host.as_deref().unwrap_or_default();
+    // A new scheme goes without the old one's port.
+    let asked = match (&redirect.scheme, port_of(asked)) {
+        (Some(_), Some(_)) => asked.rsplit_once(':').map_or(asked, |(host, _)| host),
+        _ => asked,
+    };
+    let host = redirect.host.as_deref().unwrap_or(asked);
     let target = replaced(route, redirect.path_prefix.as_deref(), &question.target);
     Some(format!("{} to {scheme}://{host}{target}", redirect.status))
 }
@@ -481,8 +487,10 @@ fn service_sees(route: &Route, question: &Question) -> Json {
 fn replaced(route: &Route, prefix: Option<&str>, target: &str) -> String {
     let rest = prefix.and_then(|_| target.strip_prefix(&*route.matches.path_prefix));
     let (Some(prefix), Some(rest)) = (prefix, rest) else { return target.to_owned() };
-    let text = format!("{prefix}{rest}");
-    if text.starts_with('/') { text } else { format!("/{text}") }
+    match prefix.trim_end_matches('/') {
+        "" => format!("/{}", rest.trim_start_matches('/')),
+        prefix => format!("{prefix}{rest}"),
+    }
 }
 
 fn port_of(host: &str) -> Option<u16> {

@@ -56,7 +56,7 @@ pub struct Relay {
     sessions: Sessions,
     routing: ArcSwap<Routing>,
     /// As clients know them.
-    listeners: ArcSwap<Vec<PublicListener>>,
+    public_listeners: ArcSwap<Vec<PublicListener>>,
     sources: Mutex<Sources>,
     stopping: watch::Sender<bool>,
     /// Told whenever an exchange that could not be opened might be now.
@@ -145,7 +145,7 @@ impl Relay {
             metrics,
             sessions: Sessions::new(settings),
             routing: ArcSwap::default(),
-            listeners: ArcSwap::default(),
+            public_listeners: ArcSwap::default(),
             sources: Mutex::new(Sources {
                 base_domains,
                 own: Vec::new(),

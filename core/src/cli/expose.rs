@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 
 use super::{Failed, Paint};
 use crate::config::{self, Source};
+use crate::error::chain;
 use crate::process::{self, Followed, RunError};
 use crate::random;
 
@@ -28,6 +29,9 @@ const LISTEN: &str = "127.0.0.1:9080";
 
 /// What stands before the errors of the configuration: no file is to blame.
 const SOURCE: &str = "expose";
+
+/// For running exchanges after Ctrl-C: pages under development keep streams open for ever.
+const DRAIN_TIMEOUT: &str = "5s";
 
 /// For the last lines to be printed: a reader that hangs must not keep the process.
 const LAST_LINES_TIMEOUT: Duration = Duration::from_secs(1);
@@ -118,6 +122,7 @@ fn document(
         "routes": [{ "name": plain(subdomain), "subdomain": plain(subdomain), "tunnel": tunnel }],
         "plugins": { "libraries": libraries.to_json() },
         "log": { "level": plain(&arguments.log) },
+        "drain_timeout": DRAIN_TIMEOUT,
     });
     match &arguments.relay {
         Some(relay) => {
@@ -172,15 +177,14 @@ fn said(errors: &config::ConfigErrors) -> String {
 }
 
 fn failed(error: &RunError, arguments: &Arguments) -> Failed {
-    let failed = Failed::new(error);
-    match error {
-        RunError::Config(errors) => Failed::said(said(errors)),
-        RunError::Bind { .. } if arguments.listen.is_none() => Failed {
-            message: format!("{} (--listen ADDRESS takes another)", failed.message),
-            ..failed
-        },
-        _ => failed,
+    let message = match error {
+        RunError::Config(errors) => said(errors),
+        error => chain(error),
+    };
+    if message.contains("cannot listen") && arguments.listen.is_none() {
+        return Failed::said(format!("{message} (--listen ADDRESS takes another)"));
     }
+    Failed::said(message)
 }
 
 #[cfg(test)]

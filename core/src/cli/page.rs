@@ -108,14 +108,12 @@ fn shares(route: &Json) -> String {
 
 /// What is to be known of a route that is not simply in force.
 fn state(route: &Json) -> String {
-    if let Some(by) = route["overruled_by"].as_str() {
-        return format!("overruled by {by}");
+    let by = &route["overruled_by"];
+    if by.is_object() {
+        return format!("overruled by {} of {}", plain(&by["route"]), plain(&by["from"]));
     }
-    if route["waiting"] != Json::Null && route["waiting"] != Json::Bool(false) {
-        let reasons: Vec<String> = match &route["waiting"] {
-            Json::Array(reasons) => reasons.iter().map(plain).collect(),
-            reason => vec![plain(reason)],
-        };
+    if route["waits_for"].is_array() {
+        let reasons: Vec<String> = items(&route["waits_for"]).map(plain).collect();
         return format!("waiting: {}", reasons.join("; "));
     }
     let told: Vec<String> = items(&route["announced"]).filter_map(not_accepted).collect();
@@ -156,7 +154,7 @@ fn tunnels(json: &Json, width: Option<usize>) -> String {
         table.row([
             plain(&tunnel["name"]),
             plain(&tunnel["service"]),
-            health(tunnel),
+            health(tunnel, &json["services"]),
             sidecars.join(", "),
             plain(&tunnel["sessions"]),
             plain(&tunnel["lanes"]),
@@ -176,7 +174,7 @@ fn tunnels(json: &Json, width: Option<usize>) -> String {
                 lanes(session),
                 in_flight(session),
                 tunnels.join(", "),
-                plain(&session["announcement"]),
+                session_document(session),
             ]);
         }
         text = text + "\n" + &table.render(width);
@@ -185,7 +183,7 @@ fn tunnels(json: &Json, width: Option<usize>) -> String {
         let mut table = Table::new(&["RELAY", "STATE", "UP FOR", "LANES", "IN FLIGHT", "DOCUMENT"]);
         for relay in items(&json["relays"]) {
             table.row([
-                plain(&relay["relay"]),
+                relay_name(relay),
                 relay_state(relay),
                 up_for(relay),
                 lanes(relay),
@@ -195,24 +193,44 @@ fn tunnels(json: &Json, width: Option<usize>) -> String {
         }
         text = text + "\n" + &table.render(width);
     }
+    for name in items(&json["names"]).filter(|name| !name["last_error"].is_null()) {
+        let (name, error) = (plain(&name["relay"]), plain(&name["last_error"]));
+        text.push_str(&printable(&format!("{name} cannot be resolved: {error}")));
+        text.push('\n');
+    }
     text
 }
 
-/// A text, or an object with `state` and, where it is bad, `reason`.
-fn health(tunnel: &Json) -> String {
-    let unavailable = plain(&tunnel["unavailable"]);
-    if !unavailable.is_empty() {
-        return unavailable;
+/// What the sidecar of this process has found out, or what a relay was told.
+fn health(tunnel: &Json, services: &Json) -> String {
+    let service = items(services).find(|service| service["tunnel"] == tunnel["name"]);
+    let text = |key: &str| {
+        let told = service.map(|service| plain(&service[key])).unwrap_or_default();
+        if told.is_empty() { plain(&tunnel[key]) } else { told }
+    };
+    let (health, unavailable) = (text("health"), text("unavailable"));
+    match (health.is_empty(), unavailable.is_empty()) {
+        (_, true) => health,
+        (true, false) => unavailable,
+        (false, false) => format!("{health}: {unavailable}"),
     }
-    match &tunnel["health"] {
-        Json::Object(health) => {
-            let text = |key: &str| health.get(key).map(plain).unwrap_or_default();
-            let reason = text("reason");
-            let reason = if reason.is_empty() { text("last_error") } else { reason };
-            if reason.is_empty() { text("state") } else { format!("{}: {reason}", text("state")) }
-        }
-        health => plain(health),
+}
+
+/// `relay.example.org:9081`, or one of the addresses that it stands for.
+fn relay_name(relay: &Json) -> String {
+    match relay["address"].as_str() {
+        Some(address) => format!("{} at {address}", plain(&relay["relay"])),
+        None => plain(&relay["relay"]),
     }
+}
+
+fn session_document(session: &Json) -> String {
+    let waiting = &session["waiting"];
+    if waiting.is_object() {
+        let reasons: Vec<String> = items(&waiting["reasons"]).map(plain).collect();
+        return format!("{} waits: {}", plain(&waiting["announcement"]), reasons.join("; "));
+    }
+    plain(&session["announcement"])
 }
 
 fn relay_state(relay: &Json) -> String {
@@ -309,8 +327,9 @@ mod tests {
                 "name": "rpc", "urls": ["http://rpc.localhost:9080/"], "protocol_type": "GRPC",
                 "from": "laptop\u{1b}[2J", "serving": [share("rpc", 1, true)], "policies": [],
             },
-            { "name": "a", "urls": [], "subdomain": "a", "overruled_by": "file", "tunnel": "t" },
-            { "name": "b", "listener": "lines", "waiting": ["taken by sidecar x"] },
+            { "name": "a", "urls": [], "subdomain": "a", "tunnel": "t",
+              "overruled_by": { "from": "file", "route": "own" } },
+            { "name": "b", "listener": "lines", "waits_for": ["route b: taken by sidecar x"] },
             { "name": "old", "host": "old.example.org", "serving": [], "policies": ["redirect"] },
         ])
     }
@@ -321,8 +340,8 @@ mod tests {
         ROUTE  MATCH                                 TUNNELS            POLICIES         FROM        STATE
         shop   http://shop.localhost:9080/api/ (+1)  web 90, canary 10  limits timeouts  file        tunnel not served: canary
         rpc    http://rpc.localhost:9080/ GRPC       rpc                -                laptop?[2J  in force
-        a      a                                     t                  -                -           overruled by file
-        b      lines                                 -                  -                -           waiting: taken by sidecar x
+        a      a                                     t                  -                -           overruled by own of file
+        b      lines                                 -                  -                -           waiting: route b: taken by sidecar x
         old    old.example.org                       -                  redirect         -           in force
         "#);
     }
@@ -361,10 +380,14 @@ mod tests {
                 {
                     "name": "web", "service": "127.0.0.1:3000", "sidecars": ["laptop", "ci"],
                     "sessions": 2, "lanes": 4, "in_flight": 7,
-                    "health": { "state": "unhealthy", "reason": "connection refused" },
                 },
-                { "name": "rpc", "service": "unix:/run/rpc.sock", "health": "healthy" },
+                { "name": "rpc", "service": "unix:/run/rpc.sock" },
             ],
+            "services": [
+                { "tunnel": "web", "health": "unhealthy", "unavailable": "connection refused" },
+                { "tunnel": "rpc", "health": "healthy", "unavailable": null },
+            ],
+            "names": [{ "relay": "t:9081", "last_error": "no such name" }],
             "sessions": [{
                 "sidecar": "laptop", "peer": "192.0.2.1:4711", "connected_for_seconds": 3700,
                 "tunnels": ["web"], "announcement": 3,
@@ -376,7 +399,7 @@ mod tests {
                     "lanes": [], "announcement_accepted": 2, "announcement_refused": [],
                 },
                 {
-                    "relay": "s:9081", "connected": false, "lanes": [],
+                    "relay": "s:9081", "address": "192.0.2.7:9081", "connected": false, "lanes": [],
                     "announcement_refused": ["route a: taken"], "last_error": "no answer",
                 },
             ],
@@ -389,9 +412,10 @@ mod tests {
         SIDECAR  PEER            UP FOR  LANES  IN FLIGHT  TUNNELS  DOCUMENT
         laptop   192.0.2.1:4711  1h1m    2      7          web      3
 
-        RELAY   STATE                     UP FOR  LANES  IN FLIGHT  DOCUMENT
-        r:9081  connected                 12s     0      0          accepted 2
-        s:9081  not connected: no answer  -       0      0          refused: route a: taken
+        RELAY                     STATE                     UP FOR  LANES  IN FLIGHT  DOCUMENT
+        r:9081                    connected                 12s     0      0          accepted 2
+        s:9081 at 192.0.2.7:9081  not connected: no answer  -       0      0          refused: route a: taken
+        t:9081 cannot be resolved: no such name
         "#);
     }
 

@@ -133,6 +133,7 @@ fn an_answer_says_where_the_request_goes_and_what_the_service_sees() {
     assert_eq!(sees("", Some("/api"), "shop.localhost/api"), "/");
     assert_eq!(sees("", Some("/api"), "shop.localhost/api/x"), "/x");
     assert_eq!(sees("", Some("/api"), "shop.localhost/api?q"), "/?q");
+    assert_eq!(sees("/", Some("/api"), "shop.localhost/api//x"), "/x");
     assert_eq!(sees("/v1", None, "shop.localhost/x"), "/v1/x");
 }
 
@@ -148,6 +149,14 @@ fn an_answer_says_where_the_client_is_sent() {
     let answer = ask(policies, Some("/old"), "http://shop.localhost/old/a?b");
     assert_eq!(answer["client_sees"], "308 to https://new.example.org/x/a?b");
     assert_eq!(answer["service_sees"], Json::Null);
+    let sent = |scheme: Option<&str>, url: &str| {
+        let scheme = scheme.map(Into::into);
+        let redirect = Redirect { status: 301, scheme, host: None, path_prefix: None };
+        let policies = Policies { redirect: Some(redirect), ..Policies::default() };
+        ask(policies, None, url)["client_sees"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(sent(Some("https"), "shop.localhost:9080/a"), "301 to https://shop.localhost/a");
+    assert_eq!(sent(None, "shop.localhost:9080/a"), "301 to http://shop.localhost:9080/a");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use sidelane_tunnel::proto;
 
 use super::routing::Routing;
 use super::{Relay, Sources};
-use crate::config::Route;
+use crate::config::{Match, Route};
 use crate::explain::{self, Facts, Public, PublicListener, Question};
 use crate::tunnel::session::Session;
 
@@ -25,7 +25,8 @@ struct Known<'a> {
 impl<'a> Known<'a> {
     fn of(sources: &'a Sources, routing: &'a Routing) -> Self {
         let own = sources.own.iter().map(|route| (route, "file"));
-        let documents = sources.documents.values().chain(sources.lost.iter().map(|(_, lost)| lost));
+        let lost = sources.lost.iter().map(|(_, lost)| lost);
+        let documents = sources.documents.values().chain(sources.waiting.values()).chain(lost);
         let announced = documents.flat_map(|document| {
             document.routes.iter().map(|route| (route, &*document.session.name))
         });
@@ -45,14 +46,15 @@ impl Facts for Known<'_> {
     }
 
     fn is_served(&self, tunnel: &str) -> Option<bool> {
-        Some(self.routing.tunnel(tunnel).is_some())
+        let tunnel = self.routing.tunnel(tunnel);
+        Some(tunnel.is_some_and(|tunnel| tunnel.in_turn().next().is_some()))
     }
 }
 
 impl Relay {
     /// Takes the ports that listeners are bound to, for the addresses that are told.
     pub fn set_public(&self, listeners: Vec<PublicListener>) {
-        self.listeners.store(Arc::new(listeners));
+        self.public_listeners.store(Arc::new(listeners));
     }
 
     /// Says what would become of a request.
@@ -64,16 +66,38 @@ impl Relay {
         explain::answer(routing.table.routes(), &self.public(&sources), question, &known)
     }
 
-    /// What the admin page says of the routes in force: those of the file, then those announced.
+    /// What the admin page says of routes: those of the file, those announced, those of documents that
+    /// wait. `from` says whose a route is; `overruled_by` whose takes its place, and `waits_for` why its
+    /// document is not in force.
     #[must_use]
     pub fn describe_routes(&self) -> Json {
         let sources = self.lock_sources();
         let routing = self.routing.load();
         let known = Known::of(&sources, &routing);
         let public = self.public(&sources);
+        // The first to take something has it.
+        let mut taken: HashMap<&Match, &Arc<Route>> = HashMap::new();
         let announced = sources.documents.values().flat_map(|document| &document.routes);
-        let routes = sources.own.iter().chain(announced);
-        routes.map(|route| Json::from(explain::described(route, &public, &known))).collect()
+        let mut all = Vec::new();
+        for route in sources.own.iter().chain(announced) {
+            let mut described = explain::described(route, &public, &known);
+            let by = *taken.entry(&route.matches).or_insert(route);
+            // Replicas that announce the same overrule nobody.
+            if !Arc::ptr_eq(by, route) && by != route {
+                let by = json!({ "from": known.from(by), "route": &*by.name });
+                described.insert("overruled_by".to_owned(), by);
+            }
+            all.push(Json::from(described));
+        }
+        for document in sources.waiting.values() {
+            let reasons = sources.conflicts(document);
+            for route in &document.routes {
+                let mut described = explain::described(route, &public, &known);
+                described.insert("waits_for".to_owned(), reasons.clone().into());
+                all.push(described.into());
+            }
+        }
+        all.into()
     }
 
     /// What the admin page says of the tunnels that sidecars serve, sorted by name.
@@ -136,7 +160,7 @@ impl Relay {
     fn public(&self, sources: &Sources) -> Public {
         Public {
             base_domains: sources.base_domains.clone(),
-            listeners: self.listeners.load().to_vec(),
+            listeners: self.public_listeners.load().to_vec(),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
+use std::pin::pin;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::broadcast::error::{RecvError, TryRecvError};
@@ -15,6 +16,9 @@ use crate::sidecar::RelayAnswer;
 
 /// Longest path of a line; what is longer wraps on most terminals.
 const TARGET_CHARS_MAX: usize = 80;
+
+/// For a relay's first answer before it is said that there is none.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// What is known from the start.
 pub(super) struct View {
@@ -54,11 +58,13 @@ pub(super) async fn follow(view: View, followed: Followed, mut finish: oneshot::
     let Some(sidecar) = sidecar else { return };
     let mut answers = sidecar.follow_answers();
     let mut stage = Stage::default();
+    let mut patience = pin!(tokio::time::sleep(PATIENCE));
+    let mut is_told = false;
     let role = if view.is_embedded { "relay" } else { "sidecar" };
     loop {
         // A relay that goes with the process is not missed.
         let is_stopping = sidecar.is_stopping();
-        let answer = sidecar.relay_answers().into_iter().next().filter(|_| !is_stopping);
+        let answer = combined(sidecar.relay_answers()).filter(|_| !is_stopping);
         match answer.map_or(Step::Nothing, |answer| view.step(&mut stage, &answer)) {
             Step::Nothing => {}
             Step::Print(text) => print(&text),
@@ -76,6 +82,10 @@ pub(super) async fn follow(view: View, followed: Followed, mut finish: oneshot::
                 Err(RecvError::Closed) => return,
             },
             Ok(()) = answers.changed() => {}
+            () = &mut patience, if stage == Stage::Waiting && !is_told => {
+                is_told = true;
+                print("still waiting for the relay's answer\n");
+            }
             _ = &mut finish => break,
         }
     }
@@ -88,6 +98,20 @@ pub(super) async fn follow(view: View, followed: Followed, mut finish: oneshot::
             Err(_) => return,
         }
     }
+}
+
+/// Returns the answer that counts of those of a relay's addresses: one that accepts, else one that
+/// refuses, else one that may still come.
+fn combined(answers: Vec<RelayAnswer>) -> Option<RelayAnswer> {
+    answers.into_iter().max_by_key(|answer| {
+        let is_connected = answer.is_connected;
+        (
+            is_connected && answer.accepted.is_some(),
+            is_connected && !answer.refused.is_empty(),
+            is_connected,
+            answer.last_error.is_none(),
+        )
+    })
 }
 
 fn missed_line(missed: u64) -> String {
@@ -109,9 +133,9 @@ impl View {
         let is_accepted = answer.is_connected && answer.accepted.is_some();
         match (*stage, is_accepted) {
             (Stage::Waiting | Stage::Lost, true) => {
-                // Another's route takes the address instead.
-                if answer.addresses.is_empty() && !answer.notes.is_empty() {
-                    return Step::Fail(self.refused(&answer.relay, &answer.notes));
+                // The relay would tell it where it were in force.
+                if answer.addresses.is_empty() {
+                    return Step::Fail(self.refused(&answer.relay, &self.overruled(answer)));
                 }
                 let again = if *stage == Stage::Lost { "again: " } else { "" };
                 let is_first = *stage == Stage::Waiting;
@@ -141,16 +165,21 @@ impl View {
         )
     }
 
+    /// Why an accepted route is not in force.
+    fn overruled(&self, answer: &RelayAnswer) -> Vec<String> {
+        if answer.notes.is_empty() {
+            vec!["another route of the relay takes it".to_owned()]
+        } else {
+            answer.notes.clone()
+        }
+    }
+
     fn address(&self, answer: &RelayAnswer, is_first: bool) -> String {
         let mut text = String::new();
-        let addresses: Vec<String> = if answer.addresses.is_empty() {
-            vec![format!("{}.<base domain of {}>", self.subdomain, answer.relay)]
-        } else {
-            answer.addresses.iter().map(|address| printable(address)).collect()
-        };
-        for address in addresses {
+        for address in &answer.addresses {
+            let address = self.paint.paint("1", &printable(address));
             // Writing to a string does not fail.
-            let _ = writeln!(text, "{} -> {}", self.paint.paint("1", &address), self.service);
+            let _ = writeln!(text, "{address} -> {}", self.service);
         }
         if is_first {
             if !self.is_embedded {
@@ -264,9 +293,6 @@ mod tests {
         let failing = RelayAnswer { last_error: Some("refused".into()), ..answer() };
         check(Stage::Lost, &failing, "Nothing", Stage::Lost);
         check(Stage::Lost, &accepted(), "Print(\"again: http://calm", Stage::Accepted);
-        let nameless = RelayAnswer { addresses: Vec::new(), ..accepted() };
-        let part = "calm-otter-42.<base domain of r.example.org:9081>";
-        check(Stage::Waiting, &nameless, part, Stage::Accepted);
     }
 
     #[test]
@@ -282,8 +308,23 @@ mod tests {
         let overruled =
             RelayAnswer { addresses: Vec::new(), notes: vec!["the relay's".into()], ..accepted() };
         check(Stage::Waiting, &overruled, "the relay's", Stage::Waiting);
+        let silent = RelayAnswer { notes: Vec::new(), ..overruled };
+        check(Stage::Waiting, &silent, "another route of the relay takes it", Stage::Waiting);
         let failing = RelayAnswer { last_error: Some("no token".into()), ..answer() };
         check(Stage::Waiting, &failing, "no session with the relay: no token", Stage::Waiting);
+    }
+
+    #[test]
+    fn of_a_relays_addresses_the_best_answer_counts() {
+        let failing = RelayAnswer { last_error: Some("no".into()), ..answer() };
+        let connected = RelayAnswer { is_connected: true, ..answer() };
+        let refusing = RelayAnswer { refused: vec!["taken".into()], ..connected.clone() };
+        let order = [failing, answer(), connected, refusing, accepted()];
+        for count in 1..=order.len() {
+            let best = combined(order[..count].iter().rev().cloned().collect()).unwrap();
+            assert_eq!(format!("{best:?}"), format!("{:?}", order[count - 1]));
+        }
+        assert!(combined(Vec::new()).is_none());
     }
 
     #[test]
