@@ -740,6 +740,50 @@ mod tests {
     }
 
     #[test]
+    fn followers_are_told_of_each_end_and_nobody_else_pays() {
+        let (metrics, http) = (metrics(), Arc::from("HTTP"));
+        let flow = || Flows::new("relay").of(&metrics, &http);
+        let record = metrics.exchange("relay", &http);
+        let shared = flow();
+        assert!(!record.is_followed());
+        assert!(Arc::ptr_eq(&record.tallied(Arc::clone(&shared)), &shared));
+        let mut ends = metrics.follow();
+        // It began before anybody followed.
+        record.end(failure::NONE);
+        assert!(ends.try_recv().is_err());
+        let record = metrics.exchange("relay", &http);
+        record.asked("GET", b"/a");
+        record.routed(&"r".into(), &"t".into());
+        record.answered(200);
+        let flow = record.tallied(flow());
+        flow.sent(3);
+        flow.received(5);
+        record.end(failure::TUNNEL_LOST);
+        record.end(failure::NONE);
+        let ended = ends.try_recv().unwrap();
+        assert_eq!(ended.request, Some(("GET".to_owned(), "/a".to_owned())));
+        assert_eq!((&*ended.route, ended.code, ended.status), ("r", "tunnel-lost", Some(200)));
+        assert_eq!((ended.bytes_sent, ended.bytes_received), (3, 5));
+        assert!(ends.try_recv().is_err(), "once");
+        // The families count the same.
+        check(
+            &metrics,
+            &["sidelane_message_bytes_total{role=\"relay\",protocol_type=\"HTTP\",\
+               direction=\"received\"} 5"],
+        );
+    }
+
+    #[test]
+    fn a_slow_follower_is_told_how_many_it_missed() {
+        use tokio::sync::broadcast::error::TryRecvError;
+        let (metrics, http) = (metrics(), Arc::from("HTTP"));
+        let mut ends = metrics.follow();
+        (0..=ended::WAITING_MAX).for_each(|_| drop(metrics.exchange("relay", &http)));
+        assert_eq!(ends.try_recv().unwrap_err(), TryRecvError::Lagged(1));
+        assert!(ends.try_recv().is_ok());
+    }
+
+    #[test]
     fn messages_are_counted_with_their_bytes() {
         let (metrics, flows) = (metrics(), Flows::new("sidecar"));
         flows.of(&metrics, &"HTTP".into()).sent(100);

@@ -89,8 +89,6 @@ pub enum RunError {
 
 /// A process that runs, as who follows it sees it.
 pub struct Followed {
-    /// Where clients connect: the first listener of HTTP.
-    pub web: Option<SocketAddr>,
     /// The sidecar's role.
     pub sidecar: Option<Arc<Sidecar>>,
     /// Exchanges as they end.
@@ -180,12 +178,11 @@ pub fn run_config(
         reloads,
     });
     process.metrics.reloaded(true);
-    let web = sockets.web();
     process.start(sockets, &relay_shards)?;
     let (stop, stops) = mpsc::channel(1);
     let watched = if let (Some(follow), Some(exchanges)) = (follow, exchanges) {
         let sidecar = process.sidecar.clone();
-        follow(Followed { web, sidecar, exchanges, stop }).map_err(RunError::Start)?;
+        follow(Followed { sidecar, exchanges, stop }).map_err(RunError::Start)?;
         None
     } else {
         Some(source)
@@ -271,8 +268,10 @@ impl Process {
         let (reloads, mut reloads_due) = mpsc::channel(1);
         let watch = |source| Watcher::start(source, &self.config().files, reloads);
         let watcher = source.map(watch).transpose()?;
-        if source.is_some_and(|source| config::watch::is_sub_path_mount(&source.path)) {
-            tracing::warn!(
+        if let Some(source) = source
+            && config::watch::is_sub_path_mount(&source.path)
+        {
+            tracing::warn!(file = %source.path.display(),
                 "the file is a subPath mount, which Kubernetes never updates: mount its directory"
             );
         }

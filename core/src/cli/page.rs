@@ -110,7 +110,7 @@ fn shares(route: &Json) -> String {
 fn state(route: &Json) -> String {
     let by = &route["overruled_by"];
     if by.is_object() {
-        return format!("overruled by {} of {}", plain(&by["route"]), plain(&by["from"]));
+        return format!("overruled by {} (from {})", plain(&by["route"]), plain(&by["from"]));
     }
     if route["waits_for"].is_array() {
         let reasons: Vec<String> = items(&route["waits_for"]).map(plain).collect();
@@ -340,7 +340,7 @@ mod tests {
         ROUTE  MATCH                                 TUNNELS            POLICIES         FROM        STATE
         shop   http://shop.localhost:9080/api/ (+1)  web 90, canary 10  limits timeouts  file        tunnel not served: canary
         rpc    http://rpc.localhost:9080/ GRPC       rpc                -                laptop?[2J  in force
-        a      a                                     t                  -                -           overruled by own of file
+        a      a                                     t                  -                -           overruled by own (from file)
         b      lines                                 -                  -                -           waiting: route b: taken by sidecar x
         old    old.example.org                       -                  redirect         -           in force
         "#);

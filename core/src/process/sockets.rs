@@ -58,12 +58,6 @@ impl Sockets {
         Ok(Self { listeners, tunnel_address: address(&tunnel), tunnel, health, admin, addresses })
     }
 
-    /// Returns where clients of HTTP connect first.
-    pub(super) fn web(&self) -> Option<SocketAddr> {
-        let web = self.listeners.iter().find(|bound| bound.protocol_type.is_none())?;
-        local(web.sockets.first()?)
-    }
-
     /// Writes the addresses as JSON, whole or not at all.
     pub(super) fn write(&self, path: &Path) -> Result<(), RunError> {
         let failed = |source| RunError::PortsFile { path: path.to_owned(), source };

@@ -386,6 +386,16 @@ fn expose_takes_a_subdomain_of_a_relay_elsewhere() {
 }
 
 #[test]
+fn expose_gives_up_a_subdomain_that_the_relay_has_itself() {
+    let service = Service::ok();
+    let relay = Sidelane::spawn("relay", &Setup::of(service.address()).relay_with_routes());
+    let tunnel = relay.tunnel().to_string();
+    let (code, wrote) = Exposed::start(&["3000", "--relay", &tunnel, "--subdomain", "api"]).end();
+    assert_eq!(code, Some(1), "{wrote}");
+    assert!(wrote.contains("does not give the address api"), "{wrote}");
+}
+
+#[test]
 fn expose_says_why_a_relay_lets_it_not_in() {
     let service = Service::ok();
     let mut setup = Setup::of(service.address());

@@ -54,7 +54,7 @@ enum Step {
 
 /// Prints until `finish` is done or dropped. Never waits for a slow reader but here.
 pub(super) async fn follow(view: View, followed: Followed, mut finish: oneshot::Receiver<()>) {
-    let Followed { sidecar, mut exchanges, stop, .. } = followed;
+    let Followed { sidecar, mut exchanges, stop } = followed;
     let Some(sidecar) = sidecar else { return };
     let mut answers = sidecar.follow_answers();
     let mut stage = Stage::default();
