@@ -8,7 +8,7 @@ use std::sync::Arc;
 use serde_json::{Map, Value as Json, json};
 
 use crate::config::policy::{HeaderChanges, Policies, Rate};
-use crate::config::{Config, HostMatch, Listener, Route, duration_text, size_text};
+use crate::config::{Config, HostMatch, Listener, Route, Share, duration_text, size_text};
 use crate::router::{self, Query};
 use crate::sidecar::RelayAnswer;
 
@@ -21,8 +21,11 @@ pub trait Facts {
     fn from(&self, route: &Route) -> String;
     /// Returns the tunnel's service as its file has it.
     fn service(&self, tunnel: &str) -> Option<String>;
-    /// Returns whether a sidecar serves the tunnel; `None`: not known here.
-    fn is_served(&self, tunnel: &str) -> Option<bool>;
+    /// Returns whether a sidecar serves the tunnel, for this protocol type where one is given; `None`: not
+    /// known here.
+    fn is_served(&self, tunnel: &str, protocol_type: Option<&str>) -> Option<bool>;
+    /// Returns whether the tunnel's file lets it carry the protocol type.
+    fn carries(&self, tunnel: &str, protocol_type: &str) -> Option<bool>;
 }
 
 /// What is asked: a URL, or a host, and how it comes in.
@@ -204,7 +207,7 @@ pub fn answer(
     map.insert("from".into(), facts.from(route).into());
     map.insert("urls".into(), public.urls(route).into());
     map.insert("because".into(), explanation.because.into());
-    map.insert("tunnels".into(), tunnels(route, facts));
+    map.insert("tunnels".into(), tunnels(route, facts, Some(&question.protocol_type)));
     map.insert("policies".into(), policies(route).into());
     map.insert("options".into(), options(route, &question.protocol_type));
     let redirected =
@@ -216,16 +219,20 @@ pub fn answer(
     answer
 }
 
-/// Returns the tunnels of a route with what is known of each.
-#[must_use]
-pub fn tunnels(route: &Route, facts: &dyn Facts) -> Json {
-    let describe = |share: &crate::config::Share| {
-        json!({
+/// Returns the tunnels of a route with what is known of each, for one protocol type or for all.
+fn tunnels(route: &Route, facts: &dyn Facts, protocol_type: Option<&str>) -> Json {
+    let describe = |share: &Share| {
+        let mut described = json!({
             "tunnel": &*share.tunnel,
             "weight": share.weight,
             "service": facts.service(&share.tunnel),
-            "served": facts.is_served(&share.tunnel),
-        })
+            "served": facts.is_served(&share.tunnel, protocol_type),
+        });
+        let carries = protocol_type.and_then(|name| facts.carries(&share.tunnel, name));
+        if let Some(carries) = carries {
+            described["carries"] = carries.into();
+        }
+        described
     };
     route.tunnels.iter().map(describe).collect()
 }
@@ -274,8 +281,12 @@ impl Facts for FromConfig<'_> {
         self.0.tunnel(tunnel).map(|tunnel| tunnel.service.to_string())
     }
 
-    fn is_served(&self, _: &str) -> Option<bool> {
+    fn is_served(&self, _: &str, _: Option<&str>) -> Option<bool> {
         None
+    }
+
+    fn carries(&self, tunnel: &str, protocol_type: &str) -> Option<bool> {
+        self.0.tunnel(tunnel).map(|tunnel| tunnel.carries(protocol_type))
     }
 }
 
@@ -507,7 +518,7 @@ pub fn described(route: &Route, public: &Public, facts: &dyn Facts) -> Map<Strin
     };
     map.insert("from".to_owned(), facts.from(route).into());
     map.insert("urls".to_owned(), public.urls(route).into());
-    map.insert("serving".to_owned(), tunnels(route, facts));
+    map.insert("serving".to_owned(), tunnels(route, facts, None));
     map.insert("policies".to_owned(), policy_names(route).into());
     map
 }

@@ -114,6 +114,9 @@ fn text(answer: &Json) -> String {
                 Some(false) => line.push_str(", not served by any sidecar: 503"),
                 None => {}
             }
+            if tunnel["carries"] == Json::Bool(false) {
+                line.push_str(", does not carry the protocol: 503");
+            }
             lines.line("tunnel", &line);
         }
         for policy in items(&answer["policies"]) {

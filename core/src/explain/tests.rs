@@ -16,8 +16,11 @@ impl Facts for Nothing {
     fn service(&self, tunnel: &str) -> Option<String> {
         (tunnel == "web").then(|| "127.0.0.1:3000".to_owned())
     }
-    fn is_served(&self, _: &str) -> Option<bool> {
+    fn is_served(&self, _: &str, _: Option<&str>) -> Option<bool> {
         None
+    }
+    fn carries(&self, tunnel: &str, protocol_type: &str) -> Option<bool> {
+        (tunnel == "web").then_some(protocol_type == "HTTP")
     }
 }
 
@@ -123,7 +126,9 @@ fn an_answer_says_where_the_request_goes_and_what_the_service_sees() {
     assert_eq!(answer["route"], "r");
     assert_eq!(answer["from"], "file");
     assert_eq!(answer["tunnels"][0]["service"], "127.0.0.1:3000");
+    assert_eq!(answer["tunnels"][0]["carries"], true);
     assert_eq!(answer["tunnels"][1]["weight"], 10);
+    assert_eq!(answer["tunnels"][1]["carries"], Json::Null);
     assert_eq!(answer["service_sees"], json!({ "host": "app.internal", "path": "/v1/x?y=/api" }));
     let sees = |prefix: &str, own: Option<&str>, url: &str| {
         let rewrite = Rewrite { host: None, path_prefix: Some(prefix.into()) };

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde_json::{Value as Json, json};
 use sidelane_tunnel::proto;
 
-use super::routing::Routing;
+use super::routing::{Routing, Serving};
 use super::{Relay, Sources};
 use crate::config::{Match, Route};
 use crate::explain::{self, Facts, Public, PublicListener, Question};
@@ -45,9 +45,17 @@ impl Facts for Known<'_> {
         None
     }
 
-    fn is_served(&self, tunnel: &str) -> Option<bool> {
+    fn is_served(&self, tunnel: &str, protocol_type: Option<&str>) -> Option<bool> {
         let tunnel = self.routing.tunnel(tunnel);
-        Some(tunnel.is_some_and(|tunnel| tunnel.in_turn().next().is_some()))
+        let carries = |serving: &Serving| {
+            protocol_type.is_none_or(|protocol_type| serving.carries(protocol_type).is_some())
+        };
+        Some(tunnel.is_some_and(|tunnel| tunnel.in_turn().any(carries)))
+    }
+
+    fn carries(&self, _: &str, _: &str) -> Option<bool> {
+        // The sidecar's business too.
+        None
     }
 }
 
