@@ -1,5 +1,5 @@
 //! The two listeners beside the data path, on a thread of their own: health (`/live`, `/ready`,
-//! `/metrics`) and admin (`/config`, `/routes`, `/tunnels`, `/plugins`, `POST /-/reload`).
+//! `/metrics`) and admin (`/config`, `/routes`, `/tunnels`, `/plugins`, `/explain`, `POST /-/reload`).
 //!
 //! Knows paths, texts and bounds; what there is to say it asks of an [`AdminState`]. Answers while
 //! the data path is busy or stuck, which is when it is needed.
@@ -22,6 +22,8 @@ use serde_json::{Value as Json, json};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
+
+use crate::explain::Question;
 
 /// Connections of one listener at once. Probes and scrapers are few; more wait in the backlog.
 const CONNECTIONS_MAX: usize = 64;
@@ -82,6 +84,8 @@ pub trait AdminState: Send + Sync + 'static {
     fn tunnels(&self) -> Json;
     /// Returns the plugins with their generations.
     fn plugins(&self) -> Json;
+    /// Says what would become of a request.
+    fn explain(&self, question: &Question) -> Json;
     /// Where requests for a reload go.
     fn reloads(&self) -> mpsc::Sender<ReloadRequest>;
 }
@@ -222,6 +226,10 @@ async fn respond<B>(side: Side, request: &Request<B>, state: &dyn AdminState) ->
         (Side::Admin, "/routes") => json_answer(StatusCode::OK, &state.routes()),
         (Side::Admin, "/tunnels") => json_answer(StatusCode::OK, &state.tunnels()),
         (Side::Admin, "/plugins") => json_answer(StatusCode::OK, &state.plugins()),
+        (Side::Admin, "/explain") => match question(request.uri().query().unwrap_or_default()) {
+            Ok(question) => json_answer(StatusCode::OK, &state.explain(&question)),
+            Err(error) => json_answer(StatusCode::BAD_REQUEST, &json!({ "error": error })),
+        },
         (Side::Admin, "/") => index(ADMIN_INDEX),
         (Side::Admin, "/-/reload") if *request.method() == Method::POST => {
             return reload(state.reloads()).await;
@@ -250,8 +258,53 @@ GET  /config     effective configuration, secrets masked
 GET  /routes     routes in use
 GET  /tunnels    tunnels with their sessions
 GET  /plugins    plugins with their generations
+GET  /explain    ?url=URL[&protocol=TYPE][&listener=NAME]: which route takes it, and why
 POST /-/reload   read the configuration again
 ";
+
+/// Reads `url`, `protocol` and `listener` of a query.
+fn question(query: &str) -> Result<Question, String> {
+    let mut values: [Option<String>; 3] = Default::default();
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let index = QUESTION_KEYS.iter().position(|known| *known == key).ok_or_else(|| {
+            format!("\"{key}\" is unknown (accepted: {})", QUESTION_KEYS.join(", "))
+        })?;
+        values[index] = Some(unescaped(value).ok_or_else(|| format!("\"{key}\" is no text"))?);
+    }
+    let [url, protocol, listener] = values;
+    Question::parse(url.as_deref().unwrap_or_default(), protocol.as_deref(), listener.as_deref())
+}
+
+const QUESTION_KEYS: [&str; 3] = ["url", "protocol", "listener"];
+
+/// Resolves percent escapes; `None`: one is not whole, or the result is not UTF-8.
+fn unescaped(text: &str) -> Option<String> {
+    let mut bytes = text.bytes();
+    let mut found = Vec::with_capacity(text.len());
+    while let Some(byte) = bytes.next() {
+        let mut digit = || char::from(bytes.next()?).to_digit(16);
+        found.push(match byte {
+            b'%' => u8::try_from(digit()? * 16 + digit()?).ok()?,
+            byte => byte,
+        });
+    }
+    String::from_utf8(found).ok()
+}
+
+/// Escapes what has a meaning in a query, and what is not printable.
+#[must_use]
+pub fn escaped(text: &str) -> String {
+    let mut found = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-._~/:".contains(&byte) {
+            found.push(byte.into());
+        } else {
+            found.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    found
+}
 
 /// Keeps web pages out: a browser on this machine reaches loopback addresses for any page that asks,
 /// by a name that resolves to one (DNS rebinding) or by a form that posts across origins.
@@ -365,6 +418,9 @@ mod tests {
         fn plugins(&self) -> Json {
             json!([])
         }
+        fn explain(&self, question: &Question) -> Json {
+            json!({ "asked": format!("{question:?}") })
+        }
         fn reloads(&self) -> mpsc::Sender<ReloadRequest> {
             self.reloads.clone()
         }
@@ -433,6 +489,23 @@ mod tests {
         check(running.admin, "GET /plugins", "200", "[]");
         check(running.admin, "GET /", "200", "/-/reload");
         check(running.admin, "GET /live", "404", "no page /live");
+    }
+
+    #[test]
+    fn questions_are_read_from_a_query() {
+        let admin = running().admin;
+        let url = escaped("http://demo.localhost:9080/ä b?x=1&y");
+        assert_eq!(url, "http://demo.localhost:9080/%C3%A4%20b%3Fx%3D1%26y");
+        let url = url.replace("%20", "");
+        let page = format!("GET /explain?url={url}&protocol=GRPC&listener=web");
+        check(admin, &page, "200", "/äb?x=1&y");
+        check(admin, &page, "200", "GRPC");
+        check(admin, "GET /explain", "400", "has no host");
+        check(admin, "GET /explain?url=x&port=1", "400", "is unknown (accepted: url");
+        for bad in ["%", "%4", "%GG", "%FF", "%+1"] {
+            check(admin, &format!("GET /explain?url={bad}"), "400", "is no text");
+        }
+        check(admin, "POST /explain?url=x", "405", "GET, HEAD");
     }
 
     #[test]

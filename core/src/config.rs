@@ -34,6 +34,8 @@ pub use schema::schema;
 pub use source::{FILE_BYTES_MAX, FILES_MAX, Source, SourceFile};
 pub use value::{HostPort, Secret, duration_text, network_text, size_text};
 
+pub(crate) use error::did_you_mean as near_miss;
+
 use policy::Policies;
 
 /// Reads and parses the file or directory, with the process's environment.

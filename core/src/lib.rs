@@ -7,6 +7,7 @@ pub mod admin;
 pub mod announcement;
 pub mod config;
 pub mod error;
+pub mod explain;
 pub mod front;
 pub mod metrics;
 pub mod plugin;

@@ -18,16 +18,21 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 use sidelane_abi::failure;
+use tokio::sync::broadcast;
 
 use crate::plugin::MetricSink;
 
 mod cell;
+mod ended;
 mod plugins;
 mod process;
 mod routes;
 mod sidecar;
 
+pub use ended::Ended;
+
 use cell::Timing;
+use ended::{Details, Tally};
 use plugins::PluginMetrics;
 pub use routes::RouteMetrics;
 use routes::{RouteFamilies, RouteLabel, StatusLabels, TIMED_ROUTES_MAX};
@@ -152,6 +157,8 @@ pub struct Metrics {
     quarantined: Family<PluginLabels, Gauge>,
     /// What the sidecar's end counts beside exchanges.
     pub sidecar: SidecarMetrics,
+    /// Set where somebody follows what ends.
+    followed: OnceLock<broadcast::Sender<Arc<Ended>>>,
 }
 
 impl Default for Metrics {
@@ -204,6 +211,7 @@ impl Metrics {
             generations: Family::default(),
             quarantined: Family::default(),
             sidecar: SidecarMetrics::default(),
+            followed: OnceLock::new(),
             registry,
         };
         metrics.register(&mut metrics.lock_registry());
@@ -376,10 +384,25 @@ impl Metrics {
             by_type,
             began: Instant::now(),
             routed: OnceLock::new(),
+            details: self.followed.get().map(|_| Box::default()),
             unopened: AtomicU32::new(failure::NONE),
             answered: AtomicU64::new(0),
             is_ended: AtomicBool::new(false),
         }
+    }
+
+    /// Returns whether somebody follows exchanges as they end.
+    #[must_use]
+    pub fn is_followed(&self) -> bool {
+        self.followed.get().is_some()
+    }
+
+    /// Follows exchanges as they end, from those on that begin after this. Whoever reads too slowly
+    /// misses some, and is told how many.
+    #[must_use]
+    pub fn follow(&self) -> broadcast::Receiver<Arc<Ended>> {
+        let followers = self.followed.get_or_init(|| broadcast::Sender::new(ended::WAITING_MAX));
+        followers.subscribe()
     }
 
     fn of_type(&self, role: &'static str, protocol_type: &Arc<str>) -> Arc<TypeMetrics> {
@@ -448,7 +471,7 @@ impl Metrics {
         };
         let (messages_sent, bytes_sent) = counters("sent");
         let (messages_received, bytes_received) = counters("received");
-        Flow { messages_sent, bytes_sent, messages_received, bytes_received }
+        Flow { messages_sent, bytes_sent, messages_received, bytes_received, tally: None }
     }
 
     /// An exchange's client is on another thread than its lane.
@@ -579,6 +602,8 @@ pub struct Record {
     by_type: Arc<TypeMetrics>,
     began: Instant,
     routed: OnceLock<(Arc<str>, Arc<str>)>,
+    /// `None` where nobody follows.
+    details: Option<Box<Details>>,
     /// Why it was not opened; the plugin that says so to the client ends well by itself.
     unopened: AtomicU32,
     /// Status of the response to an HTTP client, and above its 16 bits the nanoseconds until it; 0:
@@ -602,6 +627,9 @@ impl Record {
     pub fn answered(&self, status: http::StatusCode) {
         let ns = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let answered = (ns.min(u64::MAX >> 16) << 16) | u64::from(status.as_u16());
+        if let Some(details) = &self.details {
+            details.answered(status.as_u16());
+        }
         let first = self.answered.load(Ordering::Relaxed) == 0;
         if first {
             self.answered.store(answered, Ordering::Relaxed);
@@ -612,6 +640,26 @@ impl Record {
     #[must_use]
     pub fn is_answered(&self) -> bool {
         self.answered.load(Ordering::Relaxed) != 0
+    }
+
+    /// Returns whether somebody follows what ends.
+    #[must_use]
+    pub fn is_followed(&self) -> bool {
+        self.details.is_some()
+    }
+
+    /// The request's method and target are known.
+    pub fn asked(&self, method: &str, target: &[u8]) {
+        if let Some(details) = &self.details {
+            details.asked(method, target);
+        }
+    }
+
+    /// Returns counters that count for this exchange as well, where somebody follows.
+    #[must_use]
+    pub fn tallied(&self, flow: Arc<Flow>) -> Arc<Flow> {
+        let Some(details) = &self.details else { return flow };
+        Arc::new(Flow { tally: Some(details.tally()), ..Flow::clone(&flow) })
     }
 
     /// Ends it with one of [`failure`].
@@ -630,6 +678,12 @@ impl Record {
         let answered = self.answered.load(Ordering::Relaxed);
         #[expect(clippy::cast_possible_truncation, reason = "the status stands in the low 16 bits")]
         let status = (answered != 0).then(|| routes::class(answered as u16));
+        if let (Some(details), Some(followers)) = (&self.details, self.metrics.followed.get()) {
+            let labels = &self.by_type.labels;
+            let ended = details.ended(labels.role, &labels.protocol_type, &route, code, self.began);
+            // Followers may have gone.
+            let _ = followers.send(Arc::new(ended));
+        }
         let counted = RECENT.try_with(|recent| {
             let recent = recent.borrow();
             let known = recent.iter().find(|row| row.is_of(self, &route, &tunnel, code, status));
@@ -729,6 +783,8 @@ pub struct Flow {
     bytes_sent: cell::Counter,
     messages_received: cell::Counter,
     bytes_received: cell::Counter,
+    /// Of one exchange, where somebody follows.
+    tally: Option<Arc<Tally>>,
 }
 
 impl Flow {
@@ -736,12 +792,18 @@ impl Flow {
     pub fn sent(&self, bytes: usize) {
         self.messages_sent.inc();
         self.bytes_sent.add(bytes as u64);
+        if let Some(tally) = &self.tally {
+            tally.sent(bytes as u64);
+        }
     }
 
     /// A message was taken from the peer.
     pub fn received(&self, bytes: usize) {
         self.messages_received.inc();
         self.bytes_received.add(bytes as u64);
+        if let Some(tally) = &self.tally {
+            tally.received(bytes as u64);
+        }
     }
 }
 
@@ -873,6 +935,40 @@ mod tests {
     }
 
     #[test]
+    fn followers_are_told_of_each_end_and_nobody_else_pays() {
+        let (metrics, http) = (metrics(), Arc::from("HTTP"));
+        let flow = || Flows::new("relay").of(&metrics, &http);
+        let record = metrics.exchange("relay", &http);
+        let shared = flow();
+        assert!(!record.is_followed());
+        assert!(Arc::ptr_eq(&record.tallied(Arc::clone(&shared)), &shared));
+        let mut ends = metrics.follow();
+        // It began before anybody followed.
+        record.end(failure::NONE);
+        assert!(ends.try_recv().is_err());
+        let record = metrics.exchange("relay", &http);
+        record.asked("GET", b"/a");
+        record.routed(&"r".into(), &"t".into());
+        record.answered(http::StatusCode::OK);
+        let flow = record.tallied(flow());
+        flow.sent(3);
+        flow.received(5);
+        record.end(failure::TUNNEL_LOST);
+        record.end(failure::NONE);
+        let ended = ends.try_recv().unwrap();
+        assert_eq!(ended.request, Some(("GET".to_owned(), "/a".to_owned())));
+        assert_eq!((&*ended.route, ended.code, ended.status), ("r", "tunnel-lost", Some(200)));
+        assert_eq!((ended.bytes_sent, ended.bytes_received), (3, 5));
+        assert!(ends.try_recv().is_err(), "once");
+        // The families count the same.
+        check(
+            &metrics,
+            &["sidelane_message_bytes_total{role=\"relay\",protocol_type=\"HTTP\",\
+               direction=\"received\"} 5"],
+        );
+    }
+
+    #[test]
     fn a_routes_policies_are_counted_by_its_name() {
         let metrics = metrics();
         let route = metrics.route(&"demo".into());
@@ -898,6 +994,16 @@ mod tests {
         );
         route.ended();
         check(&metrics, &["sidelane_route_exchanges_in_flight{route=\"demo\"} 0"]);
+    }
+
+    #[test]
+    fn a_slow_follower_is_told_how_many_it_missed() {
+        use tokio::sync::broadcast::error::TryRecvError;
+        let (metrics, http) = (metrics(), Arc::from("HTTP"));
+        let mut ends = metrics.follow();
+        (0..=ended::WAITING_MAX).for_each(|_| drop(metrics.exchange("relay", &http)));
+        assert_eq!(ends.try_recv().unwrap_err(), TryRecvError::Lagged(1));
+        assert!(ends.try_recv().is_ok());
     }
 
     #[test]

@@ -12,15 +12,18 @@ use serde_json::json;
 use sidelane_tunnel::{LaneConfig, Side};
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{broadcast, mpsc};
 use tokio::time::MissedTickBehavior;
 
 use crate::admin::{self, AdminState, Readiness, ReloadRequest};
 use crate::config::watch::{Reload, Watcher};
 use crate::config::{self, Config, ConfigError, ConfigErrors, Fault, PluginCheck, Relays};
 use crate::error::chain;
-use crate::metrics::Metrics;
-use crate::plugin::{HostContext, Limits, LoadError, LoadFault, PluginSpec, Plugins};
+use crate::explain::{self, Question};
+use crate::metrics::{Ended, Metrics};
+use crate::plugin::{
+    GenerationState, HostContext, Limits, LoadError, LoadFault, PluginSpec, Plugins,
+};
 use crate::relay::Relay;
 use crate::shard::Shards;
 use crate::sidecar::{self, Sidecar};
@@ -66,7 +69,23 @@ pub enum RunError {
     /// A thread, runtime or signal handler cannot be made.
     #[error("cannot start")]
     Start(#[source] io::Error),
+    /// Who follows the process ended it.
+    #[error("{0}")]
+    Stopped(String),
 }
+
+/// A process that runs, as who follows it sees it.
+pub struct Followed {
+    /// The sidecar's role.
+    pub sidecar: Option<Arc<Sidecar>>,
+    /// Exchanges as they end.
+    pub exchanges: broadcast::Receiver<Arc<Ended>>,
+    /// Ends the process in order, which fails for the reason sent.
+    pub stop: mpsc::Sender<String>,
+}
+
+/// Follows a process once it has started; must not wait, but may start a thread that does.
+pub type Follow = Box<dyn FnOnce(Followed) -> io::Result<()>>;
 
 /// Runs the process until a signal ends it.
 ///
@@ -74,10 +93,26 @@ pub enum RunError {
 /// Why it did not start.
 pub fn run(file: &Path, ports_file: Option<&Path>) -> Result<(), RunError> {
     let (source, config) = check::load(file)?;
+    run_config(&source, config, ports_file, None)
+}
+
+/// Runs the process of a configuration until a signal ends it. One that is followed comes from no file,
+/// and is not read again.
+///
+/// # Errors
+/// Why it did not start, or why `follow` ended it.
+pub fn run_config(
+    source: &config::Source,
+    config: Config,
+    ports_file: Option<&Path>,
+    follow: Option<Follow>,
+) -> Result<(), RunError> {
+    let file = &source.path;
     let log = log::init(&config.log);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), file = %file.display(), "starting");
     check::warn(&config);
     let metrics = Arc::new(Metrics::new());
+    let exchanges = follow.is_some().then(|| metrics.follow());
     let relay_threads = config.relay.as_ref().map_or(0, |relay| threads(relay.threads));
     let sidecar_threads = config.sidecar.as_ref().map_or(0, |sidecar| threads(sidecar.threads));
     let total = relay_threads + sidecar_threads;
@@ -139,14 +174,25 @@ pub fn run(file: &Path, ports_file: Option<&Path>) -> Result<(), RunError> {
         }
     }
     process.start(sockets, &relay_shards)?;
+    let (stop, stops) = mpsc::channel(1);
+    let watched = if let (Some(follow), Some(exchanges)) = (follow, exchanges) {
+        let sidecar = process.sidecar.clone();
+        follow(Followed { sidecar, exchanges, stop }).map_err(RunError::Start)?;
+        None
+    } else {
+        Some(source)
+    };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(RunError::Start)?;
-    let ended = runtime.block_on(process.control(&source, reload_requests, &log));
+    let ended = runtime.block_on(process.control(watched, reload_requests, stops, &log));
     relay_shards.stop();
     sidecar_shards.stop();
-    ended.map_err(RunError::Start)
+    match ended.map_err(RunError::Start)? {
+        Some(reason) => Err(RunError::Stopped(reason)),
+        None => Ok(()),
+    }
 }
 
 struct Process {
@@ -210,19 +256,27 @@ impl Process {
                 .is_some_and(|section| matches!(section.relays, Relays::Embedded))
     }
 
-    /// Reloads and waits for a signal; then ends what runs, in order.
+    /// Reloads and waits for a signal; then ends what runs, in order. Without a source there is nothing
+    /// to read again. Returns why it was stopped, where that was no signal.
     async fn control(
         &self,
-        source: &config::Source,
+        source: Option<&config::Source>,
         mut requests: mpsc::Receiver<ReloadRequest>,
+        mut stops: mpsc::Receiver<String>,
         log: &log::Handle,
-    ) -> io::Result<()> {
+    ) -> io::Result<Option<String>> {
         let (reloads, mut reloads_due) = mpsc::channel(1);
-        let watcher = Watcher::start(source, &self.config().files, reloads)?;
-        if config::watch::is_sub_path_mount(&source.path) {
+        let watch = |source| Watcher::start(source, &self.config().files, reloads);
+        let watcher = source.map(watch).transpose()?;
+        if let Some(source) = source
+            && config::watch::is_sub_path_mount(&source.path)
+        {
             tracing::warn!(file = %source.path.display(),
-                "the file is a subPath mount, which Kubernetes never updates: mount its directory");
+                "the file is a subPath mount, which Kubernetes never updates: mount its directory"
+            );
         }
+        let trigger = || watcher.as_ref().map(Watcher::trigger);
+        let mut stopped = None;
         // Who asked, in order; each trigger yields one reload.
         let mut asked: Vec<ReloadRequest> = Vec::new();
         let mut tick = tokio::time::interval(EXPIRY_TICK);
@@ -237,11 +291,17 @@ impl Process {
                 _ = interrupt.recv() => break,
                 _ = hangup.recv() => {
                     tracing::info!("SIGHUP: reading the configuration again");
-                    watcher.trigger();
+                    trigger();
+                }
+                Some(reason) = stops.recv() => {
+                    stopped = Some(reason);
+                    break;
                 }
                 Some(Reload { source, .. }) = reloads_due.recv() => {
                     let result = self.reload(source, log);
-                    watcher.set_files(self.config().files.clone());
+                    if let Some(watcher) = &watcher {
+                        watcher.set_files(self.config().files.clone());
+                    }
                     for request in asked.drain(..) {
                         // Whoever asked may have gone.
                         let _ = request.reply.send(result.clone());
@@ -255,8 +315,12 @@ impl Process {
                     }
                 }
                 Some(request) = requests.recv() => {
-                    asked.push(request);
-                    watcher.trigger();
+                    if trigger().is_some() {
+                        asked.push(request);
+                    } else {
+                        // Whoever asked may have gone.
+                        let _ = request.reply.send(Err("there is no file to read again".to_owned()));
+                    }
                 }
             }
         }
@@ -266,7 +330,7 @@ impl Process {
             _ = terminate.recv() => tracing::warn!("second signal: exiting at once"),
             _ = interrupt.recv() => tracing::warn!("second signal: exiting at once"),
         }
-        Ok(())
+        Ok(stopped)
     }
 
     /// Ends in order: nobody new, then running exchanges, then lanes.
@@ -479,12 +543,19 @@ impl AdminState for Process {
     fn routes(&self) -> serde_json::Value {
         match &self.relay {
             Some(relay) => relay.describe_routes(),
-            None => self.config().routes.iter().map(|route| route.to_json()).collect(),
+            None => {
+                let sidecar = self.sidecar.as_ref().map(|sidecar| sidecar.relay_answers());
+                explain::announced(&self.config(), &sidecar.unwrap_or_default())
+            }
         }
     }
 
     fn tunnels(&self) -> serde_json::Value {
+        let config = self.config();
+        let mut tunnels = self.relay.as_ref().map(|relay| relay.describe_tunnels());
+        explain::with_services(tunnels.get_or_insert_default(), &config);
         json!({
+            "tunnels": tunnels,
             "sessions": self.relay.as_ref().map(|relay| relay.describe_sessions()),
             "relays": self.sidecar.as_ref().map(|sidecar| {
                 sidecar.peers().iter().map(|peer| peer.describe()).collect::<Vec<_>>()
@@ -498,6 +569,10 @@ impl AdminState for Process {
         let describe = |info: crate::plugin::GenerationInfo| {
             json!({
                 "name": &*info.name,
+                "protocol_types": match info.state {
+                    GenerationState::Current => Some(self.plugins.types_of(&info.name)),
+                    _ => None,
+                },
                 "version": info.version,
                 "toolchain": info.toolchain,
                 "sha256": info.sha256,
@@ -508,6 +583,16 @@ impl AdminState for Process {
             })
         };
         self.plugins.generations().into_iter().map(describe).collect()
+    }
+
+    fn explain(&self, question: &Question) -> serde_json::Value {
+        let config = self.config();
+        let Some(relay) = &self.relay else { return explain::from_config(&config, question) };
+        let mut answer = relay.explain(question);
+        if let Some(tunnels) = answer.get_mut("tunnels") {
+            explain::fill_services(tunnels, &config);
+        }
+        answer
     }
 
     fn reloads(&self) -> mpsc::Sender<ReloadRequest> {

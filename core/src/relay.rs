@@ -2,7 +2,7 @@
 //!
 //! Knows routes, sessions and documents; what a protocol says is the plugins' business.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,6 +24,7 @@ use crate::tunnel::session::{Session, Sessions};
 mod bounds;
 mod document;
 mod entry;
+mod explain;
 mod listen;
 mod listeners;
 mod open;
@@ -56,6 +57,7 @@ pub struct Relay {
     metrics: Arc<Metrics>,
     sessions: Sessions,
     routing: ArcSwap<Routing>,
+    /// As clients know them.
     sources: Mutex<Sources>,
     stopping: watch::Sender<bool>,
     /// Told whenever an exchange that could not be opened might be now.
@@ -293,45 +295,6 @@ impl Relay {
         !self.routing.load().is_empty()
     }
 
-    /// What the admin page says of routes: those of the file, those announced, those of documents that
-    /// wait. `from` says whose a route is; `overruled_by` whose takes its place, and `waits_for` why its
-    /// document is not in force.
-    pub fn describe_routes(&self) -> serde_json::Value {
-        let sources = self.lock_sources();
-        // The first to take something has it.
-        let mut taken: HashMap<&Match, (&str, &Route)> = HashMap::new();
-        let mut all = Vec::new();
-        let own = sources.own.iter().map(|route| ("file", route));
-        let announced = sources.documents.values().flat_map(|document| {
-            document.routes.iter().map(|route| (&*document.session.name, route))
-        });
-        for (from, route) in own.chain(announced) {
-            let mut described = route.to_json();
-            let by = *taken.entry(&route.matches).or_insert((from, route));
-            if let Some(map) = described.as_object_mut() {
-                map.insert("from".to_owned(), from.into());
-                // Replicas that announce the same overrule nobody.
-                if !std::ptr::eq(by.1, &**route) && *by.1 != **route {
-                    let by = serde_json::json!({ "from": by.0, "route": &*by.1.name });
-                    map.insert("overruled_by".to_owned(), by);
-                }
-            }
-            all.push(described);
-        }
-        for document in sources.waiting.values() {
-            let reasons = sources.conflicts(document);
-            for route in &document.routes {
-                let mut described = route.to_json();
-                if let Some(map) = described.as_object_mut() {
-                    map.insert("from".to_owned(), (*document.session.name).into());
-                    map.insert("waits_for".to_owned(), reasons.clone().into());
-                }
-                all.push(described);
-            }
-        }
-        all.into()
-    }
-
     /// What the admin page says of the sessions.
     pub fn describe_sessions(&self) -> serde_json::Value {
         let sources = self.lock_sources();
@@ -405,22 +368,22 @@ impl Relay {
             sources.lost.push_back((Instant::now(), document));
             let accepted = sources.take_waiting();
             self.reroute(&sources);
+            let accepted = self.accepted(&sources, accepted);
             drop(sources);
             self.tell_accepted(accepted);
         }
     }
 
     /// Tells sidecars whose documents waited that they are in force.
-    fn tell_accepted(&self, accepted: Vec<Accepted>) {
-        for Accepted { session, version, notes } in accepted {
+    fn tell_accepted(&self, accepted: Vec<(Arc<Session>, proto::Announced)>) {
+        for (session, announced) in accepted {
             self.metrics.announced(true);
             tracing::info!(
                 sidecar = &*session.name,
-                version,
+                version = announced.version,
                 "announcement accepted: what it takes is free now"
             );
-            let reasons = Vec::new();
-            session.answer(proto::Announced { version, accepted: true, reasons, notes });
+            session.answer(announced);
         }
     }
 
@@ -465,9 +428,11 @@ impl Relay {
             }
             Err(reasons) => reasons,
         };
+        let accepted = reasons.is_empty();
+        let freed = self.accepted(&sources, freed);
+        let addresses = if accepted { self.addresses(&sources, session.epoch) } else { Vec::new() };
         drop(sources);
         self.tell_accepted(freed);
-        let accepted = reasons.is_empty();
         self.metrics.announced(accepted);
         if accepted {
             tracing::info!(
@@ -486,7 +451,8 @@ impl Relay {
                 "announcement refused"
             );
         }
-        proto::Announced { version: announce.version, accepted, reasons, notes }
+        let version = announce.version;
+        proto::Announced { version, accepted, reasons, notes, addresses }
     }
 
     /// What is known of an exchange before it is opened.

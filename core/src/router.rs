@@ -12,6 +12,10 @@ use std::sync::Arc;
 
 use crate::config::{HostMatch, Route};
 
+mod explain;
+
+pub use explain::{Explanation, Other, explain};
+
 /// Longest host name looked up (RFC 1035 §2.3.4); longer ones fit no route.
 const HOST_BYTES_MAX: usize = 253;
 
@@ -38,6 +42,8 @@ pub struct RouteTable {
     /// Length of the longest key of `wildcards`: longer suffixes of a host need no look-up.
     longest_wildcard: usize,
     any: Paths,
+    /// All of them, as they were given.
+    routes: Vec<Arc<Route>>,
 }
 
 /// Routes of one host.
@@ -114,8 +120,17 @@ impl RouteTable {
                 }
             }
         }
+        table.routes = routes.to_vec();
         table.longest_wildcard = table.wildcards.keys().map(|key| key.len()).max().unwrap_or(0);
         if pairs.is_empty() { Ok(table) } else { Err(Ambiguity { pairs }) }
+    }
+}
+
+impl RouteTable {
+    /// Returns the routes, in the order in which they were given.
+    #[must_use]
+    pub fn routes(&self) -> &[Arc<Route>] {
+        &self.routes
     }
 }
 

@@ -35,7 +35,7 @@ mod retry;
 mod service;
 
 use health::Health;
-pub use peer::Peer;
+pub use peer::{Peer, RelayAnswer};
 use relays::NamedRelay;
 pub use relays::{Resolve, ResolveFuture, system_resolver};
 pub use retry::{Allowance, Budget, Budgets};
@@ -93,6 +93,8 @@ pub struct Sidecar {
     peers_change: Mutex<()>,
     names: Vec<Arc<NamedRelay>>,
     stopping: watch::Sender<bool>,
+    /// Told whenever a relay's answer, or why there is none, changes.
+    answers: watch::Sender<()>,
     flows: Flows,
     budgets: Budgets,
     health: Health,
@@ -130,6 +132,7 @@ impl Sidecar {
             peers_change: Mutex::new(()),
             names,
             stopping: watch::Sender::new(false),
+            answers: watch::Sender::new(()),
             flows: Flows::new("sidecar"),
             budgets: Budgets::default(),
             health: Health::default(),
@@ -216,6 +219,18 @@ impl Sidecar {
         self.names.iter().map(|named| named.describe()).collect()
     }
 
+    /// Returns what each relay has said.
+    #[must_use]
+    pub fn relay_answers(&self) -> Vec<RelayAnswer> {
+        self.peers().iter().map(|peer| peer.answer()).collect()
+    }
+
+    /// Returns a watch that changes whenever [`Sidecar::relay_answers`] may differ.
+    #[must_use]
+    pub fn follow_answers(&self) -> watch::Receiver<()> {
+        self.answers.subscribe()
+    }
+
     /// Tells the relays that nothing new is taken and dials no more. Running exchanges go on.
     pub fn drain(&self) {
         self.stopping.send_replace(true);
@@ -252,7 +267,9 @@ impl Sidecar {
         self.peers().iter().flat_map(|peer| peer.with(|state| state.lanes.clone())).collect()
     }
 
-    fn is_stopping(&self) -> bool {
+    /// Whether it takes nothing new any more.
+    #[must_use]
+    pub fn is_stopping(&self) -> bool {
         *self.stopping.borrow()
     }
 
@@ -286,6 +303,7 @@ impl Sidecar {
                             tracing::warn!(relay = peer.name, error = cause, "no session");
                         }
                         peer.with(|state| state.last_error = Some(cause));
+                        self.answers.send_replace(());
                         wait_at_least = error.retry_after().unwrap_or_default();
                     }
                 }
@@ -427,6 +445,7 @@ impl Sidecar {
         }
         peer.session_ended();
         self.count_refusals();
+        self.answers.send_replace(());
     }
 
     fn start_lane(
@@ -501,6 +520,7 @@ impl Sidecar {
             Event::Announced(announced) => {
                 peer.answered(&announced);
                 self.count_refusals();
+                self.answers.send_replace(());
             }
             Event::GoAway(go_away) => {
                 tracing::info!(
@@ -574,7 +594,7 @@ impl Sidecar {
             deadline: (open.timeout_ns > 0)
                 .then(|| Instant::now() + Duration::from_nanos(open.timeout_ns).min(TIMEOUT_MAX)),
         };
-        let flow = self.flows.of(&self.metrics, plugin.name());
+        let flow = record.tallied(self.flows.of(&self.metrics, plugin.name()));
         let (send, recv) = link.halves(key, flow);
         let call = plugin.deliver(meta, send, recv, service);
         tokio::spawn(async move {

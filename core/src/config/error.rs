@@ -101,6 +101,12 @@ impl ConfigErrors {
         &self.errors
     }
 
+    /// Returns how many there are beyond those that are told.
+    #[must_use]
+    pub fn more(&self) -> usize {
+        self.more
+    }
+
     /// Returns the errors for a terminal: each with its line and a caret.
     #[must_use]
     pub fn report(&self) -> String {

@@ -325,7 +325,7 @@ struct File {
     /// `/live`, `/ready`, `/metrics`.
     #[schemars(extend("x-default" = "absent: not served"))]
     health: Health,
-    /// `/config`, `/routes`, `/tunnels`, `/plugins`, `POST /-/reload`.
+    /// `/config`, `/routes`, `/tunnels`, `/plugins`, `/explain`, `POST /-/reload`.
     #[schemars(extend("x-default" = "absent: not served"))]
     admin: Admin,
     /// Logs.

@@ -315,6 +315,18 @@ impl Plugins {
         self.current.load().protocols.iter().map(|protocol| Arc::clone(protocol.name())).collect()
     }
 
+    /// The types that the plugin of this name serves, sorted.
+    #[must_use]
+    pub fn types_of(&self, name: &str) -> Vec<String> {
+        let current = self.current.load();
+        let member = current.named(name);
+        let types = member.map(|member| &member.generation.types);
+        let mut names: Vec<String> =
+            types.into_iter().flatten().map(|entry| entry.name.to_string()).collect();
+        names.sort();
+        names
+    }
+
     /// The generations: current, draining, and the last retired ones; oldest first.
     #[must_use]
     pub fn generations(&self) -> Vec<GenerationInfo> {

@@ -47,12 +47,16 @@ impl Dispatch for HttpEntry {
             .trusted_proxies
             .as_ref()
             .map(|trusted| forwarded::client(connection.client_address, &head.headers, trusted));
+        let asked = relay.metrics.is_followed().then(|| (head.method.clone(), head.target.clone()));
         let head = PreparedHead::new(head);
         let Some(plugin) = relay.plugins.claim(&head) else {
             responder.abort(lend::Reset::new(failure::NO_PROTOCOL));
             return HttpExchange::Refused(failure::NO_PROTOCOL);
         };
         let record = Arc::new(relay.metrics.exchange("relay", plugin.name()));
+        if let Some((method, target)) = asked {
+            record.asked(method.as_str(), &target);
+        }
         let responder = Shaped::new(responder, &record);
         if plugin.quarantined() {
             let failure = Failure {

@@ -171,6 +171,7 @@ impl RelayOpener {
                 };
                 let shard = plugin::current_shard().map(|shard| shard as usize);
                 let flow = self.relay.flows.of(&self.relay.metrics, &known.protocol_type);
+                let flow = self.record.tallied(flow);
                 match serving.session.open(shard, number, open, flow) {
                     Ok((id, send, recv, is_crossing)) => {
                         self.record.routed(&route.name, wanted);

@@ -301,6 +301,8 @@ proptest! {
             };
             let found = find(&table, &query).map(|route| &route.name);
             prop_assert_eq!(found, model(&routes, &query).map(|route| &route.name), "{:?}", query);
+            let explained = explain(table.routes(), &bases(), &query).route;
+            prop_assert_eq!(found, explained.as_ref().map(|route| &route.name), "{:?}", query);
         }
     }
 }

@@ -27,6 +27,25 @@ pub struct Peer {
     is_connected: AtomicBool,
 }
 
+/// What a relay has said, for whoever follows.
+#[derive(Clone, Debug)]
+pub struct RelayAnswer {
+    /// As configured, and the address where it is one of several.
+    pub relay: String,
+    /// A session is up.
+    pub is_connected: bool,
+    /// Version of the document that it accepted.
+    pub accepted: Option<u64>,
+    /// Why it refused the last one.
+    pub refused: Vec<String>,
+    /// What it said of the accepted one.
+    pub notes: Vec<String>,
+    /// By which clients reach the routes.
+    pub addresses: Vec<String>,
+    /// Why the last dial failed.
+    pub last_error: Option<String>,
+}
+
 #[derive(Default)]
 pub(super) struct PeerState {
     pub(super) lanes: Vec<Arc<Link>>,
@@ -35,6 +54,7 @@ pub(super) struct PeerState {
     instance: Bytes,
     refused: Vec<String>,
     notes: Vec<String>,
+    addresses: Vec<String>,
     accepted: Option<u64>,
     pub(super) last_error: Option<String>,
 }
@@ -114,6 +134,7 @@ impl Peer {
             let keeps = state.accepted;
             if announced.accepted {
                 state.accepted = Some(version);
+                state.addresses.clone_from(&announced.addresses);
             }
             state.refused.clone_from(&announced.reasons);
             state.notes.clone_from(&announced.notes);
@@ -151,6 +172,18 @@ impl Peer {
         self.with(|state| (!state.refused.is_empty()).then(|| state.refused.join("; ")))
     }
 
+    pub(super) fn answer(&self) -> RelayAnswer {
+        self.with(|state| RelayAnswer {
+            relay: self.name.clone(),
+            is_connected: self.is_connected(),
+            accepted: state.accepted,
+            refused: state.refused.clone(),
+            notes: state.notes.clone(),
+            addresses: state.addresses.clone(),
+            last_error: state.last_error.clone(),
+        })
+    }
+
     /// What the admin page says of it.
     pub fn describe(&self) -> serde_json::Value {
         self.with(|state| {
@@ -166,6 +199,7 @@ impl Peer {
                 "announcement_accepted": state.accepted,
                 "announcement_refused": state.refused,
                 "announcement_notes": state.notes,
+                "addresses": state.addresses,
                 "last_error": state.last_error,
             })
         })
@@ -177,6 +211,7 @@ impl PeerState {
         self.accepted = None;
         self.refused.clear();
         self.notes.clear();
+        self.addresses.clear();
     }
 }
 
@@ -191,6 +226,7 @@ mod tests {
             accepted: reasons.is_empty(),
             reasons: texts(reasons),
             notes: texts(notes),
+            addresses: Vec::new(),
         }
     }
 

@@ -424,6 +424,10 @@ pub struct Announced {
     /// What is worth knowing of an accepted document, one line each: a route that the relay's own wins over.
     #[prost(string, repeated, tag = "4")]
     pub notes: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// By which clients reach the routes of an accepted document that are in force, the first ones: URLs
+    /// with the relay's own base domains and ports.
+    #[prost(string, repeated, tag = "5")]
+    pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct HttpRequest {

@@ -1,0 +1,471 @@
+//! `config`, `routes`, `tunnels`, `plugins`: a running process's admin pages, as tables.
+//!
+//! Knows the pages' fields (docs/operations.md). A field that an older or newer process does not send is
+//! shown as not known, never an error.
+
+use serde_json::Value as Json;
+
+use super::text::{Table, age, printable};
+use super::{Asked, Failed, Form, ask, print, print_json, terminal_width};
+
+/// Which page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Page {
+    Config,
+    Routes,
+    Tunnels,
+    Plugins,
+}
+
+pub(super) fn run(page: Page, asked: &Asked) -> Result<(), Failed> {
+    let address = ask::address(asked.admin.as_deref(), asked.file.as_deref())?;
+    let path = match page {
+        Page::Config => "/config",
+        Page::Routes => "/routes",
+        Page::Tunnels => "/tunnels",
+        Page::Plugins => "/plugins",
+    };
+    let json = ask::get(&address, path)?;
+    if asked.output == Form::Json {
+        return print_json(&json);
+    }
+    print(&render(page, &json, terminal_width()))
+}
+
+fn render(page: Page, json: &Json, width: Option<usize>) -> String {
+    match page {
+        Page::Config => config(json),
+        Page::Routes => routes(json).render(width),
+        Page::Tunnels => tunnels(json, width),
+        Page::Plugins => plugins(json).render(width),
+    }
+}
+
+/// The configuration as YAML, after what is to be known of it.
+fn config(json: &Json) -> String {
+    let mut text = String::new();
+    let mut json = json.clone();
+    let map = json.as_object_mut();
+    let facts = map.map(|map| (map.remove("last_reload_error"), map.remove("pending_restart")));
+    let (error, pending) = facts.unwrap_or_default();
+    for line in error.iter().flat_map(|error| error.as_str().unwrap_or_default().lines()) {
+        text.push_str(&format!("# not in force, the last edit: {}\n", printable(line)));
+    }
+    for what in pending.iter().flat_map(items) {
+        text.push_str(&format!("# only after a restart: {}\n", printable(&plain(what))));
+    }
+    text + &serde_saphyr::to_string(&json).unwrap_or_else(|_| format!("{json:#}\n"))
+}
+
+fn routes(json: &Json) -> Table {
+    let mut table = Table::new(&["ROUTE", "MATCH", "TUNNELS", "POLICIES", "FROM", "STATE"]);
+    for route in items(json) {
+        table.row([
+            plain(&route["name"]),
+            matched(route),
+            shares(route),
+            items(&route["policies"]).map(plain).collect::<Vec<_>>().join(" "),
+            plain(&route["from"]),
+            state(route),
+        ]);
+    }
+    table
+}
+
+/// `http://shop.example.org/api/ (+1)`, or the file's keys where the addresses are not known.
+fn matched(route: &Json) -> String {
+    let mut text = match &route["urls"] {
+        Json::Array(urls) if !urls.is_empty() => {
+            let more = urls.len() - 1;
+            let more = if more > 0 { format!(" (+{more})") } else { String::new() };
+            format!("{}{more}", plain(&urls[0]))
+        }
+        _ => {
+            let keys = ["subdomain", "host", "wildcard"];
+            let host = keys.iter().map(|key| plain(&route[*key])).collect::<String>();
+            let listener = if host.is_empty() { plain(&route["listener"]) } else { String::new() };
+            format!("{host}{listener}{}", plain(&route["path_prefix"]))
+        }
+    };
+    if let Some(protocol_type) = route["protocol_type"].as_str() {
+        text.push_str(&format!(" {protocol_type}"));
+    }
+    text
+}
+
+/// `web`, `web 90, canary 10`.
+fn shares(route: &Json) -> String {
+    let shares: Vec<&Json> = items(&route["serving"]).collect();
+    match shares.as_slice() {
+        [] => plain(&route["tunnel"]),
+        [share] => plain(&share["tunnel"]),
+        shares => {
+            let share = |share: &&Json| format!("{} {}", plain(&share["tunnel"]), share["weight"]);
+            shares.iter().map(share).collect::<Vec<_>>().join(", ")
+        }
+    }
+}
+
+/// What is to be known of a route that is not simply in force.
+fn state(route: &Json) -> String {
+    let by = &route["overruled_by"];
+    if by.is_object() {
+        return format!("overruled by {} (from {})", plain(&by["route"]), plain(&by["from"]));
+    }
+    if route["waits_for"].is_array() {
+        let reasons: Vec<String> = items(&route["waits_for"]).map(plain).collect();
+        return format!("waiting: {}", reasons.join("; "));
+    }
+    let told: Vec<String> = items(&route["announced"]).filter_map(not_accepted).collect();
+    if !told.is_empty() {
+        return told.join("; ");
+    }
+    let unserved: Vec<String> = items(&route["serving"])
+        .filter(|share| share["served"] == Json::Bool(false))
+        .map(|share| plain(&share["tunnel"]))
+        .collect();
+    match unserved.len() {
+        0 => "in force".to_owned(),
+        1 => format!("tunnel not served: {}", unserved[0]),
+        _ => format!("tunnels not served: {}", unserved.join(", ")),
+    }
+}
+
+/// What a relay said of a sidecar's route, where it did not simply accept it.
+fn not_accepted(relay: &Json) -> Option<String> {
+    let said = |key: &str| items(&relay[key]).map(plain).collect::<Vec<_>>().join("; ");
+    let (name, state) = (plain(&relay["relay"]), plain(&relay["state"]));
+    match &*state {
+        "accepted" if said("notes").is_empty() => None,
+        "accepted" => Some(format!("{name}: {}", said("notes"))),
+        "refused" if said("reasons").is_empty() => {
+            Some(format!("{name}: refused with others of the file"))
+        }
+        "refused" => Some(format!("{name}: refused: {}", said("reasons"))),
+        _ => Some(format!("{name}: {state}")),
+    }
+}
+
+fn tunnels(json: &Json, width: Option<usize>) -> String {
+    let mut table =
+        Table::new(&["TUNNEL", "SERVICE", "HEALTH", "SIDECARS", "SESSIONS", "LANES", "IN FLIGHT"]);
+    for tunnel in items(&json["tunnels"]) {
+        let sidecars: Vec<String> = items(&tunnel["sidecars"]).map(plain).collect();
+        table.row([
+            plain(&tunnel["name"]),
+            plain(&tunnel["service"]),
+            health(tunnel, &json["services"]),
+            sidecars.join(", "),
+            plain(&tunnel["sessions"]),
+            plain(&tunnel["lanes"]),
+            plain(&tunnel["in_flight"]),
+        ]);
+    }
+    let mut text = table.render(width);
+    if json["sessions"].is_array() {
+        let mut table =
+            Table::new(&["SIDECAR", "PEER", "UP FOR", "LANES", "IN FLIGHT", "TUNNELS", "DOCUMENT"]);
+        for session in items(&json["sessions"]) {
+            let tunnels: Vec<String> = items(&session["tunnels"]).map(plain).collect();
+            table.row([
+                plain(&session["sidecar"]),
+                plain(&session["peer"]),
+                up_for(session),
+                lanes(session),
+                in_flight(session),
+                tunnels.join(", "),
+                session_document(session),
+            ]);
+        }
+        text = text + "\n" + &table.render(width);
+    }
+    if json["relays"].is_array() {
+        let mut table = Table::new(&["RELAY", "STATE", "UP FOR", "LANES", "IN FLIGHT", "DOCUMENT"]);
+        for relay in items(&json["relays"]) {
+            table.row([
+                relay_name(relay),
+                relay_state(relay),
+                up_for(relay),
+                lanes(relay),
+                in_flight(relay),
+                document(relay),
+            ]);
+        }
+        text = text + "\n" + &table.render(width);
+    }
+    for name in items(&json["names"]).filter(|name| !name["last_error"].is_null()) {
+        let (name, error) = (plain(&name["relay"]), plain(&name["last_error"]));
+        text.push_str(&printable(&format!("{name} cannot be resolved: {error}")));
+        text.push('\n');
+    }
+    text
+}
+
+/// What the sidecar of this process has found out, or what a relay was told.
+fn health(tunnel: &Json, services: &Json) -> String {
+    let service = items(services).find(|service| service["tunnel"] == tunnel["name"]);
+    let text = |key: &str| {
+        let told = service.map(|service| plain(&service[key])).unwrap_or_default();
+        if told.is_empty() { plain(&tunnel[key]) } else { told }
+    };
+    let (health, unavailable) = (text("health"), text("unavailable"));
+    match (health.is_empty(), unavailable.is_empty()) {
+        (_, true) => health,
+        (true, false) => unavailable,
+        (false, false) => format!("{health}: {unavailable}"),
+    }
+}
+
+/// `relay.example.org:9081`, or one of the addresses that it stands for.
+fn relay_name(relay: &Json) -> String {
+    match relay["address"].as_str() {
+        Some(address) => format!("{} at {address}", plain(&relay["relay"])),
+        None => plain(&relay["relay"]),
+    }
+}
+
+fn session_document(session: &Json) -> String {
+    let waiting = &session["waiting"];
+    if waiting.is_object() {
+        let reasons: Vec<String> = items(&waiting["reasons"]).map(plain).collect();
+        return format!("{} waits: {}", plain(&waiting["announcement"]), reasons.join("; "));
+    }
+    plain(&session["announcement"])
+}
+
+fn relay_state(relay: &Json) -> String {
+    if relay["connected"] == Json::Bool(true) {
+        return "connected".to_owned();
+    }
+    match relay["last_error"].as_str() {
+        Some(error) => format!("not connected: {error}"),
+        None => "not connected".to_owned(),
+    }
+}
+
+fn document(relay: &Json) -> String {
+    let refused: Vec<String> = items(&relay["announcement_refused"]).map(plain).collect();
+    let accepted = plain(&relay["announcement_accepted"]);
+    match (refused.is_empty(), accepted.is_empty()) {
+        (false, _) => format!("refused: {}", refused.join("; ")),
+        (true, false) => format!("accepted {accepted}"),
+        (true, true) => String::new(),
+    }
+}
+
+fn up_for(session: &Json) -> String {
+    session["connected_for_seconds"].as_u64().map(age).unwrap_or_default()
+}
+
+fn lanes(session: &Json) -> String {
+    session["lanes"].as_array().map_or_else(String::new, |lanes| lanes.len().to_string())
+}
+
+fn in_flight(session: &Json) -> String {
+    let sum: u64 = items(&session["lanes"]).filter_map(|lane| lane["exchanges"].as_u64()).sum();
+    sum.to_string()
+}
+
+fn plugins(json: &Json) -> Table {
+    let mut table = Table::new(&[
+        "PLUGIN",
+        "PROTOCOL TYPES",
+        "VERSION",
+        "STATE",
+        "IN FLIGHT",
+        "PANICS",
+        "SHA256",
+        "TOOLCHAIN",
+    ]);
+    for plugin in items(json) {
+        let types: Vec<String> = items(&plugin["protocol_types"]).map(plain).collect();
+        let quarantined = plugin["quarantined"] == Json::Bool(true);
+        let state = plain(&plugin["state"]);
+        table.row([
+            plain(&plugin["name"]),
+            types.join(", "),
+            plain(&plugin["version"]),
+            if quarantined { "quarantined".to_owned() } else { state },
+            plain(&plugin["exchanges"]),
+            plain(&plugin["panics"]),
+            plain(&plugin["sha256"]).chars().take(12).collect(),
+            plain(&plugin["toolchain"]),
+        ]);
+    }
+    table
+}
+
+fn items(json: &Json) -> impl Iterator<Item = &Json> {
+    json.as_array().into_iter().flatten()
+}
+
+/// Returns a value without quotes; nothing for null.
+fn plain(json: &Json) -> String {
+    match json {
+        Json::Null => String::new(),
+        Json::String(text) => text.clone(),
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn relay_routes() -> Json {
+        let share = |tunnel: &str, weight: u32, served: bool| json!({ "tunnel": tunnel, "weight": weight, "service": null, "served": served });
+        json!([
+            {
+                "name": "shop", "subdomain": "shop", "path_prefix": "/api", "from": "file",
+                "urls": ["http://shop.localhost:9080/api/", "http://shop.example.org:9080/api/"],
+                "serving": [share("web", 90, true), share("canary", 10, false)],
+                "policies": ["limits", "timeouts"],
+            },
+            {
+                "name": "rpc", "urls": ["http://rpc.localhost:9080/"], "protocol_type": "GRPC",
+                "from": "laptop\u{1b}[2J", "serving": [share("rpc", 1, true)], "policies": [],
+            },
+            { "name": "a", "urls": [], "subdomain": "a", "tunnel": "t",
+              "overruled_by": { "from": "file", "route": "own" } },
+            { "name": "b", "listener": "lines", "waits_for": ["route b: taken by sidecar x"] },
+            { "name": "old", "host": "old.example.org", "serving": [], "policies": ["redirect"] },
+        ])
+    }
+
+    #[test]
+    fn routes_of_a_relay() {
+        insta::assert_snapshot!(render(Page::Routes, &relay_routes(), None), @r#"
+        ROUTE  MATCH                                 TUNNELS            POLICIES         FROM        STATE
+        shop   http://shop.localhost:9080/api/ (+1)  web 90, canary 10  limits timeouts  file        tunnel not served: canary
+        rpc    http://rpc.localhost:9080/ GRPC       rpc                -                laptop?[2J  in force
+        a      a                                     t                  -                -           overruled by own (from file)
+        b      lines                                 -                  -                -           waiting: route b: taken by sidecar x
+        old    old.example.org                       -                  redirect         -           in force
+        "#);
+    }
+
+    #[test]
+    fn routes_of_a_sidecar() {
+        let route = |name: &str, state: &str, reasons: &[&str]| {
+            json!({
+                "name": name, "subdomain": name, "tunnel": "web", "from": "file", "urls": [],
+                "announced": [{
+                    "relay": "r:9081", "state": state, "reasons": reasons, "notes": [],
+                }],
+            })
+        };
+        let json = json!([
+            route("good", "accepted", &[]),
+            route("bad", "refused", &["route bad: taken by sidecar x for tunnel y"]),
+            route("other", "refused", &[]),
+            route("waits", "announced", &[]),
+            route("gone", "not connected", &[]),
+        ]);
+        insta::assert_snapshot!(render(Page::Routes, &json, None), @r#"
+        ROUTE  MATCH  TUNNELS  POLICIES  FROM  STATE
+        good   good   web      -         file  in force
+        bad    bad    web      -         file  r:9081: refused: route bad: taken by sidecar x for tunnel y
+        other  other  web      -         file  r:9081: refused with others of the file
+        waits  waits  web      -         file  r:9081: announced
+        gone   gone   web      -         file  r:9081: not connected
+        "#);
+    }
+
+    #[test]
+    fn tunnels_of_relay_and_sidecar() {
+        let json = json!({
+            "tunnels": [
+                {
+                    "name": "web", "service": "127.0.0.1:3000", "sidecars": ["laptop", "ci"],
+                    "sessions": 2, "lanes": 4, "in_flight": 7,
+                },
+                { "name": "rpc", "service": "unix:/run/rpc.sock" },
+            ],
+            "services": [
+                { "tunnel": "web", "health": "unhealthy", "unavailable": "connection refused" },
+                { "tunnel": "rpc", "health": "healthy", "unavailable": null },
+            ],
+            "names": [{ "relay": "t:9081", "last_error": "no such name" }],
+            "sessions": [{
+                "sidecar": "laptop", "peer": "192.0.2.1:4711", "connected_for_seconds": 3700,
+                "tunnels": ["web"], "announcement": 3,
+                "lanes": [{ "exchanges": 3 }, { "exchanges": 4 }],
+            }],
+            "relays": [
+                {
+                    "relay": "r:9081", "connected": true, "connected_for_seconds": 12,
+                    "lanes": [], "announcement_accepted": 2, "announcement_refused": [],
+                },
+                {
+                    "relay": "s:9081", "address": "192.0.2.7:9081", "connected": false, "lanes": [],
+                    "announcement_refused": ["route a: taken"], "last_error": "no answer",
+                },
+            ],
+        });
+        insta::assert_snapshot!(render(Page::Tunnels, &json, None), @r#"
+        TUNNEL  SERVICE             HEALTH                         SIDECARS    SESSIONS  LANES  IN FLIGHT
+        web     127.0.0.1:3000      unhealthy: connection refused  laptop, ci  2         4      7
+        rpc     unix:/run/rpc.sock  healthy                        -           -         -      -
+
+        SIDECAR  PEER            UP FOR  LANES  IN FLIGHT  TUNNELS  DOCUMENT
+        laptop   192.0.2.1:4711  1h1m    2      7          web      3
+
+        RELAY                     STATE                     UP FOR  LANES  IN FLIGHT  DOCUMENT
+        r:9081                    connected                 12s     0      0          accepted 2
+        s:9081 at 192.0.2.7:9081  not connected: no answer  -       0      0          refused: route a: taken
+        t:9081 cannot be resolved: no such name
+        "#);
+    }
+
+    #[test]
+    fn plugins_with_their_generations() {
+        let json = json!([
+            {
+                "name": "http", "protocol_types": ["HTTP"], "version": "0.1.0", "state": "current",
+                "exchanges": 3, "panics": 0, "quarantined": false, "toolchain": "rustc 1.89",
+                "sha256": "0123456789abcdef0123",
+            },
+            {
+                "name": "line", "protocol_types": null, "version": "2", "state": "draining",
+                "exchanges": 1, "panics": 9, "quarantined": true, "toolchain": "", "sha256": "ff",
+            },
+        ]);
+        insta::assert_snapshot!(render(Page::Plugins, &json, None), @r#"
+        PLUGIN  PROTOCOL TYPES  VERSION  STATE        IN FLIGHT  PANICS  SHA256        TOOLCHAIN
+        http    HTTP            0.1.0    current      3          0       0123456789ab  rustc 1.89
+        line    -               2        quarantined  1          9       ff            -
+        "#);
+    }
+
+    #[test]
+    fn configuration_is_yaml_after_what_is_to_be_known_of_it() {
+        let json = json!({
+            "version": 1,
+            "relay": { "base_domains": ["localhost"], "token": "***" },
+            "last_reload_error": "c.yaml:1:1: bad\nc.yaml:2:1: worse",
+            "pending_restart": ["relay.threads"],
+        });
+        insta::assert_snapshot!(render(Page::Config, &json, None), @r#"
+        # not in force, the last edit: c.yaml:1:1: bad
+        # not in force, the last edit: c.yaml:2:1: worse
+        # only after a restart: relay.threads
+        relay:
+          base_domains:
+          - localhost
+          token: "***"
+        version: 1
+        "#);
+    }
+
+    #[test]
+    fn a_page_of_another_version_is_shown_as_far_as_it_goes() {
+        for json in [json!(null), json!([]), json!({}), json!([1, "x", {}]), json!({"tunnels": 1})]
+        {
+            for page in [Page::Config, Page::Routes, Page::Tunnels, Page::Plugins] {
+                render(page, &json, Some(80));
+            }
+        }
+    }
+}

@@ -1,0 +1,527 @@
+//! What would become of a request, as JSON for the admin page and the command: the route, what its
+//! policies do, and what client and service would see.
+//!
+//! Pure. Why a route fits is `router::explain`'s business; who serves a tunnel is asked of [`Facts`].
+
+use std::sync::Arc;
+
+use serde_json::{Map, Value as Json, json};
+
+use crate::config::policy::{HeaderChanges, Policies, Rate};
+use crate::config::{Config, HostMatch, Listener, Route, Share, duration_text, size_text};
+use crate::router::{self, Query};
+use crate::sidecar::RelayAnswer;
+
+/// Addresses told of one route. A relay may have many base domains.
+const URLS_MAX: usize = 8;
+
+/// What only a role knows.
+pub trait Facts {
+    /// Returns where the route comes from: `file`, or a sidecar's name.
+    fn from(&self, route: &Route) -> String;
+    /// Returns the tunnel's service as its file has it.
+    fn service(&self, tunnel: &str) -> Option<String>;
+    /// Returns whether a sidecar serves the tunnel, for this protocol type where one is given; `None`: not
+    /// known here.
+    fn is_served(&self, tunnel: &str, protocol_type: Option<&str>) -> Option<bool>;
+    /// Returns whether the tunnel's file lets it carry the protocol type.
+    fn carries(&self, tunnel: &str, protocol_type: &str) -> Option<bool>;
+}
+
+/// What is asked: a URL, or a host, and how it comes in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    /// `http` or `https`.
+    pub scheme: String,
+    /// Host and port as a client sends them; `None`: byte-born.
+    pub host: Option<String>,
+    /// Path and query.
+    pub target: String,
+    /// Listener; `None`: by the URL's port, else the first of HTTP.
+    pub listener: Option<String>,
+    /// Protocol type.
+    pub protocol_type: String,
+}
+
+impl Question {
+    /// Reads `https://demo.example.org/api`, `demo.example.org:9080/api`, `demo.example.org`; empty: no
+    /// host, as on a listener of a byte-born protocol. Without a protocol type the scheme says it.
+    ///
+    /// # Errors
+    /// What is wrong with the URL, and what is accepted.
+    pub fn parse(
+        url: &str,
+        protocol_type: Option<&str>,
+        listener: Option<&str>,
+    ) -> Result<Self, String> {
+        let bad = |why: &str| {
+            format!("\"{url}\" {why} (accepted: a URL or a host, as in http://demo.localhost/api)")
+        };
+        let (scheme, rest) = url.split_once("://").unwrap_or(("http", url));
+        let (scheme, by_scheme) = match scheme.to_ascii_lowercase().as_str() {
+            "http" => ("http", "HTTP"),
+            "https" => ("https", "HTTP"),
+            "ws" => ("http", "WEBSOCKET"),
+            "wss" => ("https", "WEBSOCKET"),
+            "grpc" => ("http", "GRPC"),
+            "grpcs" => ("https", "GRPC"),
+            _ => return Err(bad("has an unknown scheme")),
+        };
+        if url.bytes().any(|byte| byte.is_ascii_control() || byte == b' ') {
+            return Err(bad("has white space or control characters in it"));
+        }
+        let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
+        let (authority, target) = rest.split_at(end);
+        let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
+        if host.is_empty() && (!url.is_empty() || listener.is_none()) {
+            return Err(bad("has no host"));
+        }
+        let target = target.split('#').next().unwrap_or_default();
+        let target = if target.starts_with('/') { target.to_owned() } else { format!("/{target}") };
+        Ok(Self {
+            scheme: scheme.to_owned(),
+            host: (!host.is_empty()).then(|| host.to_owned()),
+            target,
+            listener: listener.map(str::to_owned),
+            protocol_type: protocol_type.unwrap_or(by_scheme).to_owned(),
+        })
+    }
+
+    /// Returns the name of the listener that the request would come in by, of those of a relay with the
+    /// ports that they are bound to.
+    fn listener<'a>(&'a self, listeners: &'a [PublicListener]) -> &'a str {
+        if let Some(listener) = &self.listener {
+            return listener;
+        }
+        let port = self.host.as_deref().and_then(port_of);
+        let http = || listeners.iter().filter(|listener| listener.is_http);
+        let found = http().find(|listener| Some(listener.port) == port).or_else(|| http().next());
+        found.map_or("web", |listener| &listener.name)
+    }
+}
+
+/// A relay's listener as clients know it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PublicListener {
+    /// Name.
+    pub name: Arc<str>,
+    /// Port that it is bound to.
+    pub port: u16,
+    /// It takes HTTP.
+    pub is_http: bool,
+}
+
+impl PublicListener {
+    /// Returns the listener as its file has it; a port that the system chose is to be filled in.
+    #[must_use]
+    pub fn of(listener: &Listener) -> Self {
+        Self {
+            name: Arc::clone(&listener.name),
+            port: listener.address.port(),
+            is_http: listener.protocol_type().is_none(),
+        }
+    }
+}
+
+/// A relay as clients know it.
+#[derive(Clone, Debug, Default)]
+pub struct Public {
+    /// Lower case.
+    pub base_domains: Vec<Arc<str>>,
+    /// In the file's order.
+    pub listeners: Vec<PublicListener>,
+}
+
+impl Public {
+    /// Returns the addresses by which clients reach the route, at most [`URLS_MAX`]: by the listener that
+    /// it names, or the first of HTTP. A star stands for what a wildcard takes.
+    #[must_use]
+    pub fn urls(&self, route: &Route) -> Vec<String> {
+        let matches = &route.matches;
+        let named = matches.listener.as_deref();
+        let listener = self
+            .listeners
+            .iter()
+            .find(|listener| named.map_or(listener.is_http, |name| *listener.name == *name));
+        let is_http = listener.is_none_or(|listener| listener.is_http);
+        let below = |prefix: &str| -> Vec<String> {
+            self.base_domains.iter().map(|base| format!("{prefix}.{base}")).collect()
+        };
+        let hosts = match &matches.host {
+            HostMatch::Any => vec!["*".to_owned()],
+            HostMatch::Exact(host) => vec![host.to_string()],
+            HostMatch::HostWildcard(suffix) => vec![format!("*.{suffix}")],
+            HostMatch::Subdomain(name) => below(name),
+            HostMatch::Wildcard(suffix) if suffix.is_empty() => below("*"),
+            HostMatch::Wildcard(suffix) => below(&format!("*.{suffix}")),
+        };
+        let scheme = if is_http { "http" } else { "tcp" };
+        let port = match listener {
+            Some(listener) if !(is_http && listener.port == 80) => format!(":{}", listener.port),
+            _ => String::new(),
+        };
+        let path = if is_http { format!("{}/", matches.path_prefix) } else { String::new() };
+        let url = |host: String| {
+            let host = if host.contains(':') { format!("[{host}]") } else { host };
+            format!("{scheme}://{host}{port}{path}")
+        };
+        hosts.into_iter().take(URLS_MAX).map(url).collect()
+    }
+}
+
+/// Answers the question; the fields are told in docs/operations.md.
+#[must_use]
+pub fn answer(
+    routes: &[Arc<Route>],
+    public: &Public,
+    question: &Question,
+    facts: &dyn Facts,
+) -> Json {
+    let query = Query {
+        host: question.host.as_deref(),
+        path: &question.target,
+        listener: question.listener(&public.listeners),
+        protocol_type: &question.protocol_type,
+    };
+    let explanation = router::explain(routes, &public.base_domains, &query);
+    let mut answer = json!({
+        "asked": {
+            "host": question.host,
+            "path": question.target,
+            "listener": query.listener,
+            "protocol_type": question.protocol_type,
+        },
+        "route": null,
+        "others": explanation.others.iter().map(|other| json!({
+            "route": &*other.route.name,
+            "urls": public.urls(&other.route),
+            "why": other.why,
+        })).collect::<Vec<_>>(),
+        "more_others": explanation.more,
+        "hint": explanation.hint,
+    });
+    let (Some(route), Some(map)) = (&explanation.route, answer.as_object_mut()) else {
+        return answer;
+    };
+    map.insert("route".into(), (*route.name).into());
+    map.insert("from".into(), facts.from(route).into());
+    map.insert("urls".into(), public.urls(route).into());
+    map.insert("because".into(), explanation.because.into());
+    map.insert("tunnels".into(), tunnels(route, facts, Some(&question.protocol_type)));
+    map.insert("policies".into(), policies(route).into());
+    map.insert("options".into(), options(route, &question.protocol_type));
+    let redirected =
+        route.policies.as_ref().and_then(|policies| redirect(route, policies, question));
+    match redirected {
+        Some(redirect) => map.insert("client_sees".into(), redirect.into()),
+        None => map.insert("service_sees".into(), service_sees(route, question)),
+    };
+    answer
+}
+
+/// Returns the tunnels of a route with what is known of each, for one protocol type or for all.
+fn tunnels(route: &Route, facts: &dyn Facts, protocol_type: Option<&str>) -> Json {
+    let describe = |share: &Share| {
+        let mut described = json!({
+            "tunnel": &*share.tunnel,
+            "weight": share.weight,
+            "service": facts.service(&share.tunnel),
+            "served": facts.is_served(&share.tunnel, protocol_type),
+        });
+        let carries = protocol_type.and_then(|name| facts.carries(&share.tunnel, name));
+        if let Some(carries) = carries {
+            described["carries"] = carries.into();
+        }
+        described
+    };
+    route.tunnels.iter().map(describe).collect()
+}
+
+/// Answers the question by a file alone: nobody is known to serve anything. Without a relay in it the
+/// base domains are not known either, and every ending of the host is taken for one.
+#[must_use]
+pub fn from_config(config: &Config, question: &Question) -> Json {
+    let public = match &config.relay {
+        Some(relay) => Public {
+            base_domains: relay.base_domains.clone(),
+            listeners: relay
+                .listeners
+                .iter()
+                .map(|listener| PublicListener::of(listener))
+                .collect(),
+        },
+        None => Public { base_domains: endings(question), listeners: Vec::new() },
+    };
+    let mut answer = answer(&config.routes, &public, question, &FromConfig(config));
+    if let (None, Some(map)) = (&config.relay, answer.as_object_mut()) {
+        map.insert("assumed_base_domains".to_owned(), true.into());
+        // They would be told as if they were known.
+        map.insert("hint".to_owned(), Json::Null);
+    }
+    answer
+}
+
+/// Returns what follows each dot of the host.
+fn endings(question: &Question) -> Vec<Arc<str>> {
+    let host = question.host.as_deref().unwrap_or_default().to_ascii_lowercase();
+    let host =
+        port_of(&host).map_or(&*host, |_| host.rsplit_once(':').map_or("", |(host, _)| host));
+    let host = host.strip_suffix('.').unwrap_or(host);
+    host.match_indices('.').map(|(dot, _)| host[dot + 1..].into()).collect()
+}
+
+struct FromConfig<'a>(&'a Config);
+
+impl Facts for FromConfig<'_> {
+    fn from(&self, _: &Route) -> String {
+        "file".to_owned()
+    }
+
+    fn service(&self, tunnel: &str) -> Option<String> {
+        self.0.tunnel(tunnel).map(|tunnel| tunnel.service.to_string())
+    }
+
+    fn is_served(&self, _: &str, _: Option<&str>) -> Option<bool> {
+        None
+    }
+
+    fn carries(&self, tunnel: &str, protocol_type: &str) -> Option<bool> {
+        self.0.tunnel(tunnel).map(|tunnel| tunnel.carries(protocol_type))
+    }
+}
+
+/// Returns what the admin page of a sidecar says of its routes, and what relays said of them.
+#[must_use]
+pub fn announced(config: &Config, answers: &[RelayAnswer]) -> Json {
+    let public = Public::default();
+    let describe = |route: &Arc<Route>| {
+        let mut map = described(route, &public, &FromConfig(config));
+        let about = format!("route {}: ", route.name);
+        let relays = answers.iter().map(|answer| {
+            let of_route = |reason: &&String| reason.starts_with(&about);
+            let reasons: Vec<&String> = answer.refused.iter().filter(of_route).collect();
+            json!({
+                "relay": answer.relay,
+                "state": announcement_state(answer),
+                "version": answer.accepted,
+                "reasons": reasons,
+                "notes": answer.notes.iter().filter(of_route).collect::<Vec<_>>(),
+            })
+        });
+        map.insert("announced".to_owned(), relays.collect());
+        Json::from(map)
+    };
+    config.routes.iter().map(describe).collect()
+}
+
+fn announcement_state(answer: &RelayAnswer) -> &'static str {
+    match answer {
+        RelayAnswer { is_connected: false, .. } => "not connected",
+        RelayAnswer { refused, .. } if !refused.is_empty() => "refused",
+        RelayAnswer { accepted: Some(_), .. } => "accepted",
+        _ => "announced",
+    }
+}
+
+/// Adds the services of a configuration to tunnels that sidecars serve, and those that none does.
+pub fn with_services(tunnels: &mut Vec<Json>, config: &Config) {
+    for tunnel in &config.tunnels {
+        if !tunnels.iter().any(|known| known["name"] == *tunnel.name) {
+            tunnels.push(json!({ "name": &*tunnel.name }));
+        }
+    }
+    for known in tunnels {
+        let name = known["name"].as_str().unwrap_or_default();
+        if let Some(tunnel) = config.tunnel(name) {
+            known["service"] = tunnel.service.to_string().into();
+        }
+    }
+}
+
+/// Fills in services that the configuration knows.
+pub fn fill_services(tunnels: &mut Json, config: &Config) {
+    for known in tunnels.as_array_mut().into_iter().flatten() {
+        if let Some(tunnel) = known["tunnel"].as_str().and_then(|name| config.tunnel(name)) {
+            known["service"] = tunnel.service.to_string().into();
+        }
+    }
+}
+
+fn options(route: &Route, protocol_type: &str) -> Json {
+    route.options.get(protocol_type).map_or(Json::Null, |block| block.masked.clone())
+}
+
+/// Returns the names of the policies that a route has, in the order in which they are told.
+#[must_use]
+pub fn policy_names(route: &Route) -> Vec<&'static str> {
+    route
+        .policies
+        .as_deref()
+        .map(lines)
+        .unwrap_or_default()
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect()
+}
+
+/// Returns each policy of a route with what it does, in a line.
+fn policies(route: &Route) -> Vec<Json> {
+    let lines = route.policies.as_deref().map(lines).unwrap_or_default();
+    lines.into_iter().map(|(name, says)| json!({ "policy": name, "says": says })).collect()
+}
+
+/// Values of fields stay out: they may be credentials.
+fn lines(policies: &Policies) -> Vec<(&'static str, String)> {
+    let mut lines = Vec::new();
+    let addresses = &policies.addresses;
+    if !addresses.is_empty() {
+        let nets = |nets: &[ipnet::IpNet]| {
+            nets.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+        };
+        let mut parts = Vec::new();
+        if !addresses.allow.is_empty() {
+            parts.push(format!("only from {}", nets(&addresses.allow)));
+        }
+        if !addresses.deny.is_empty() {
+            parts.push(format!("not from {}", nets(&addresses.deny)));
+        }
+        lines.push(("addresses", format!("{}; else 403", parts.join(", "))));
+    }
+    if let Some(auth) = &policies.basic_auth {
+        let (realm, users) = (&auth.realm, auth.users.len());
+        lines.push(("basic_auth", format!("realm \"{realm}\", users: {users}; else 401")));
+    }
+    if let Some(redirect) = &policies.redirect {
+        lines.push(("redirect", format!("status {}", redirect.status)));
+    }
+    let limits = &policies.limits;
+    let limits = [
+        limits.rate.map(|rate| format!("{}, else 429", rate_text(&rate))),
+        limits.rate_per_client.map(|rate| format!("{} per client, else 429", rate_text(&rate))),
+        limits.concurrent.map(|count| format!("{count} at once, else 503")),
+        limits.body.map(|body| format!("bodies of {}, else 413", size_text(body))),
+    ];
+    push_joined(&mut lines, "limits", limits);
+    let timeouts = &policies.timeouts;
+    let timeouts = [
+        ("connect", timeouts.connect),
+        ("response_head", timeouts.response_head),
+        ("idle", timeouts.idle),
+        ("total", timeouts.total),
+    ];
+    let timeouts =
+        timeouts.map(|(name, value)| value.map(|value| format!("{name} {}", duration_text(value))));
+    push_joined(&mut lines, "timeouts", timeouts);
+    if let Some(retries) = &policies.retries {
+        let says = format!(
+            "{} times at most, {} % of the route's exchanges or {} per second",
+            retries.attempts, retries.budget_percent, retries.budget_min
+        );
+        lines.push(("retries", says));
+    }
+    for (name, changes) in [
+        ("request_headers", &policies.request_headers),
+        ("response_headers", &policies.response_headers),
+    ] {
+        push_joined(&mut lines, name, changes_text(changes));
+    }
+    let rewrite = &policies.rewrite;
+    let rewrite = [
+        rewrite.host.as_ref().map(|host| format!("host {host}")),
+        rewrite.path_prefix.as_ref().map(|prefix| {
+            format!("path_prefix {}", if prefix.is_empty() { "removed" } else { prefix })
+        }),
+    ];
+    push_joined(&mut lines, "rewrite", rewrite);
+    if let Some(compression) = &policies.compression {
+        let (level, min_size) = (compression.level, size_text(compression.min_size));
+        lines.push(("compression", format!("gzip level {level}, from {min_size}")));
+    }
+    lines
+}
+
+fn push_joined<const N: usize>(
+    lines: &mut Vec<(&'static str, String)>,
+    name: &'static str,
+    parts: [Option<String>; N],
+) {
+    let parts: Vec<String> = parts.into_iter().flatten().collect();
+    if !parts.is_empty() {
+        lines.push((name, parts.join("; ")));
+    }
+}
+
+fn changes_text(changes: &HeaderChanges) -> [Option<String>; 3] {
+    let text = |verb: &str, names: Vec<&str>| {
+        (!names.is_empty()).then(|| format!("{verb} {}", names.join(", ")))
+    };
+    let names = |fields: &'_ [(http::HeaderName, http::HeaderValue)]| {
+        fields.iter().map(|(name, _)| name.to_string()).collect::<Vec<_>>()
+    };
+    let (set, add) = (names(&changes.set), names(&changes.add));
+    [
+        text("remove", changes.remove.iter().map(http::HeaderName::as_str).collect()),
+        text("set", set.iter().map(String::as_str).collect()),
+        text("add", add.iter().map(String::as_str).collect()),
+    ]
+}
+
+fn rate_text(rate: &Rate) -> String {
+    let text = format!("{} per {}", rate.count, duration_text(rate.per));
+    if rate.burst == rate.count { text } else { format!("{text}, {} at once", rate.burst) }
+}
+
+/// Returns where the client is sent.
+fn redirect(route: &Route, policies: &Policies, question: &Question) -> Option<String> {
+    let redirect = policies.redirect.as_ref()?;
+    let scheme = redirect.scheme.as_deref().unwrap_or(&question.scheme);
+    let asked = question.host.as_deref().unwrap_or_default();
+    // A new scheme goes without the old one's port.
+    let asked = match (&redirect.scheme, port_of(asked)) {
+        (Some(_), Some(_)) => asked.rsplit_once(':').map_or(asked, |(host, _)| host),
+        _ => asked,
+    };
+    let host = redirect.host.as_deref().unwrap_or(asked);
+    let target = replaced(route, redirect.path_prefix.as_deref(), &question.target);
+    Some(format!("{} to {scheme}://{host}{target}", redirect.status))
+}
+
+fn service_sees(route: &Route, question: &Question) -> Json {
+    let Some(host) = &question.host else { return json!({}) };
+    let rewrite = route.policies.as_ref().map(|policies| &policies.rewrite);
+    let host = rewrite.and_then(|rewrite| rewrite.host.as_deref()).unwrap_or(host);
+    let prefix = rewrite.and_then(|rewrite| rewrite.path_prefix.as_deref());
+    json!({ "host": host, "path": replaced(route, prefix, &question.target) })
+}
+
+/// Returns the target with `prefix` in place of the route's.
+fn replaced(route: &Route, prefix: Option<&str>, target: &str) -> String {
+    let rest = prefix.and_then(|_| target.strip_prefix(&*route.matches.path_prefix));
+    let (Some(prefix), Some(rest)) = (prefix, rest) else { return target.to_owned() };
+    match prefix.trim_end_matches('/') {
+        "" => format!("/{}", rest.trim_start_matches('/')),
+        prefix => format!("{prefix}{rest}"),
+    }
+}
+
+fn port_of(host: &str) -> Option<u16> {
+    let after = host.rfind(']').map_or(host, |bracket| &host[bracket..]);
+    after.rsplit_once(':')?.1.parse().ok()
+}
+
+/// Returns what the admin page says of a route in force: the route as in a file, and what it comes to.
+#[must_use]
+pub fn described(route: &Route, public: &Public, facts: &dyn Facts) -> Map<String, Json> {
+    let mut map = match route.to_json() {
+        Json::Object(map) => map,
+        _ => Map::new(),
+    };
+    map.insert("from".to_owned(), facts.from(route).into());
+    map.insert("urls".to_owned(), public.urls(route).into());
+    map.insert("serving".to_owned(), tunnels(route, facts, None));
+    map.insert("policies".to_owned(), policy_names(route).into());
+    map
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,179 @@
+//! What the admin page says of the relay's routing, and the addresses that a sidecar is told.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use serde_json::{Value as Json, json};
+use sidelane_tunnel::proto;
+
+use super::routing::{Routing, Serving};
+use super::{Accepted, Relay, Sources};
+use crate::config::{self, Carries, Match, Route};
+use crate::explain::{self, Facts, Public, PublicListener, Question};
+use crate::tunnel::session::Session;
+
+/// Addresses told in one answer to an announcement. A page of them helps nobody, and the answer must
+/// stay a message.
+const ADDRESSES_MAX: usize = 32;
+
+/// Where routes come from, and who serves their tunnels.
+struct Known<'a> {
+    from: HashMap<*const Route, &'a str>,
+    routing: &'a Routing,
+}
+
+impl<'a> Known<'a> {
+    fn of(sources: &'a Sources, routing: &'a Routing) -> Self {
+        let own = sources.own.iter().map(|route| (route, "file"));
+        let lost = sources.lost.iter().map(|(_, lost)| lost);
+        let documents = sources.documents.values().chain(sources.waiting.values()).chain(lost);
+        let announced = documents.flat_map(|document| {
+            document.routes.iter().map(|route| (route, &*document.session.name))
+        });
+        let from = own.chain(announced).map(|(route, from)| (Arc::as_ptr(route), from)).collect();
+        Self { from, routing }
+    }
+}
+
+impl Facts for Known<'_> {
+    fn from(&self, route: &Route) -> String {
+        self.from.get(&std::ptr::from_ref(route)).copied().unwrap_or_default().to_owned()
+    }
+
+    fn service(&self, _: &str) -> Option<String> {
+        // The sidecar's business.
+        None
+    }
+
+    fn is_served(&self, tunnel: &str, protocol_type: Option<&str>) -> Option<bool> {
+        let tunnel = self.routing.tunnel(tunnel);
+        let carries = |serving: &Serving| {
+            protocol_type.is_none_or(|protocol_type| serving.carries(protocol_type).is_some())
+        };
+        Some(tunnel.is_some_and(|tunnel| tunnel.in_turn().any(carries)))
+    }
+
+    fn carries(&self, _: &str, _: &str) -> Option<bool> {
+        // The sidecar's business too.
+        None
+    }
+}
+
+impl Relay {
+    /// Says what would become of a request.
+    #[must_use]
+    pub fn explain(&self, question: &Question) -> Json {
+        let sources = self.lock_sources();
+        let routing = self.routing.load();
+        let known = Known::of(&sources, &routing);
+        explain::answer(routing.table.routes(), &self.public(&sources), question, &known)
+    }
+
+    /// What the admin page says of routes: those of the file, those announced, those of documents that
+    /// wait. `from` says whose a route is; `overruled_by` whose takes its place, and `waits_for` why its
+    /// document is not in force.
+    #[must_use]
+    pub fn describe_routes(&self) -> Json {
+        let sources = self.lock_sources();
+        let routing = self.routing.load();
+        let known = Known::of(&sources, &routing);
+        let public = self.public(&sources);
+        // The first to take something has it.
+        let mut taken: HashMap<&Match, &Arc<Route>> = HashMap::new();
+        let announced = sources.documents.values().flat_map(|document| &document.routes);
+        let mut all = Vec::new();
+        for route in sources.own.iter().chain(announced) {
+            let mut described = explain::described(route, &public, &known);
+            let by = *taken.entry(&route.matches).or_insert(route);
+            // Replicas that announce the same overrule nobody.
+            if !Arc::ptr_eq(by, route) && by != route {
+                let by = json!({ "from": known.from(by), "route": &*by.name });
+                described.insert("overruled_by".to_owned(), by);
+            }
+            all.push(Json::from(described));
+        }
+        for document in sources.waiting.values() {
+            let reasons = sources.conflicts(document);
+            for route in &document.routes {
+                let mut described = explain::described(route, &public, &known);
+                described.insert("waits_for".to_owned(), reasons.clone().into());
+                all.push(described.into());
+            }
+        }
+        all.into()
+    }
+
+    /// What the admin page says of the tunnels that sidecars serve, sorted by name.
+    #[must_use]
+    pub fn describe_tunnels(&self) -> Vec<Json> {
+        let sources = self.lock_sources();
+        let mut tunnels: BTreeMap<&str, Vec<&Arc<Session>>> = BTreeMap::new();
+        for document in sources.documents.values() {
+            for name in document.tunnel_names() {
+                tunnels.entry(name).or_default().push(&document.session);
+            }
+        }
+        let describe = |(name, sessions): (&str, Vec<&Arc<Session>>)| {
+            let lanes: Vec<_> =
+                sessions.iter().flat_map(|session| session.lanes().to_vec()).collect();
+            json!({
+                "name": name,
+                "sidecars": sessions.iter().map(|session| &*session.name).collect::<Vec<_>>(),
+                "sessions": sessions.len(),
+                "lanes": lanes.len(),
+                "in_flight": lanes.iter().map(|link| link.load()).sum::<usize>(),
+            })
+        };
+        tunnels.into_iter().map(describe).collect()
+    }
+
+    /// Returns addresses of the session's routes that are in force.
+    pub(super) fn addresses(&self, sources: &Sources, epoch: u64) -> Vec<String> {
+        let routing = self.routing.load();
+        let public = self.public(sources);
+        let is_in_force = |route: &&Arc<Route>| {
+            let mut routes = routing.table.routes().iter();
+            // Replicas that announce the same share it.
+            routes.any(|other| other.matches == route.matches && other.tunnels == route.tunnels)
+        };
+        let routes =
+            sources.documents.get(&epoch).into_iter().flat_map(|document| &document.routes);
+        let in_force = routes.take(ADDRESSES_MAX).filter(is_in_force);
+        in_force.flat_map(|route| public.urls(route)).take(ADDRESSES_MAX).collect()
+    }
+
+    /// Returns what sidecars are told whose documents have come into force.
+    pub(super) fn accepted(
+        &self,
+        sources: &Sources,
+        accepted: Vec<Accepted>,
+    ) -> Vec<(Arc<Session>, proto::Announced)> {
+        let answer = |Accepted { session, version, notes }| {
+            let announced = proto::Announced {
+                version,
+                accepted: true,
+                notes,
+                addresses: self.addresses(sources, session.epoch),
+                ..proto::Announced::default()
+            };
+            (session, announced)
+        };
+        accepted.into_iter().map(answer).collect()
+    }
+
+    fn public(&self, sources: &Sources) -> Public {
+        Public {
+            base_domains: sources.base_domains.clone(),
+            listeners: self.listeners.addresses().iter().map(public_listener).collect(),
+        }
+    }
+}
+
+fn public_listener((listener, bound): &(Arc<config::Listener>, SocketAddr)) -> PublicListener {
+    PublicListener {
+        name: Arc::clone(&listener.name),
+        port: bound.port(),
+        is_http: !matches!(listener.carries, Carries::Type(_)),
+    }
+}
