@@ -68,6 +68,9 @@ impl Watch {
         if !is_idle {
             // In its own words, where it has just found out by itself.
             if let Poll::Ready(end) = Pin::new(running).poll(cx) {
+                if end.code == failure::SERVICE_TIMEOUT && self.is_over() {
+                    self.tell(Late::Total);
+                }
                 return Poll::Ready(end);
             }
         }
@@ -80,6 +83,12 @@ impl Watch {
         self.tell(late);
         *call = None;
         Poll::Ready(CUT)
+    }
+
+    /// Whether the time for all of it has passed; a plugin that knows the deadline is a little earlier.
+    fn is_over(&self) -> bool {
+        let deadline = self.total.as_ref().map(|total| total.deadline() - DEADLINE_GRACE);
+        deadline.is_some_and(|deadline| deadline <= Instant::now() + DEADLINE_GRACE)
     }
 
     fn tell(&self, late: Late) {
