@@ -328,7 +328,7 @@ fn compressed_events_come_as_they_are_sent() {
 }
 
 #[test]
-fn total_timeout_is_504_and_then_a_break() {
+fn total_timeout_is_504_and_counted() {
     let (service, _go) = holding();
     let sidelane = start(&Setup::of(service.address()), "timeouts: { total: 200ms }");
     let answer = request(sidelane.web(), "GET", get("/held"));
