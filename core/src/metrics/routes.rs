@@ -125,6 +125,28 @@ impl RouteMetrics {
         RouteLabel { route: Arc::clone(&self.route) }
     }
 
+    /// Makes the rows of what the route's policies may count, so that a rate over the first event is
+    /// seen.
+    pub fn begin(
+        &self,
+        policies: impl Iterator<Item = &'static str>,
+        timeouts: impl Iterator<Item = &'static str>,
+        redirects: bool,
+    ) {
+        let routes = &self.metrics.routes;
+        for policy in policies {
+            let labels = PolicyLabels { route: Arc::clone(&self.route), policy };
+            drop(routes.refused.get_or_create(&labels));
+        }
+        for timeout in timeouts {
+            let labels = TimeoutLabels { route: Arc::clone(&self.route), timeout };
+            drop(routes.timeouts.get_or_create(&labels));
+        }
+        if redirects {
+            drop(routes.redirects.get_or_create(&self.label()));
+        }
+    }
+
     /// An exchange runs.
     pub fn begun(&self) {
         self.running.inc();

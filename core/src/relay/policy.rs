@@ -66,6 +66,19 @@ impl Policy {
         Self::Body,
     ];
 
+    /// Whether a route's policies ask for it.
+    fn is_asked(self, policies: &Policies) -> bool {
+        let limits = &policies.limits;
+        match self {
+            Self::Addresses => !policies.addresses.is_empty(),
+            Self::Rate => limits.rate.is_some(),
+            Self::RatePerClient => limits.rate_per_client.is_some(),
+            Self::Concurrent => limits.concurrent.is_some(),
+            Self::BasicAuth => policies.basic_auth.is_some(),
+            Self::Body => limits.body.is_some(),
+        }
+    }
+
     /// As a label.
     const fn name(self) -> &'static str {
         match self {
@@ -188,9 +201,16 @@ impl RouteState {
                 .and_then(|before| before.auth.clone())
                 .unwrap_or_else(|| Arc::new(Authenticator::new(auth)))
         });
+        let metrics = metrics.route(&route.name);
+        let timeouts = [("idle", policies.timeouts.idle), ("total", policies.timeouts.total)];
+        metrics.begin(
+            Policy::ALL.into_iter().filter(|policy| policy.is_asked(&policies)).map(Policy::name),
+            timeouts.into_iter().filter_map(|(name, timeout)| timeout.map(|_| name)),
+            policies.redirect.is_some(),
+        );
         Some(Self {
             route: Arc::clone(route),
-            metrics: metrics.route(&route.name),
+            metrics,
             rate,
             clients,
             running: before.map(|before| Arc::clone(&before.running)).unwrap_or_default(),
@@ -524,6 +544,26 @@ mod tests {
         assert!(new.admit(None, 1).is_ok());
         let unchanged = (before.of(&first[1]).unwrap(), after.of(&first[1]).unwrap());
         assert!(Arc::ptr_eq(unchanged.0, unchanged.1), "the same route, the same state");
+    }
+
+    #[test]
+    fn what_may_be_counted_begins_at_zero() {
+        let metrics = Arc::new(Metrics::new());
+        let policies = Policies {
+            limits: RouteLimits { body: Some(1), ..RouteLimits::default() },
+            timeouts: RouteTimeouts { idle: Some(Duration::from_secs(1)), ..Default::default() },
+            ..Policies::default()
+        };
+        let _state = RouteState::of(&route("r", policies), None, &metrics);
+        let mut text = String::new();
+        metrics.encode(&mut text);
+        let refused: Vec<_> =
+            text.lines().filter(|line| line.starts_with("sidelane_policy_")).collect();
+        let expected = [
+            "sidelane_policy_refused_total{route=\"r\",policy=\"body\"} 0",
+            "sidelane_policy_timeouts_total{route=\"r\",timeout=\"idle\"} 0",
+        ];
+        assert_eq!(refused, expected);
     }
 
     #[test]

@@ -168,9 +168,11 @@ fn basic_auth_lets_those_in_who_know_the_password() {
     assert!(handshake.head.first("www-authenticate").is_some());
     assert!(service.take_requests().is_empty(), "nothing reaches the service");
 
-    for _ in 0..3 {
-        let output = curl.run(sidelane.web(), ["-u", "alice:password", "http://api.localhost/"]);
-        assert_eq!(output.stdout, b"ok", "{output:?}");
+    // By the first bcrypt is asked, by the others what is remembered.
+    for version in ["--http2-prior-knowledge", "--http2-prior-knowledge", "--http1.1"] {
+        let arguments = [version, "-u", "alice:password", "http://api.localhost/"];
+        let output = curl.run(sidelane.web(), arguments);
+        assert_eq!(output.stdout, b"ok", "{version}: {output:?}");
     }
     let requests = service.take_requests();
     assert_eq!(requests.len(), 3);
@@ -236,6 +238,33 @@ fn body_above_its_limit_is_413() {
     assert!(service.take_requests().is_empty(), "nothing reaches the service");
     let found = post("Transfer-Encoding: chunked", "5\r\n01234\r\n6\r\n56789a\r\n0\r\n\r\n");
     refused(&sidelane, &found, 413, "too-large", "body");
+}
+
+#[test]
+fn http2_body_above_its_limit_is_413() {
+    let Some(curl) = Curl::find("http2_body_above_its_limit_is_413") else { return };
+    let service = Service::ok();
+    let sidelane = start(&Setup::of(service.address()), "limits: { body: 10B }");
+    for (length, body, status) in [
+        ("", "0123456789", "200"),
+        ("", "0123456789a", "413"),
+        ("transfer-encoding: chunked", "0123456789a", "413"),
+    ] {
+        let arguments = [
+            "--http2-prior-knowledge",
+            "--output",
+            "/dev/null",
+            "--write-out",
+            "%{http_code}",
+            "--header",
+            length,
+            "--data",
+            body,
+            "http://api.localhost/",
+        ];
+        let output = curl.run(sidelane.web(), arguments);
+        assert_eq!(output.stdout, status.as_bytes(), "{body} {length}: {output:?}");
+    }
 }
 
 #[test]
@@ -328,7 +357,7 @@ fn compressed_events_come_as_they_are_sent() {
 }
 
 #[test]
-fn total_timeout_is_504_and_then_a_break() {
+fn total_timeout_is_504_and_counted() {
     let (service, _go) = holding();
     let sidelane = start(&Setup::of(service.address()), "timeouts: { total: 200ms }");
     let answer = request(sidelane.web(), "GET", get("/held"));

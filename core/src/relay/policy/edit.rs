@@ -275,4 +275,35 @@ mod tests {
         assert!(!rewrite(&mut asked, &rules, "/api", false));
         assert_eq!((&*asked.authority, &*asked.target), (&b"shop.example.org"[..], &b"/x"[..]));
     }
+
+    proptest::proptest! {
+        /// Whatever a client asks for, a redirect that names no host stays on this one.
+        #[test]
+        fn a_relative_location_leads_nowhere_else(
+            target in "[/\\\\a-z.?:@]{0,12}",
+            prefix in proptest::option::of("(/[a-z]{1,2}){0,2}/?"),
+        ) {
+            let redirect = Redirect {
+                status: 307,
+                scheme: None,
+                host: None,
+                path_prefix: prefix.map(|prefix| prefix.as_str().into()),
+            };
+            let target = format!("/{target}");
+            let location = location(&redirect, "/a", b"h", target.as_bytes()).expect("a location");
+            let path = location.as_bytes();
+            assert_eq!(path.first(), Some(&b'/'), "{target}");
+            assert!(!matches!(path.get(1), Some(b'/' | b'\\')), "{target}: {location:?}");
+        }
+
+        /// A path that was rewritten is one.
+        #[test]
+        fn a_rewritten_path_begins_with_a_slash(
+            target in "/[/a-z.?]{0,12}",
+            new in "(/?[a-z]{0,2}){0,2}/?",
+        ) {
+            let path = replace_prefix(target.as_bytes(), "/a", &new);
+            assert_eq!(path.first(), Some(&b'/'), "{target} {new}");
+        }
+    }
 }

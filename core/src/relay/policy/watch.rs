@@ -18,6 +18,9 @@ use crate::plugin::{Call, CallEnd};
 /// By how much a plugin may be late with its own words for a deadline.
 const DEADLINE_GRACE: Duration = Duration::from_millis(50);
 
+/// What timers are exact to.
+const CLOCK_TICK: Duration = Duration::from_millis(2);
+
 /// The idle timer is set anew after this part of it has passed, not at every message; an exchange is
 /// cut by as much later at most.
 const IDLE_STEPS: u32 = 16;
@@ -28,6 +31,8 @@ const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365);
 /// Watches one exchange.
 pub(in crate::relay) struct Watch {
     admitted: Admitted,
+    /// Of the timeout `total`.
+    deadline: Option<Instant>,
     total: Option<Pin<Box<Sleep>>>,
     idle: Option<Idle>,
 }
@@ -49,11 +54,10 @@ impl Watch {
     /// Begins to watch an exchange that began at `began`.
     pub(in crate::relay) fn new(admitted: Admitted, began: Instant) -> Self {
         let timeouts = admitted.state.policies.timeouts;
-        let total = timeouts.total.map(|total| {
-            Box::pin(tokio::time::sleep_until(began + total.min(FAR) + DEADLINE_GRACE))
-        });
+        let deadline = timeouts.total.map(|total| began + total.min(FAR));
+        let total = deadline.map(|at| Box::pin(tokio::time::sleep_until(at + DEADLINE_GRACE)));
         let idle = timeouts.idle.map(|limit| Idle::new(limit.min(FAR)));
-        Self { admitted, total, idle }
+        Self { admitted, deadline, total, idle }
     }
 
     /// Polls the call, or cuts it.
@@ -68,7 +72,7 @@ impl Watch {
         if !is_idle {
             // In its own words, where it has just found out by itself.
             if let Poll::Ready(end) = Pin::new(running).poll(cx) {
-                if end.code == failure::SERVICE_TIMEOUT && self.is_over() {
+                if end.code == failure::SERVICE_TIMEOUT && self.is_due() {
                     self.tell(Late::Total);
                 }
                 return Poll::Ready(end);
@@ -85,10 +89,10 @@ impl Watch {
         Poll::Ready(CUT)
     }
 
-    /// Whether the time for all of it has passed; a plugin that knows the deadline is a little earlier.
-    fn is_over(&self) -> bool {
-        let deadline = self.total.as_ref().map(|total| total.deadline() - DEADLINE_GRACE);
-        deadline.is_some_and(|deadline| deadline <= Instant::now() + DEADLINE_GRACE)
+    /// Whether the deadline has come, by the clock of whoever found out: the other end's may be a tick
+    /// ahead.
+    fn is_due(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() + CLOCK_TICK >= deadline)
     }
 
     fn tell(&self, late: Late) {
