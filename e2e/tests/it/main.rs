@@ -3,6 +3,7 @@
 mod bounds;
 mod browser;
 mod crowd;
+mod directory;
 mod failures;
 mod framing;
 mod grpc;
