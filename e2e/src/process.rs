@@ -313,24 +313,19 @@ impl Sidelane {
     /// Starts a program with a file of this text, and waits until its listeners stand.
     #[must_use]
     pub fn spawn(name: &'static str, yaml: &str) -> Self {
-        Self::run(name, yaml, "sidecar.yaml")
-    }
-
-    /// Starts a program with the directory that [`Self::file`] is in, and waits until its listeners
-    /// stand.
-    #[must_use]
-    pub fn spawn_directory(name: &'static str, yaml: &str) -> Self {
-        Self::run(name, yaml, ".")
-    }
-
-    fn run(name: &'static str, yaml: &str, configuration: &str) -> Self {
         let directory = tempfile::tempdir().expect("a temporary directory");
         write_file(&directory.path().join("sidecar.yaml"), yaml);
+        Self::spawn_in(name, directory, "sidecar.yaml")
+    }
+
+    /// Starts a program with a file that stands in a directory, as a test has laid it out.
+    #[must_use]
+    pub fn spawn_in(name: &'static str, directory: TempDir, file: &str) -> Self {
         let ports_file = directory.path().join("ports.json");
         let log = File::create(directory.path().join("log")).expect("a log file");
         let child = Command::new(program())
             .current_dir(directory.path())
-            .args(["run", configuration, "--ports-file", "ports.json"])
+            .args(["run", file, "--ports-file", "ports.json"])
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("a file can be shared"))
             .stderr(log)

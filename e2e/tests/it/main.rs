@@ -3,7 +3,6 @@
 mod bounds;
 mod browser;
 mod crowd;
-mod directory;
 mod failures;
 mod framing;
 mod grpc;
@@ -18,6 +17,7 @@ mod refused;
 mod reload;
 mod residue;
 mod service_double;
+mod several_files;
 mod shutdown;
 mod start;
 mod streaming;

@@ -27,7 +27,9 @@ fn until_refused(sidelane: &Sidelane, part: &str) {
 fn a_part_comes_breaks_is_mended_and_goes_while_the_others_stay() {
     let service = Service::answering("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok".to_owned());
     let setup = Setup::of(service.address());
-    let sidelane = Sidelane::spawn_directory("sidelane", &setup.both());
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("sidecar.yaml"), setup.both()).unwrap();
+    let sidelane = Sidelane::spawn_in("sidelane", directory, ".");
     sidelane.until_ready();
     let extra = sidelane.file().with_file_name("web.yaml");
     until(&sidelane, "api", 200);
