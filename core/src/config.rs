@@ -852,7 +852,8 @@ impl Config {
 
     fn fault(&self, path: &str, fault: &Fault) -> ConfigError {
         let separator = if fault.path.is_empty() || fault.path.starts_with('[') { "" } else { "." };
-        self.origin.error(&format!("{path}{separator}{}", fault.path), fault.message.clone())
+        self.origin
+            .error(&format!("{path}{separator}{}", fault.path), ask::in_our_words(&fault.message))
     }
 
     /// Takes over from `old` each route, tunnel and listener that is unchanged, so that it stays

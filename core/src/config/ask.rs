@@ -68,10 +68,65 @@ pub(super) fn refused(config: &Config, plugins: &dyn PluginCheck) -> Vec<ConfigE
     errors
 }
 
+/// Returns a plugin's text, with a suggestion where it lists what is accepted: of serde's text on an
+/// unknown field the file's words for it.
+pub(super) fn in_our_words(message: &str) -> String {
+    if let Some((key, rest)) =
+        message.strip_prefix("unknown field `").and_then(|rest| rest.split_once('`'))
+    {
+        let names: Vec<&str> = rest.split('`').skip(1).step_by(2).collect();
+        return format!(
+            "unknown key \"{key}\" (accepted: {}){}",
+            list(names.iter().copied()),
+            did_you_mean(key, names.iter().copied())
+        );
+    }
+    let unknown = message.strip_prefix("unknown ").and_then(|rest| {
+        let value = rest.split('"').nth(1)?;
+        let accepted = rest.split_once("(accepted: ")?.1.strip_suffix(')')?;
+        Some((value, accepted))
+    });
+    match unknown {
+        Some((value, accepted)) => {
+            format!("{message}{}", did_you_mean(value, accepted.split(", ")))
+        }
+        None => message.to_owned(),
+    }
+}
+
 fn items(node: Option<&Node>) -> impl Iterator<Item = (usize, &Node)> {
     let items = match node.map(|node| &node.value) {
         Some(Value::List(items)) => items.as_slice(),
         _ => &[],
     };
     items.iter().enumerate()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plugins_near_miss_gets_a_suggestion() {
+        for (message, expected) in [
+            (
+                "unknown field `idle_timout`, expected one of `idle_timeout`, `idle`",
+                "unknown key \"idle_timout\" (accepted: idle_timeout, idle); did you mean \
+                 \"idle_timeout\"?",
+            ),
+            ("unknown field `x`, expected `a` or `b`", "unknown key \"x\" (accepted: a, b)"),
+            ("unknown field `x`, there are no fields", "unknown key \"x\" (accepted: none)"),
+            (
+                "unknown option \"mod\" (accepted: mode, max)",
+                "unknown option \"mod\" (accepted: mode, max); did you mean \"mode\"?",
+            ),
+            (
+                "unknown option \"x\" (this protocol has none)",
+                "unknown option \"x\" (this protocol has none)",
+            ),
+            ("invalid type: `x`", "invalid type: `x`"),
+        ] {
+            assert_eq!(in_our_words(message), expected);
+        }
+    }
 }

@@ -13,7 +13,8 @@ const ERRORS_MAX: usize = 100;
 const SNIPPET_COLUMNS_MAX: usize = 160;
 
 /// Words that keep a line, and a value below it, out of snippets: it may hold a secret.
-const SECRET_WORDS: [&str; 6] = ["token", "secret", "password", "key", "users", "$2"];
+const SECRET_WORDS: [&str; 9] =
+    ["token", "secret", "password", "key", "users", "$2", "authorization", "cookie", "credential"];
 
 /// Values below these paths are never shown: a password may stand where its hash belongs.
 const SECRET_PATHS: [&str; 1] = ["basic_auth.users."];

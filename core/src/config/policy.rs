@@ -41,7 +41,8 @@ impl Policies {
     }
 
     /// Reads policies as an announcement carries them: a JSON object with the keys of a route in a
-    /// file, checked by the same rules.
+    /// file, checked by the same rules. Which values of fields are secrets is not known of them, so
+    /// none is shown.
     ///
     /// # Errors
     /// Each fault, as `path: what is wrong`.
@@ -49,10 +50,10 @@ impl Policies {
         super::read::read_policies(json)
     }
 
-    /// Returns what [`Self::parse_json`] reads, hashes of passwords included.
+    /// Returns what [`Self::parse_json`] reads, hashes of passwords and secrets included.
     #[must_use]
     pub fn to_json(&self) -> serde_json::Value {
-        super::show::policies(self, super::show::Hashes::Shown).into()
+        super::show::policies(self, super::show::Secrets::Shown).into()
     }
 }
 

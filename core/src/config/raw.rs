@@ -493,6 +493,18 @@ impl<'a> Field<'a> {
         self.sink.borrow_mut().push(self.node.position, &self.path, message.into());
     }
 
+    /// Records a fault of a value that is a secret, whatever the message says of it.
+    pub(crate) fn fail_hidden(&self, message: String) {
+        if let Value::Scalar(scalar) = &self.node.value {
+            self.fail(mask(&Scalar { hidden: true, ..scalar.clone() }, message));
+        }
+    }
+
+    /// Returns whether the value came from a file.
+    pub(crate) fn is_hidden(&self) -> bool {
+        matches!(&self.node.value, Value::Scalar(scalar) if scalar.hidden)
+    }
+
     /// Records a fault of the key that this value stands behind.
     pub(crate) fn fail_key(&self, entry: &Entry, message: impl Into<String>) {
         self.sink.borrow_mut().push(entry.key_position, &self.path, message.into());

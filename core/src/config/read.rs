@@ -265,7 +265,13 @@ pub(super) fn read_policies(json: &str) -> Result<Policies, Vec<String>> {
     let sink = RefCell::new(Sink::new(vec!["".into()]));
     let root = raw::Node::from(value);
     let field = Field::new(&root, "", &sink);
-    let policies = field.section(policies::POLICY_KEYS).map(|s| policies::policies(&s, None));
+    let mut policies = field.section(policies::POLICY_KEYS).map(|s| policies::policies(&s, None));
+    for changes in
+        policies.iter_mut().flat_map(|p| [&mut p.request_headers, &mut p.response_headers])
+    {
+        let values = changes.set.iter_mut().chain(&mut changes.add);
+        values.for_each(|(_, value)| value.set_sensitive(true));
+    }
     let texts = sink.borrow().texts();
     match policies {
         Some(policies) if texts.is_empty() => Ok(policies),

@@ -200,7 +200,7 @@ impl Route {
                 map.insert("tunnels".into(), shares.iter().map(share).collect());
             }
         }
-        map.extend(self.policies.iter().flat_map(|asked| policies(asked, Hashes::Masked)));
+        map.extend(self.policies.iter().flat_map(|asked| policies(asked, Secrets::Masked)));
         if !self.options.is_empty() {
             let options: serde_json::Map<String, Json> = self
                 .options
@@ -241,16 +241,16 @@ impl Plugins {
     }
 }
 
-/// Whether hashes of passwords are shown.
+/// Whether hashes of passwords and secrets in fields are shown.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Hashes {
+pub(super) enum Secrets {
     Shown,
     Masked,
 }
 
 /// Returns the policies under the keys of a route in a file; those that ask for nothing are left
 /// out.
-pub(super) fn policies(policies: &Policies, hashes: Hashes) -> Map {
+pub(super) fn policies(policies: &Policies, secrets: Secrets) -> Map {
     let mut map = Map::new();
     let mut put = |key: &str, value: Option<Json>| {
         map.extend(value.map(|value| (key.to_owned(), value)));
@@ -277,8 +277,8 @@ pub(super) fn policies(policies: &Policies, hashes: Hashes) -> Map {
             })
         }),
     );
-    put("request_headers", headers(request_headers));
-    put("response_headers", headers(response_headers));
+    put("request_headers", headers(request_headers, secrets));
+    put("response_headers", headers(response_headers, secrets));
     put(
         "rewrite",
         object([
@@ -300,7 +300,7 @@ pub(super) fn policies(policies: &Policies, hashes: Hashes) -> Map {
     put(
         "basic_auth",
         policies.basic_auth.as_ref().map(|auth| {
-            let hash = |hash: &str| if hashes == Hashes::Shown { hash } else { "***" }.to_owned();
+            let hash = |hash: &str| if secrets == Secrets::Shown { hash } else { "***" }.to_owned();
             let users: Map = auth
                 .users
                 .iter()
@@ -355,21 +355,25 @@ fn networks(networks: &[IpNet]) -> Option<Json> {
     (!networks.is_empty()).then(|| networks.iter().map(network_text).collect())
 }
 
-fn headers(changes: &HeaderChanges) -> Option<Json> {
+fn headers(changes: &HeaderChanges, secrets: Secrets) -> Option<Json> {
     let remove = &changes.remove;
     object([
         ("remove", (!remove.is_empty()).then(|| remove.iter().map(HeaderName::as_str).collect())),
-        ("set", fields(&changes.set)),
-        ("add", fields(&changes.add)),
+        ("set", fields(&changes.set, secrets)),
+        ("add", fields(&changes.add, secrets)),
     ])
 }
 
 /// Returns the fields by name; those of one name keep their order.
-fn fields(fields: &[(HeaderName, HeaderValue)]) -> Option<Json> {
+fn fields(fields: &[(HeaderName, HeaderValue)], secrets: Secrets) -> Option<Json> {
     let mut map = Map::new();
     for (name, value) in fields {
         // The reader takes nothing else.
-        let value = Json::from(value.to_str().unwrap_or_default());
+        let value = match secrets {
+            Secrets::Masked if value.is_sensitive() => "***",
+            _ => value.to_str().unwrap_or_default(),
+        };
+        let value = Json::from(value);
         match map.get_mut(name.as_str()) {
             Some(Json::Array(values)) => values.push(value),
             Some(first) => *first = vec![first.take(), value].into(),

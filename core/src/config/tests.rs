@@ -429,12 +429,38 @@ fn a_match_reads_what_it_shows() {
     }
 }
 
+static ANNOUNCED: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
+    good(EVERYTHING).routes[0].policies.as_deref().unwrap().to_json().to_string()
+});
+
 proptest! {
     #[test]
+    fn no_announced_policies_are_a_panic(
+        edits in proptest::collection::vec((any::<prop::sample::Index>(), 0..20usize, "[ -~]{0,4}|\\PC"), 0..6),
+    ) {
+        let mut text: Vec<char> = ANNOUNCED.chars().collect();
+        for (at, remove, insert) in edits {
+            let at = at.index(text.len() + 1);
+            let end = (at + remove).min(text.len());
+            text.splice(at..end, insert.chars());
+        }
+        let text: String = text.into_iter().collect();
+        match Policies::parse_json(&text) {
+            Ok(policies) => {
+                let again = Policies::parse_json(&policies.to_json().to_string());
+                prop_assert_eq!(again.as_ref(), Ok(&policies));
+            }
+            Err(errors) => prop_assert!(!errors.is_empty()),
+        }
+    }
+
+    #[test]
     fn no_file_is_a_panic(
+        everything in any::<bool>(),
         edits in proptest::collection::vec((any::<prop::sample::Index>(), 0..40usize, "[ -~\n\t]{0,4}|[&*!|>{\\[\"']|\\PC"), 1..12),
     ) {
-        let mut text: Vec<char> = default_file().chars().collect();
+        let base = if everything { EVERYTHING.to_owned() } else { default_file() };
+        let mut text: Vec<char> = base.chars().collect();
         for (at, remove, insert) in edits {
             let at = at.index(text.len() + 1);
             let end = (at + remove).min(text.len());
@@ -804,4 +830,37 @@ fn thousands_of_routes_are_read_and_thousands_of_faults_counted() {
     };
     assert_eq!(good(&file("tunnel")).routes.len(), 6_000);
     assert!(bad(&file("unknown")).to_string().ends_with("\nand 5900 more"));
+}
+
+#[test]
+fn secrets_in_fields_are_masked_and_go_with_an_announcement() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::write(directory.path().join("secret"), "f1le").unwrap();
+    let text = "version: 1
+relay: {}
+routes:
+  - subdomain: a
+    tunnel: t
+    request_headers:
+      set: { authorization: Bearer s3cret, x-env: prod, x-file: \"${file:secret}\" }
+      add: { x-api-key: [k3y, other] }
+";
+    let path = directory.path().join("c.yaml");
+    let config = parse(&Source::from_text(&path, text), &env).unwrap();
+    for shown in [config.to_masked_json().to_string(), format!("{config:?}")] {
+        for secret in ["s3cret", "f1le", "k3y"] {
+            assert!(!shown.contains(secret), "{secret} in {shown}");
+        }
+        assert!(shown.contains("prod"), "{shown}");
+    }
+    let policies = config.routes[0].policies.as_deref().unwrap();
+    let announced = policies.to_json().to_string();
+    assert!(announced.contains("s3cret") && announced.contains("f1le"), "{announced}");
+    let read = Policies::parse_json(&announced).unwrap();
+    assert_eq!(read, *policies);
+    assert!(!format!("{read:?}").contains("f1le"));
+    let bad = text.replace("Bearer s3cret", "\"s3cret \"").replace("k3y", "\"k3y\\n\"");
+    let report = parse(&Source::from_text(&path, bad), &env).unwrap_err().report();
+    assert_eq!(report.matches("\"***\" is not accepted").count(), 2, "{report}");
+    assert!(!report.contains("s3cret") && !report.contains("k3y"), "{report}");
 }

@@ -25,6 +25,7 @@ mod reload_soak;
 mod residue;
 mod service;
 mod service_double;
+mod several_files;
 mod shutdown;
 mod start;
 mod streaming;

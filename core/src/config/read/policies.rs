@@ -194,13 +194,14 @@ fn bounded(field: &Field<'_>, count: usize) -> bool {
 fn named_values(field: &Field<'_>) -> Vec<(HeaderName, Vec<HeaderValue>)> {
     let mut named: Vec<(HeaderName, Vec<HeaderValue>)> = Vec::new();
     for (entry, field) in field.entries().unwrap_or_default() {
+        let name = entry.key.as_str();
         let values = match &field.node().value {
             Value::List(_) if field.is_empty() => {
                 field.fail("is empty (accepted: text, or a list of texts)");
                 continue;
             }
-            Value::List(_) => field.list_of(|item| item.parse(field_value)),
-            _ => field.parse(field_value).map(|value| vec![value]),
+            Value::List(_) => field.list_of(|item| field_value_of(name, item)),
+            _ => field_value_of(name, &field).map(|value| vec![value]),
         };
         match field_name(&entry.key) {
             Err(message) => field.fail_key(entry, message),
@@ -231,6 +232,24 @@ fn field_name(text: &str) -> Result<HeaderName, String> {
         ));
     }
     Ok(name)
+}
+
+/// Words in a field's name whose value is a secret.
+const SECRET_FIELD_WORDS: [&str; 7] =
+    ["authorization", "cookie", "credential", "key", "password", "secret", "token"];
+
+/// Reads a value; a secret is marked as sensitive, so that nothing prints it.
+fn field_value_of(name: &str, field: &Field<'_>) -> Option<HeaderValue> {
+    let name = name.to_ascii_lowercase();
+    let secret = SECRET_FIELD_WORDS.iter().any(|word| name.contains(word));
+    let mut value = if secret {
+        let text = field.secret()?;
+        field_value(text).map_err(|message| field.fail_hidden(message)).ok()?
+    } else {
+        field.parse(field_value)?
+    };
+    value.set_sensitive(secret || field.is_hidden());
+    Some(value)
 }
 
 fn field_value(text: &str) -> Result<HeaderValue, String> {
