@@ -9,9 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use sidelane_e2e::client::{Answer, Client, request};
+use sidelane_e2e::peer::Peer;
 use sidelane_e2e::process::{Setup, Sidelane};
 use sidelane_e2e::service::Service;
 use sidelane_e2e::stage::get;
+use sidelane_e2e::tools::tonic;
 use sidelane_e2e::wait;
 
 const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
@@ -122,6 +124,22 @@ fn each_connection_tells_the_service_whose_it_is() {
             assert!(received.starts_with(&[&header[..], b"GET / HTTP/1.1\r\n"].concat()));
         }
     }
+}
+
+#[test]
+fn a_service_of_http_2_gets_plain_requests_over_it() {
+    let mut command = tonic();
+    command.arg("serve");
+    let (_peer, address) = Peer::service("tonic", command);
+    let sidelane =
+        Sidelane::start("sidelane", &yaml(&address.to_string(), ", http_version: 2", ""));
+    for _ in 0..2 {
+        // A server of gRPC says in its words that it has no such method; over HTTP/1.1 it says nothing.
+        let answer = ask(&sidelane);
+        assert_eq!(answer.head.first("grpc-status"), Some("12"), "{answer:?}");
+        assert_eq!(answer.head.list("via"), "2.0 sidelane");
+    }
+    assert_eq!(sidelane.metric("sidelane_plugin_http2_connections_opened_total", &[]), Some(1.0));
 }
 
 #[test]

@@ -5,9 +5,9 @@ use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer};
 use serde_json::Value;
-use sidelane_http_born::config::{duration, parse_size};
+use sidelane_http_born::config::{self, Block, duration, parse_size};
 use sidelane_http_born::h2_pool::PoolConfig;
 use sidelane_plugin::ConfigError;
 
@@ -39,25 +39,16 @@ pub struct Config {
     pub keepalive_timeout: Duration,
 }
 
+impl<'de> Block<'de> for Config {
+    fn derived<D: Deserializer<'de>>(map: D) -> Result<Self, D::Error> {
+        // The derived function, which `remote` makes an inherent one.
+        Self::deserialize(map)
+    }
+}
+
 impl<'de> Deserialize<'de> for Config {
-    /// From a map alone: derived, a list would do as well, its elements taken for the keys in order.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Block;
-
-        impl<'de> de::Visitor<'de> for Block {
-            type Value = Config;
-
-            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                formatter.write_str("a block of keys and values")
-            }
-
-            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Config, A::Error> {
-                // The derived function, which `remote` makes an inherent one.
-                Config::deserialize(de::value::MapAccessDeserializer::new(map))
-            }
-        }
-
-        deserializer.deserialize_map(Block)
+        config::block(deserializer)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The sidecar's end: chunks become an RPC to the service, its response becomes chunks.
 //!
 //! Both directions run in the exchange's own task; the connection to the service, which many RPCs
-//! share, has one of its own (`pool`).
+//! share, has one of its own (`h2_pool` of `sidelane_http_born`).
 
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};

@@ -17,7 +17,7 @@ const NAME_BYTES_MAX: usize = 100;
 const OTHER: &str = "other";
 
 /// The route of an RPC for which there is none.
-const NO_ROUTE: &str = "none";
+const NO_ROUTE: &str = "";
 
 /// Values of `grpc_status`: 0 to 16, any other number, and none.
 const STATUSES: usize = 19;

@@ -1,8 +1,41 @@
-//! Values of configuration blocks, for serde's `deserialize_with`.
+//! Configuration blocks: read from a map alone, and their values, for serde's `deserialize_with`.
 
+use std::marker::PhantomData;
 use std::time::Duration;
 
 use serde::{Deserializer, de};
+
+/// A block of keys and values, whose derived function (`#[serde(remote = "Self")]`) would take a list
+/// for one, its elements for the keys in order.
+pub trait Block<'de>: Sized {
+    /// Calls the derived function.
+    ///
+    /// # Errors
+    /// A key or value is not the block's.
+    fn derived<D: Deserializer<'de>>(map: D) -> Result<Self, D::Error>;
+}
+
+/// Reads a block from a map.
+///
+/// # Errors
+/// It is no map, or a key or value is not the block's.
+pub fn block<'de, T: Block<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<T, D::Error> {
+    struct Visitor<T>(PhantomData<T>);
+
+    impl<'de, T: Block<'de>> de::Visitor<'de> for Visitor<T> {
+        type Value = T;
+
+        fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            formatter.write_str("a block of keys and values")
+        }
+
+        fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
+            T::derived(de::value::MapAccessDeserializer::new(map))
+        }
+    }
+
+    deserializer.deserialize_map(Visitor(PhantomData))
+}
 
 /// Reads `250ms`, `55s`, `2m`, `1h`, or `0`.
 ///

@@ -3,6 +3,7 @@
 //! client wrote there itself does not pass, but where it is a proxy that the relay trusts: then this
 //! end adds that proxy's address, as proxies do.
 
+use bytes::Bytes;
 use http::header::{FORWARDED, HeaderMap, HeaderName, HeaderValue, VIA};
 use sidelane_plugin::Meta;
 
@@ -60,15 +61,24 @@ fn append(headers: &mut HeaderMap, seen: Seen<'_>, proxy: Option<&str>, authorit
     if let Some(value) = HeaderValue::from_bytes(&hops).ok().filter(|_| !hops.is_empty()) {
         headers.insert(X_FORWARDED_FOR, value);
     }
-    let own = forwarded(proxy.or(client), seen.scheme, authority.as_bytes());
-    let mut elements = match joined(headers, &FORWARDED) {
-        Some(elements) => elements,
+    let said = joined(headers, &FORWARDED);
+    let element = |node| forwarded(node, seen.scheme, authority.as_bytes());
+    let elements = match (said, proxy) {
+        (Some(said), Some(proxy)) => Some([said, element(Some(proxy))].join(&b", "[..])),
+        // Nothing is known that it does not say.
+        (Some(_), None) => None,
         // The proxy says it otherwise; whoever reads this field is to find the client first.
-        None => forwarded(client, "", b""),
+        (None, Some(proxy)) if client.is_some_and(|client| client != proxy) => {
+            Some([forwarded(client, "", b""), element(Some(proxy))].join(&b", "[..]))
+        }
+        (None, _) => {
+            let asked = headers.get(X_FORWARDED_HOST).unwrap_or(authority);
+            Some(forwarded(client, seen.scheme, asked.as_bytes()))
+        }
     };
-    elements.extend_from_slice(b", ");
-    elements.extend_from_slice(&own);
-    if let Ok(value) = HeaderValue::from_maybe_shared(bytes::Bytes::from(elements)) {
+    let value =
+        elements.and_then(|elements| HeaderValue::from_maybe_shared(Bytes::from(elements)).ok());
+    if let Some(value) = value {
         headers.insert(FORWARDED, value);
     }
     if !headers.contains_key(X_FORWARDED_PROTO)
@@ -89,7 +99,7 @@ fn joined(headers: &HeaderMap, name: &HeaderName) -> Option<Vec<u8>> {
 
 fn replace(headers: &mut HeaderMap, client_address: &str, scheme: &str, authority: &HeaderValue) {
     let client = client_ip(client_address);
-    let forwarded = bytes::Bytes::from(forwarded(client, scheme, authority.as_bytes()));
+    let forwarded = Bytes::from(forwarded(client, scheme, authority.as_bytes()));
     if let Some(value) = client.and_then(|ip| client_value(&forwarded, ip)) {
         headers.insert(X_FORWARDED_FOR, value);
     }
@@ -122,7 +132,7 @@ pub const fn via(version: u32) -> &'static str {
 }
 
 /// Returns the address as a value: the part of `forwarded` where it stands as it is.
-fn client_value(forwarded: &bytes::Bytes, ip: &str) -> Option<HeaderValue> {
+fn client_value(forwarded: &Bytes, ip: &str) -> Option<HeaderValue> {
     let start = if ip.contains(':') { b"for=\"[".len() } else { b"for=".len() };
     let range = start..start + ip.len();
     let value = if forwarded.get(range.clone()) == Some(ip.as_bytes()) {
@@ -303,7 +313,34 @@ mod tests {
                 &[(FOR, "198.51.100.1")],
                 vec![
                     (FOR, "198.51.100.1"),
-                    ("forwarded", "for=198.51.100.1, for=198.51.100.1;host=api.test;proto=http"),
+                    ("forwarded", "for=198.51.100.1;host=api.test;proto=http"),
+                    own[0],
+                    own[1],
+                ],
+            ),
+            (
+                "",
+                &[("forwarded", "for=a")],
+                vec![(FOR, "198.51.100.1"), ("forwarded", "for=a"), own[0], own[1]],
+            ),
+            // The relay has put another host in place of what the client asked for.
+            (
+                "",
+                &[("x-forwarded-host", "shop.test")],
+                vec![
+                    (FOR, "198.51.100.1"),
+                    ("forwarded", "for=198.51.100.1;host=shop.test;proto=http"),
+                    own[0],
+                    ("x-forwarded-host", "shop.test"),
+                ],
+            ),
+            // The proxy asks for itself.
+            (
+                "198.51.100.1:9",
+                &[],
+                vec![
+                    (FOR, "198.51.100.1"),
+                    ("forwarded", "for=198.51.100.1;host=api.test;proto=http"),
                     own[0],
                     own[1],
                 ],

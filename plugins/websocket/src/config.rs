@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, de};
-use sidelane_http_born::config::duration;
+use serde::{Deserialize, Deserializer};
+use sidelane_http_born::config::{self, Block, duration};
 
 /// The block under `plugins` of whoever loads this library.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -30,25 +30,16 @@ pub struct Config {
     pub connections_max: usize,
 }
 
+impl<'de> Block<'de> for Config {
+    fn derived<D: Deserializer<'de>>(map: D) -> Result<Self, D::Error> {
+        // The derived function, which `remote` makes an inherent one.
+        Self::deserialize(map)
+    }
+}
+
 impl<'de> Deserialize<'de> for Config {
-    /// From a map alone: derived, a list would do as well, its elements taken for the keys in order.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Block;
-
-        impl<'de> de::Visitor<'de> for Block {
-            type Value = Config;
-
-            fn expecting(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                formatter.write_str("a block of keys and values")
-            }
-
-            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Config, A::Error> {
-                // The derived function, which `remote` makes an inherent one.
-                Config::deserialize(de::value::MapAccessDeserializer::new(map))
-            }
-        }
-
-        deserializer.deserialize_map(Block)
+        config::block(deserializer)
     }
 }
 

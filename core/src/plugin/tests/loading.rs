@@ -102,6 +102,15 @@ fn other_versions_are_refused() {
 }
 
 #[test]
+fn a_plugin_of_the_oldest_minor_version_is_taken() {
+    let older = c_plugin("oldest.so", &["ABI_MINOR=2"]);
+    assert_eq!(inspect(&older).unwrap().abi, (0, 2));
+    let plugins = plugins();
+    plugins.apply(&[spec("older", &older)], DRAIN).unwrap();
+    assert!(plugins.find("BARE").is_some());
+}
+
+#[test]
 fn a_plugin_that_aborts_on_panic_is_refused() {
     let aborts = c_plugin("aborts.so", &["PANIC=2"]);
     refused(&aborts, "compiled with panic = \"abort\"");

@@ -283,3 +283,48 @@ impl fmt::Debug for Meta<'_> {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(size: usize) -> abi::Meta {
+        let none = abi::Str { ptr: std::ptr::null(), len: 0 };
+        let peer = "192.0.2.9:1";
+        abi::Meta {
+            size,
+            deadline_ns: 0,
+            request_id: none,
+            protocol_type: none,
+            route: none,
+            tunnel: none,
+            client_address: none,
+            listener: none,
+            scheme: none,
+            tls_sni: none,
+            tls_alpn: none,
+            tls_client: none,
+            trace_parent: none,
+            options: none,
+            peer_address: abi::Str { ptr: peer.as_ptr(), len: peer.len() },
+            response_head_timeout_ns: 7,
+            flags: abi::meta::TRUSTED_PROXY,
+        }
+    }
+
+    #[test]
+    fn what_a_host_of_an_older_abi_did_not_fill_is_absent() {
+        let whole = record(size_of::<abi::Meta>());
+        // SAFETY: valid for the scope, with static text.
+        let meta = unsafe { Meta::new(&raw const whole) };
+        assert!(meta.is_trusted_proxy());
+        assert_eq!(meta.peer_address(), "192.0.2.9:1");
+        assert_eq!(meta.response_head_timeout(), Some(Duration::from_nanos(7)));
+
+        let older = record(offset_of!(abi::Meta, peer_address));
+        // SAFETY: as above.
+        let meta = unsafe { Meta::new(&raw const older) };
+        assert!(!meta.is_trusted_proxy());
+        assert_eq!((meta.peer_address(), meta.response_head_timeout()), ("", None));
+    }
+}

@@ -55,7 +55,7 @@ pub struct Service {
 
 // SAFETY: H3.
 unsafe impl Send for Service {}
-// SAFETY: the one call through `&self` is made under `calls`.
+// SAFETY: the calls through `&self` are made under `calls`.
 unsafe impl Sync for Service {}
 
 impl Service {
