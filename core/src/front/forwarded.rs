@@ -153,6 +153,8 @@ fn scheme(text: &str) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::strategy::Strategy as _;
+
     use super::*;
 
     /// Fields as `name: value` lines, and the client that they tell: address, and scheme.
@@ -232,5 +234,29 @@ mod tests {
     fn a_long_chain_is_cut() {
         let chain = vec!["10.0.0.2"; ELEMENTS_MAX * 100].join(", ");
         check(&format!("x-forwarded-for: 192.0.2.1, {chain}"), "10.0.0.2:0 -");
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn what_a_client_writes_never_changes_what_a_proxy_appended(
+            by_client in proptest::collection::vec(
+                proptest::prelude::any::<u8>().prop_filter("allowed in a field", |byte| {
+                    *byte >= 0x20 && *byte != 0x7f
+                }),
+                0..200,
+            ),
+            is_forwarded in proptest::prelude::any::<bool>(),
+        ) {
+            let (name, appended) = match is_forwarded {
+                true => (FORWARDED, &b", for=192.0.2.1;proto=https"[..]),
+                false => (X_FORWARDED_FOR.clone(), &b", 192.0.2.1"[..]),
+            };
+            let mut headers = HeaderMap::new();
+            let value = [&by_client, appended].concat();
+            headers.insert(name, http::HeaderValue::from_bytes(&value).unwrap());
+            let trusted = ["10.0.0.0/8".parse().unwrap()];
+            let client = client("10.0.0.1:9".parse().unwrap(), &headers, &trusted);
+            assert_eq!(client.address.to_string(), "192.0.2.1:0");
+        }
     }
 }

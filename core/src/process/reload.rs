@@ -86,6 +86,7 @@ impl Process {
             }
             return Err(errors.into());
         }
+        let is_pending_same = self.lock_taken().pending == pending;
         let pending_text = self.set_pending(pending);
         let is_same = changes.is_empty() && loaded.is_empty();
         // The new file's places and warnings count in any case.
@@ -95,7 +96,18 @@ impl Process {
             check::warn(&config);
         }
         if is_same {
-            return Ok(self.nothing_changed(&config) + &pending_text);
+            let since = if is_pending_same {
+                format!("nothing has changed since {}", self.lock_taken().text())
+            } else {
+                self.lock_taken().reloaded = Some(SystemTime::now());
+                let text = if pending_text.is_empty() {
+                    "what waited for a restart is taken back"
+                } else {
+                    "nothing changes before a restart"
+                };
+                text.to_owned()
+            };
+            return Ok(since + &in_force(&config) + &pending_text);
         }
         self.put_in_force(&config, &changes, &loaded, opened);
         if changes.log {
@@ -169,17 +181,15 @@ impl Process {
         self.lock_taken().pending = pending;
         text
     }
+}
 
-    fn nothing_changed(&self, config: &Config) -> String {
-        let listeners = config.relay.as_ref().map_or(0, |relay| relay.listeners.len());
-        format!(
-            "nothing has changed since {}; in force: routes {}, tunnels {}, listeners {}",
-            self.lock_taken().text(),
-            config.routes.len(),
-            config.tunnels.len(),
-            listeners,
-        )
-    }
+fn in_force(config: &Config) -> String {
+    format!(
+        "; in force: routes {}, tunnels {}, listeners {}",
+        config.routes.len(),
+        config.tunnels.len(),
+        config.relay.as_ref().map_or(0, |relay| relay.listeners.len()),
+    )
 }
 
 fn summary(changes: &Changes, loaded: &[String]) -> String {

@@ -155,12 +155,12 @@ mod tests {
         let sent = [header, b"GET / HTTP/1.1"].concat();
         for size in [1, 7, 16, sent.len()] {
             runtime.block_on(async {
-                let mut builder = tokio_test_stream(&sent, size);
+                let mut stream = parts(&sent, size);
                 let mut ahead = BytesMut::new();
-                match (read(&mut builder, &mut ahead).await, expected) {
+                match (read(&mut stream, &mut ahead).await, expected) {
                     (Ok(client), Ok(expected)) => {
                         assert_eq!(client.map(|client| client.to_string()).as_deref(), expected);
-                        builder.read_to_end_into(&mut ahead).await;
+                        stream.read_to_end_into(&mut ahead).await;
                         assert_eq!(&ahead[..], b"GET / HTTP/1.1");
                     }
                     (Err(error), Err(expected)) => {
@@ -175,10 +175,10 @@ mod tests {
     /// A stream that yields its bytes in parts.
     struct Parts(Vec<Vec<u8>>);
 
-    fn tokio_test_stream(bytes: &[u8], size: usize) -> Parts {
-        let mut parts: Vec<Vec<u8>> = bytes.chunks(size).map(<[u8]>::to_vec).collect();
-        parts.reverse();
-        Parts(parts)
+    fn parts(bytes: &[u8], size: usize) -> Parts {
+        let mut all: Vec<Vec<u8>> = bytes.chunks(size).map(<[u8]>::to_vec).collect();
+        all.reverse();
+        Parts(all)
     }
 
     impl Parts {
@@ -257,9 +257,32 @@ mod tests {
     fn a_connection_that_ends_early_is_told_so() {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         for sent in [&b""[..], b"PROXY TCP4", &v2(1, 0x11, &ipv4())[..20]] {
-            let read =
-                runtime.block_on(read(&mut tokio_test_stream(sent, 3), &mut BytesMut::new()));
+            let read = runtime.block_on(read(&mut parts(sent, 3), &mut BytesMut::new()));
             assert!(matches!(read, Err(HeaderError::Closed)), "{read:?}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_beginning_is_a_header_or_an_error_and_no_more_is_read_than_may_be(
+            prefix in 0..4_usize,
+            bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..5000),
+        ) {
+            let prefix: &[u8] = match prefix {
+                0 => b"",
+                1 => b"PROXY TCP4 ",
+                2 => b"\r\n\r\n\0\r\nQUIT\n",
+                _ => b"\r\n\r\n\0\r\nQUIT\n\x21\x21",
+            };
+            let sent = [prefix, &bytes].concat();
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let mut stream = parts(&sent, 1500);
+            let mut ahead = BytesMut::new();
+            let read = runtime.block_on(read(&mut stream, &mut ahead));
+            // What is held is what a header may be, and one read more.
+            assert!(ahead.len() <= 2 * V2_BYTES_MAX);
+            runtime.block_on(stream.read_to_end_into(&mut ahead));
+            assert!(read.is_err() || sent.ends_with(&ahead));
         }
     }
 }

@@ -96,17 +96,21 @@ fn reloads_under_load_lose_and_leak_nothing() {
     let after = (settled(&sidelane), sidelane.memory_resident());
     let good = sidelane.metric("sidelane_config_reloads_total", &["result=\"success\""]);
     let bad = sidelane.metric("sidelane_config_reloads_total", &["result=\"failure\""]);
-    let generations = sidelane.metric("sidelane_plugin_generations", &[]);
+    let generations = |state: &str| {
+        let state = format!("state=\"{state}\"");
+        sidelane.metric("sidelane_plugin_generations", &[&state]).unwrap_or_default()
+    };
     println!(
         "soak: {} exchanges in all, {reloads} reloads (after {WARM_UP} to warm up), 0 errors; \
          descriptors {} before, {} after; resident {} KiB before, {} KiB after; \
-         plugin generations {}",
+         plugin generations {} current, {} draining",
         answers.iter().sum::<u64>(),
         before.0,
         after.0,
         before.1 / 1024,
         after.1 / 1024,
-        generations.unwrap_or_default(),
+        generations("current"),
+        generations("draining"),
     );
     assert_eq!(bad, Some(0.0));
     assert!(good.is_some_and(|good| good > reloads as f64), "{good:?}");
