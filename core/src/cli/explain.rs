@@ -101,6 +101,10 @@ fn text(answer: &Json) -> String {
         }
         let tunnels = items(&answer["tunnels"]);
         let is_split = tunnels.len() > 1;
+        let is_down = |tunnel: &Json| {
+            tunnel["served"] == Json::Bool(false) || tunnel["carries"] == Json::Bool(false)
+        };
+        let is_unavailable = !tunnels.is_empty() && tunnels.iter().all(is_down);
         for tunnel in tunnels {
             let mut line = plain(&tunnel["tunnel"]);
             if is_split {
@@ -111,11 +115,11 @@ fn text(answer: &Json) -> String {
             }
             match tunnel["served"].as_bool() {
                 Some(true) => line.push_str(", served"),
-                Some(false) => line.push_str(", not served by any sidecar: 503"),
+                Some(false) => line.push_str(", not served by any sidecar"),
                 None => {}
             }
             if tunnel["carries"] == Json::Bool(false) {
-                line.push_str(", does not carry the protocol: 503");
+                line.push_str(", does not carry the protocol");
             }
             lines.line("tunnel", &line);
         }
@@ -132,7 +136,9 @@ fn text(answer: &Json) -> String {
             lines.line("client", &format!("sees {redirect}"));
         }
         let sees = &answer["service_sees"];
-        if !sees["host"].is_null() {
+        if is_unavailable {
+            lines.line("client", "sees 503");
+        } else if !sees["host"].is_null() {
             lines.line(
                 "service",
                 &format!("sees host {}, path {}", plain(&sees["host"]), plain(&sees["path"])),
@@ -242,6 +248,19 @@ routes: [{ subdomain: shop, tunnel: web }]
         assert_eq!(answer["route"], "shop");
         assert!(text(&answer).contains("any base domain is taken"), "{}", text(&answer));
         assert_eq!(ask(file, "web.any.example")["route"], Json::Null);
+    }
+
+    #[test]
+    fn a_tunnel_that_cannot_take_it_is_told() {
+        let file = "\
+version: 1
+relay: {}
+tunnels: [{ name: web, service: '127.0.0.1:3000', protocols: [HTTP] }]
+routes: [{ subdomain: shop, tunnel: web }]
+";
+        let told = text(&ask(file, "ws://shop.localhost/"));
+        assert!(told.contains("does not carry the protocol\nclient    sees 503"), "{told}");
+        assert!(!text(&ask(file, "shop.localhost")).contains("503"));
     }
 
     #[test]

@@ -112,6 +112,10 @@ fn state(route: &Json) -> String {
     if by.is_object() {
         return format!("overruled by {} (from {})", plain(&by["route"]), plain(&by["from"]));
     }
+    let same = &route["same_as"];
+    if same.is_object() {
+        return format!("same as {} (from {})", plain(&same["route"]), plain(&same["from"]));
+    }
     if route["waits_for"].is_array() {
         let reasons: Vec<String> = items(&route["waits_for"]).map(plain).collect();
         return format!("waiting: {}", reasons.join("; "));
@@ -120,14 +124,14 @@ fn state(route: &Json) -> String {
     if !told.is_empty() {
         return told.join("; ");
     }
-    let unserved: Vec<String> = items(&route["serving"])
-        .filter(|share| share["served"] == Json::Bool(false))
-        .map(|share| plain(&share["tunnel"]))
-        .collect();
+    let shares: Vec<&Json> = items(&route["serving"]).collect();
+    let unserved = shares.iter().filter(|share| share["served"] == Json::Bool(false));
+    let unserved: Vec<String> = unserved.map(|share| plain(&share["tunnel"])).collect();
+    let names = unserved.join(", ");
     match unserved.len() {
         0 => "in force".to_owned(),
-        1 => format!("tunnel not served: {}", unserved[0]),
-        _ => format!("tunnels not served: {}", unserved.join(", ")),
+        count if count < shares.len() => format!("in force, but not served: {names}"),
+        _ => format!("not served: {names}"),
     }
 }
 
@@ -329,6 +333,8 @@ mod tests {
             },
             { "name": "a", "urls": [], "subdomain": "a", "tunnel": "t",
               "overruled_by": { "from": "file", "route": "own" } },
+            { "name": "c", "subdomain": "c", "same_as": { "from": "ci", "route": "c" } },
+            { "name": "d", "subdomain": "d", "serving": [share("d", 1, false)] },
             { "name": "b", "listener": "lines", "waits_for": ["route b: taken by sidecar x"] },
             { "name": "old", "host": "old.example.org", "serving": [], "policies": ["redirect"] },
         ])
@@ -338,9 +344,11 @@ mod tests {
     fn routes_of_a_relay() {
         insta::assert_snapshot!(render(Page::Routes, &relay_routes(), None), @r#"
         ROUTE  MATCH                                 TUNNELS            POLICIES         FROM        STATE
-        shop   http://shop.localhost:9080/api/ (+1)  web 90, canary 10  limits timeouts  file        tunnel not served: canary
+        shop   http://shop.localhost:9080/api/ (+1)  web 90, canary 10  limits timeouts  file        in force, but not served: canary
         rpc    http://rpc.localhost:9080/ GRPC       rpc                -                laptop?[2J  in force
         a      a                                     t                  -                -           overruled by own (from file)
+        c      c                                     -                  -                -           same as c (from ci)
+        d      d                                     d                  -                -           not served: d
         b      lines                                 -                  -                -           waiting: route b: taken by sidecar x
         old    old.example.org                       -                  redirect         -           in force
         "#);

@@ -71,7 +71,7 @@ impl Relay {
     }
 
     /// What the admin page says of routes: those of the file, those announced, those of documents that
-    /// wait. `from` says whose a route is; `overruled_by` whose takes its place, and `waits_for` why its
+    /// wait. `from` says whose a route is; `overruled_by` whose takes its place, `same_as` whose is the same, and `waits_for` why its
     /// document is not in force.
     #[must_use]
     pub fn describe_routes(&self) -> Json {
@@ -86,10 +86,11 @@ impl Relay {
         for route in sources.own.iter().chain(announced) {
             let mut described = explain::described(route, &public, &known);
             let by = *taken.entry(&route.matches).or_insert(route);
-            // Replicas that announce the same overrule nobody.
-            if !Arc::ptr_eq(by, route) && by != route {
+            if !Arc::ptr_eq(by, route) {
+                // Replicas that announce the same overrule nobody.
+                let key = if by == route { "same_as" } else { "overruled_by" };
                 let by = json!({ "from": known.from(by), "route": &*by.name });
-                described.insert("overruled_by".to_owned(), by);
+                described.insert(key.to_owned(), by);
             }
             all.push(Json::from(described));
         }
