@@ -54,7 +54,7 @@ fn every_metric_is_documented() {
         .collect();
     assert!(names.len() > 10, "{page}");
     for name in names {
-        let prefixes = ["sidelane_plugin_http_", "process_"];
+        let prefixes = ["sidelane_plugin_http_", "sidelane_plugin_http2_", "process_"];
         let documented = OPERATIONS.contains(&format!("`{name}"))
             || prefixes.iter().any(|prefix| name.starts_with(prefix));
         assert!(documented, "{name} is not in docs/operations.md");
