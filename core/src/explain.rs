@@ -134,7 +134,8 @@ pub struct Public {
 
 impl Public {
     /// Returns the addresses by which clients reach the route, at most [`URLS_MAX`]: by the listener that
-    /// it names, or the first of HTTP. A star stands for what a wildcard takes.
+    /// it names, or the first of HTTP; none where that is not there. A star stands for what a wildcard
+    /// takes.
     #[must_use]
     pub fn urls(&self, route: &Route) -> Vec<String> {
         let matches = &route.matches;
@@ -143,6 +144,9 @@ impl Public {
             .listeners
             .iter()
             .find(|listener| named.map_or(listener.is_http, |name| *listener.name == *name));
+        if named.is_some() && listener.is_none() && !self.listeners.is_empty() {
+            return Vec::new();
+        }
         let is_http = listener.is_none_or(|listener| listener.is_http);
         let below = |prefix: &str| -> Vec<String> {
             self.base_domains.iter().map(|base| format!("{prefix}.{base}")).collect()

@@ -627,9 +627,6 @@ impl Record {
     pub fn answered(&self, status: http::StatusCode) {
         let ns = u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let answered = (ns.min(u64::MAX >> 16) << 16) | u64::from(status.as_u16());
-        if let Some(details) = &self.details {
-            details.answered(status.as_u16());
-        }
         let first = self.answered.load(Ordering::Relaxed) == 0;
         if first {
             self.answered.store(answered, Ordering::Relaxed);
@@ -677,10 +674,18 @@ impl Record {
         let code = failure::name(code);
         let answered = self.answered.load(Ordering::Relaxed);
         #[expect(clippy::cast_possible_truncation, reason = "the status stands in the low 16 bits")]
-        let status = (answered != 0).then(|| routes::class(answered as u16));
+        let answered_with = (answered != 0).then_some(answered as u16);
+        let status = answered_with.map(routes::class);
         if let (Some(details), Some(followers)) = (&self.details, self.metrics.followed.get()) {
             let labels = &self.by_type.labels;
-            let ended = details.ended(labels.role, &labels.protocol_type, &route, code, self.began);
+            let ended = details.ended(
+                labels.role,
+                &labels.protocol_type,
+                &route,
+                code,
+                self.began,
+                answered_with,
+            );
             // Followers may have gone.
             let _ = followers.send(Arc::new(ended));
         }

@@ -243,7 +243,7 @@ impl Relay {
     /// Tells in the log where clients reach the file's routes.
     pub fn tell_addresses(&self) {
         let sources = self.lock_sources();
-        public::tell(&sources.own, &sources.base_domains, &self.listeners.addresses());
+        public::tell(&sources.own, &self.public(&sources));
     }
 
     /// The HTTP front's way in.
@@ -415,7 +415,7 @@ impl Relay {
                 let conflicts = sources.conflicts(&document);
                 if conflicts.is_empty() {
                     let fresh = sources.fresh_routes(&document);
-                    public::tell(&fresh, &sources.base_domains, &self.listeners.addresses());
+                    public::tell(&fresh, &self.public(&sources));
                     notes = sources.notes(&document);
                     sources.put_in_force(document);
                     freed = sources.take_waiting();

@@ -222,7 +222,8 @@ impl Sidecar {
     /// Returns what each relay has said.
     #[must_use]
     pub fn relay_answers(&self) -> Vec<RelayAnswer> {
-        self.peers().iter().map(|peer| peer.answer()).collect()
+        let unresolved = self.names.iter().filter_map(|named| named.answer());
+        self.peers().iter().map(|peer| peer.answer()).chain(unresolved).collect()
     }
 
     /// Returns a watch that changes whenever [`Sidecar::relay_answers`] may differ.

@@ -1,7 +1,7 @@
 //! Exchanges that have ended, for whoever follows them. Nothing here is made, and nothing of it costs an
 //! exchange more than a look, where nobody does.
 
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -38,8 +38,6 @@ pub struct Ended {
 #[derive(Default)]
 pub(super) struct Details {
     request: OnceLock<(String, String)>,
-    /// 0: not known.
-    status: AtomicU16,
     tally: Arc<Tally>,
 }
 
@@ -68,11 +66,6 @@ impl Details {
         });
     }
 
-    /// The last one counts: an interim response is none.
-    pub(super) fn answered(&self, status: u16) {
-        self.status.store(status, Ordering::Relaxed);
-    }
-
     pub(super) fn tally(&self) -> Arc<Tally> {
         Arc::clone(&self.tally)
     }
@@ -84,8 +77,8 @@ impl Details {
         route: &Arc<str>,
         code: &'static str,
         began: Instant,
+        status: Option<u16>,
     ) -> Ended {
-        let status = self.status.load(Ordering::Relaxed);
         Ended {
             role,
             protocol_type: Arc::clone(protocol_type),
@@ -93,7 +86,7 @@ impl Details {
             code,
             duration: began.elapsed(),
             request: self.request.get().cloned(),
-            status: (status > 0).then_some(status),
+            status,
             bytes_sent: self.tally.sent.load(Ordering::Relaxed),
             bytes_received: self.tally.received.load(Ordering::Relaxed),
         }

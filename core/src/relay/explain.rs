@@ -9,7 +9,7 @@ use sidelane_tunnel::proto;
 
 use super::routing::{Routing, Serving};
 use super::{Accepted, Relay, Sources};
-use crate::config::{self, Carries, Match, Route};
+use crate::config::{self, Match, Route};
 use crate::explain::{self, Facts, Public, PublicListener, Question};
 use crate::tunnel::session::Session;
 
@@ -163,7 +163,7 @@ impl Relay {
         accepted.into_iter().map(answer).collect()
     }
 
-    fn public(&self, sources: &Sources) -> Public {
+    pub(super) fn public(&self, sources: &Sources) -> Public {
         Public {
             base_domains: sources.base_domains.clone(),
             listeners: self.listeners.addresses().iter().map(public_listener).collect(),
@@ -172,9 +172,5 @@ impl Relay {
 }
 
 fn public_listener((listener, bound): &(Arc<config::Listener>, SocketAddr)) -> PublicListener {
-    PublicListener {
-        name: Arc::clone(&listener.name),
-        port: bound.port(),
-        is_http: !matches!(listener.carries, Carries::Type(_)),
-    }
+    PublicListener { port: bound.port(), ..PublicListener::of(listener) }
 }

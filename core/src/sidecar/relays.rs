@@ -12,7 +12,7 @@ use serde_json::json;
 use tokio::time::{sleep, timeout};
 
 use super::health::jittered;
-use super::{Peer, Sidecar};
+use super::{Peer, RelayAnswer, Sidecar};
 use crate::random;
 use crate::tunnel::backoff::Backoff;
 
@@ -57,6 +57,22 @@ impl NamedRelay {
 
     fn with<T>(&self, change: impl FnOnce(&mut Resolution) -> T) -> T {
         change(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Why nothing is dialled; `None`: an address is known, or looked up for the first time.
+    pub(super) fn answer(&self) -> Option<RelayAnswer> {
+        self.with(|state| {
+            let error = state.last_error.as_ref().filter(|_| state.addresses.is_empty())?;
+            Some(RelayAnswer {
+                relay: self.name.to_string(),
+                is_connected: false,
+                accepted: None,
+                refused: Vec::new(),
+                notes: Vec::new(),
+                addresses: Vec::new(),
+                last_error: Some(format!("{} cannot be resolved: {error}", self.name)),
+            })
+        })
     }
 
     /// What the admin page says of it.
@@ -149,6 +165,7 @@ impl Sidecar {
                     state.addresses.len()
                 });
                 tracing::warn!(relay, error, known, "the relay's name cannot be resolved");
+                self.answers.send_replace(());
                 known > 0
             }
         }
