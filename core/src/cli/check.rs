@@ -32,9 +32,8 @@ pub(super) fn run(file: &Path, strict: bool, output: Report) -> Result<(), Faile
         print_json(&report(is_valid, json(&errors), json(&warnings), more))?;
     } else {
         let paint = Paint::of(&io::stderr());
-        let word = if strict { "error" } else { "warning" };
         for warning in &warnings {
-            eprint!("{}", text(warning, Some(word), paint));
+            eprint!("{}", text(warning, Some("warning"), paint));
         }
         for error in &errors {
             eprint!("{}", text(error, None, paint));
@@ -44,6 +43,8 @@ pub(super) fn run(file: &Path, strict: bool, output: Report) -> Result<(), Faile
         }
         if is_valid {
             print(&format!("{summary}\n"))?;
+        } else if errors.is_empty() {
+            eprintln!("not valid: --strict takes warnings for errors");
         }
     }
     if is_valid { Ok(()) } else { Err(Failed::silent(EXIT_FAILED)) }
