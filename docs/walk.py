@@ -10,8 +10,8 @@ its own on ports of its own, and ends what it started.
 import asyncio
 import hashlib
 import os
+import random
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,9 +48,15 @@ admin: { address: "127.0.0.1:${ADMIN_PORT}" }
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Of four digits, as the default that is shown in its place, so that tables stay aligned."""
+    while True:
+        port = random.randrange(2000, 9000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
 
 
 class Walk:
@@ -122,8 +129,6 @@ class Echo(threading.Thread):
     async def speak(self):
         import websockets
 
-        uri = f"ws://127.0.0.1:{self.port}/ws"
-        headers = {"Host": "demo.localhost"}
         try:
             async with websockets.connect(f"ws://demo.localhost:{self.port}/ws", host="127.0.0.1", port=self.port) as socket_:
                 while not self.ending:
@@ -219,7 +224,6 @@ def record(walk, started):
     echo.ending = True
     echo.join(DEADLINE_S)
     direct = hashlib.sha256()
-    import urllib.request
     with urllib.request.urlopen(f"http://127.0.0.1:{walk.ports['DEMO_PORT']}/download?bytes={DOWNLOAD_BYTES}") as answer:
         while chunk := answer.read(1 << 20):
             direct.update(chunk)

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use sidelane_tunnel::{LaneConfig, Side};
 use thiserror::Error;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{broadcast, mpsc};
 use tokio::time::MissedTickBehavior;
 
@@ -173,6 +173,15 @@ pub fn run_config(
             process.metrics.role(role);
         }
     }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(RunError::Start)?;
+    // Before anybody can see that the process runs, and so signal it.
+    let signals = {
+        let _context = runtime.enter();
+        Signals::new().map_err(RunError::Start)?
+    };
     process.start(sockets, &relay_shards)?;
     let (stop, stops) = mpsc::channel(1);
     let watched = if let (Some(follow), Some(exchanges)) = (follow, exchanges) {
@@ -182,16 +191,29 @@ pub fn run_config(
     } else {
         Some(source)
     };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(RunError::Start)?;
-    let ended = runtime.block_on(process.control(watched, reload_requests, stops, &log));
+    let ended = runtime.block_on(process.control(watched, reload_requests, stops, signals, &log));
     relay_shards.stop();
     sidecar_shards.stop();
     match ended.map_err(RunError::Start)? {
         Some(reason) => Err(RunError::Stopped(reason)),
         None => Ok(()),
+    }
+}
+
+/// What the system may ask of the process.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
     }
 }
 
@@ -263,6 +285,7 @@ impl Process {
         source: Option<&config::Source>,
         mut requests: mpsc::Receiver<ReloadRequest>,
         mut stops: mpsc::Receiver<String>,
+        signals: Signals,
         log: &log::Handle,
     ) -> io::Result<Option<String>> {
         let (reloads, mut reloads_due) = mpsc::channel(1);
@@ -282,9 +305,7 @@ impl Process {
         let mut tick = tokio::time::interval(EXPIRY_TICK);
         let mut pressure_tick = tokio::time::interval(PRESSURE_TICK);
         pressure_tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut hangup = signal(SignalKind::hangup())?;
+        let Signals { mut terminate, mut interrupt, mut hangup } = signals;
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,

@@ -410,6 +410,7 @@ impl Relay {
         let mut sources = self.lock_sources();
         let mut freed = Vec::new();
         let mut notes = Vec::new();
+        let mut waiting = false;
         let reasons = match document {
             Ok(document) => {
                 let conflicts = sources.conflicts(&document);
@@ -421,6 +422,7 @@ impl Relay {
                     freed = sources.take_waiting();
                     self.reroute(&sources);
                 } else {
+                    waiting = true;
                     sources.waiting.insert(session.epoch, document);
                     self.metrics.set_announcements_waiting(sources.waiting.len());
                 }
@@ -452,7 +454,7 @@ impl Relay {
             );
         }
         let version = announce.version;
-        proto::Announced { version, accepted, reasons, notes, addresses }
+        proto::Announced { version, accepted, reasons, notes, addresses, waiting }
     }
 
     /// What is known of an exchange before it is opened.

@@ -197,7 +197,11 @@ impl Sidecar {
         let mut connected = peers.iter().filter(|peer| peer.is_connected()).peekable();
         connected.peek()?;
         let reasons: Option<Vec<String>> = connected
-            .map(|peer| peer.refusal().map(|reasons| format!("{}: {reasons}", peer.name)))
+            // One that waits is no fault of this sidecar: a rollout would never end that waits for it.
+            .map(|peer| {
+                let refusal = peer.refusal().filter(|_| !peer.waits());
+                refusal.map(|reasons| format!("{}: {reasons}", peer.name))
+            })
             .collect();
         reasons.map(|reasons| reasons.join("; "))
     }

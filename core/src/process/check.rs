@@ -29,14 +29,19 @@ pub fn check(file: &Path) -> Result<Checked, RunError> {
     ask(&plugins, &config)?;
     Ok(Checked {
         summary: format!(
-            "{}: valid: {} routes, {} tunnels, protocol types {}",
+            "{}: valid: {}, {}, protocol types {}",
             file.display(),
-            config.routes.len(),
-            config.tunnels.len(),
+            counted(config.routes.len(), "route"),
+            counted(config.tunnels.len(), "tunnel"),
             plugins.types().join(", "),
         ),
         warnings: config.warnings,
     })
+}
+
+fn counted(count: usize, what: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {what}{plural}")
 }
 
 /// Reads and parses a file or directory. A faulty one is asked about as well, so that the error says

@@ -53,6 +53,8 @@ pub(super) struct PeerState {
     /// Of the relay at the other end of the last session.
     instance: Bytes,
     refused: Vec<String>,
+    /// The refused document is in force as soon as others are gone.
+    waiting: bool,
     notes: Vec<String>,
     addresses: Vec<String>,
     accepted: Option<u64>,
@@ -137,6 +139,7 @@ impl Peer {
                 state.addresses.clone_from(&announced.addresses);
             }
             state.refused.clone_from(&announced.reasons);
+            state.waiting = announced.waiting;
             state.notes.clone_from(&announced.notes);
             if !announced.accepted && state.refused.is_empty() {
                 state.refused.push("the relay gave no reason".to_owned());
@@ -148,6 +151,12 @@ impl Peer {
             _ if announced.accepted => {
                 tracing::info!(relay, version, "announcement accepted");
             }
+            _ if announced.waiting => tracing::warn!(
+                relay,
+                version,
+                reasons,
+                "announcement waits: it is in force as soon as others give up what it takes"
+            ),
             Some(last) => tracing::error!(
                 relay,
                 version,
@@ -170,6 +179,11 @@ impl Peer {
     /// Why the relay refuses the newest document that it has answered; `None`: it does not.
     pub(super) fn refusal(&self) -> Option<String> {
         self.with(|state| (!state.refused.is_empty()).then(|| state.refused.join("; ")))
+    }
+
+    /// Whether the newest document waits for others to give up what it takes.
+    pub(super) fn waits(&self) -> bool {
+        self.with(|state| state.waiting)
     }
 
     pub(super) fn answer(&self) -> RelayAnswer {
@@ -198,6 +212,7 @@ impl Peer {
                 })).collect::<Vec<_>>(),
                 "announcement_accepted": state.accepted,
                 "announcement_refused": state.refused,
+                "announcement_waits": state.waiting,
                 "announcement_notes": state.notes,
                 "addresses": state.addresses,
                 "last_error": state.last_error,
@@ -210,6 +225,7 @@ impl PeerState {
     fn forget_answers(&mut self) {
         self.accepted = None;
         self.refused.clear();
+        self.waiting = false;
         self.notes.clear();
         self.addresses.clear();
     }
@@ -227,6 +243,7 @@ mod tests {
             reasons: texts(reasons),
             notes: texts(notes),
             addresses: Vec::new(),
+            waiting: false,
         }
     }
 

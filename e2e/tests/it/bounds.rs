@@ -111,12 +111,11 @@ fn refused_announcement_comes_into_force_when_its_rival_is_gone() {
         let refused = page["relays"][0]["announcement_refused"].as_array()?;
         (!refused.is_empty()).then_some(())
     });
-    let unready = second.get(second.health(), "/ready");
-    assert_eq!(unready.head.status, 503);
-    let reasons = String::from_utf8_lossy(&unready.body).into_owned();
-    assert!(reasons.contains("every relay refuses what this sidecar announces"), "{reasons}");
+    assert_eq!(second.admin_page("/tunnels")["relays"][0]["announcement_waits"], true);
+    // A rollout that waits for the newer to be ready would never end the older.
+    assert_eq!(second.get(second.health(), "/ready").head.status, 200);
     assert_eq!(second.metric("sidelane_announcement_refused", &[]), Some(1.0));
-    assert!(second.log().contains("the relay serves nothing of this sidecar"));
+    assert!(second.log().contains("announcement waits"));
     first.kill();
     wait::until("the newer to serve", || (ask().head.status == 200).then_some(()));
     wait::until("the newer to know", || {
@@ -125,6 +124,25 @@ fn refused_announcement_comes_into_force_when_its_rival_is_gone() {
     });
     second.until_ready();
     assert_eq!(second.metric("sidelane_announcement_refused", &[]), Some(0.0));
+}
+
+/// A relay takes 1,000 tunnels of one sidecar.
+#[test]
+fn sidecar_whose_announcement_is_refused_is_not_ready() {
+    let service = Service::ok();
+    let mut setup = Setup::of(service.address());
+    for number in 0..1000 {
+        setup = setup.tunnel(&format!("t{number}"), service.address());
+    }
+    let relay = Sidelane::spawn("relay", &setup.relay());
+    let sidecar = Sidelane::spawn("sidecar", &setup.sidecar(relay.tunnel()));
+    sidecar.until_metric("sidelane_announcement_refused", &[], |refused| refused == 1.0);
+    let unready = sidecar.get(sidecar.health(), "/ready");
+    assert_eq!(unready.head.status, 503);
+    let reasons = String::from_utf8_lossy(&unready.body).into_owned();
+    assert!(reasons.contains("every relay refuses what this sidecar announces"), "{reasons}");
+    assert!(reasons.contains("1001 tunnels"), "{reasons}");
+    assert!(sidecar.log().contains("the relay serves nothing of this sidecar"));
 }
 
 /// Clients that do not read fill what may be queued; new ones are turned away until they are gone.

@@ -428,6 +428,9 @@ pub struct Announced {
     /// with the relay's own base domains and ports.
     #[prost(string, repeated, tag = "5")]
     pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Not accepted now, and in force as soon as the sessions are gone that hold what it takes.
+    #[prost(bool, tag = "6")]
+    pub waiting: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct HttpRequest {
