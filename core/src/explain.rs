@@ -133,7 +133,7 @@ pub struct Public {
 }
 
 impl Public {
-    /// Returns the addresses by which clients reach the route, at most [`URLS_MAX`]: by the listener that
+    /// Returns the addresses by which clients reach the route, eight at most: by the listener that
     /// it names, or the first of HTTP; none where that is not there. A star stands for what a wildcard
     /// takes.
     #[must_use]

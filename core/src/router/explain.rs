@@ -17,7 +17,7 @@ pub struct Explanation {
     pub route: Option<Arc<Route>>,
     /// Why it fits, a line for each part of its match; empty without a route.
     pub because: Vec<String>,
-    /// Routes that came close, the nearest first; at most [`OTHERS_MAX`].
+    /// Routes that came close, the nearest first; ten at most.
     pub others: Vec<Other>,
     /// Routes that came close and are not told.
     pub more: usize,
