@@ -10,6 +10,7 @@ use serde_json::{Map, Value as Json, json};
 use crate::config::policy::{HeaderChanges, Policies, Rate};
 use crate::config::{Config, HostMatch, Listener, Route, Share, duration_text, size_text};
 use crate::router::{self, Query};
+use crate::relay::{location, replace_prefix};
 use crate::sidecar::RelayAnswer;
 
 /// Addresses told of one route. A relay may have many base domains.
@@ -475,37 +476,28 @@ fn rate_text(rate: &Rate) -> String {
     if rate.burst == rate.count { text } else { format!("{text}, {} at once", rate.burst) }
 }
 
-/// Returns where the client is sent.
+/// Returns where the client is sent, as the relay would say it.
 fn redirect(route: &Route, policies: &Policies, question: &Question) -> Option<String> {
     let redirect = policies.redirect.as_ref()?;
-    let scheme = redirect.scheme.as_deref().unwrap_or(&question.scheme);
-    let asked = question.host.as_deref().unwrap_or_default();
-    // A new scheme goes without the old one's port.
-    let asked = match (&redirect.scheme, port_of(asked)) {
-        (Some(_), Some(_)) => asked.rsplit_once(':').map_or(asked, |(host, _)| host),
-        _ => asked,
-    };
-    let host = redirect.host.as_deref().unwrap_or(asked);
-    let target = replaced(route, redirect.path_prefix.as_deref(), &question.target);
-    Some(format!("{} to {scheme}://{host}{target}", redirect.status))
+    let asked = question.host.as_deref().unwrap_or_default().as_bytes();
+    let location =
+        location(redirect, &route.matches.path_prefix, asked, question.target.as_bytes())?;
+    Some(format!("{} to {}", redirect.status, String::from_utf8_lossy(location.as_bytes())))
 }
 
 fn service_sees(route: &Route, question: &Question) -> Json {
     let Some(host) = &question.host else { return json!({}) };
     let rewrite = route.policies.as_ref().map(|policies| &policies.rewrite);
     let host = rewrite.and_then(|rewrite| rewrite.host.as_deref()).unwrap_or(host);
-    let prefix = rewrite.and_then(|rewrite| rewrite.path_prefix.as_deref());
-    json!({ "host": host, "path": replaced(route, prefix, &question.target) })
-}
-
-/// Returns the target with `prefix` in place of the route's.
-fn replaced(route: &Route, prefix: Option<&str>, target: &str) -> String {
-    let rest = prefix.and_then(|_| target.strip_prefix(&*route.matches.path_prefix));
-    let (Some(prefix), Some(rest)) = (prefix, rest) else { return target.to_owned() };
-    match prefix.trim_end_matches('/') {
-        "" => format!("/{}", rest.trim_start_matches('/')),
-        prefix => format!("{prefix}{rest}"),
-    }
+    let target = match rewrite.and_then(|rewrite| rewrite.path_prefix.as_deref()) {
+        Some(prefix) if question.target.starts_with('/') => {
+            let target = question.target.as_bytes();
+            let replaced = replace_prefix(target, &route.matches.path_prefix, prefix);
+            String::from_utf8_lossy(&replaced).into_owned()
+        }
+        _ => question.target.clone(),
+    };
+    json!({ "host": host, "path": target })
 }
 
 fn port_of(host: &str) -> Option<u16> {

@@ -36,6 +36,7 @@ mod stream;
 mod tunnels;
 
 pub use listen::bind;
+pub(crate) use policy::{location, replace_prefix};
 pub use listeners::{BindError, Prepared, Settings as EntrySettings};
 
 use bounds::{handshake_bounds, millis, session_settings};

@@ -161,7 +161,7 @@ fn an_answer_says_where_the_client_is_sent() {
         ask(policies, None, url)["client_sees"].as_str().unwrap().to_owned()
     };
     assert_eq!(sent(Some("https"), "shop.localhost:9080/a"), "301 to https://shop.localhost/a");
-    assert_eq!(sent(None, "shop.localhost:9080/a"), "301 to http://shop.localhost:9080/a");
+    assert_eq!(sent(None, "shop.localhost:9080/a"), "301 to /a");
 }
 
 #[test]

@@ -28,7 +28,8 @@ mod respond;
 mod watch;
 
 pub(super) use auth::{Checked, Question, Verdict};
-pub(super) use edit::{change, location, rewrite};
+pub(super) use edit::{change, rewrite};
+pub(crate) use edit::{location, replace_prefix};
 pub(super) use respond::{LimitedBody, Shaped, Shaping};
 pub(super) use watch::{Held, Watch, watch_stream};
 

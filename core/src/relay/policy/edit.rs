@@ -78,7 +78,7 @@ pub(in crate::relay) fn rewrite(
 
 /// Puts `new` in place of the whole segments `prefix` of a path, with the query as it is. What comes
 /// out begins with one `/`.
-fn replace_prefix(target: &[u8], prefix: &str, new: &str) -> Vec<u8> {
+pub(crate) fn replace_prefix(target: &[u8], prefix: &str, new: &str) -> Vec<u8> {
     let rest = target.strip_prefix(prefix.as_bytes()).unwrap_or(target);
     let mut out = Vec::with_capacity(1 + new.len() + rest.len());
     out.extend_from_slice(new.trim_end_matches('/').as_bytes());
@@ -99,7 +99,7 @@ fn replace_prefix(target: &[u8], prefix: &str, new: &str) -> Vec<u8> {
 /// Returns the `Location` of a redirect (RFC 9110 §10.2.2). What is not said stays as the client asked:
 /// with neither scheme nor host it is a path, with a host alone `//host/path`, which keeps the scheme
 /// that the client used, whoever ended TLS. A new scheme goes without the old one's port.
-pub(in crate::relay) fn location(
+pub(crate) fn location(
     redirect: &Redirect,
     prefix: &str,
     authority: &[u8],
