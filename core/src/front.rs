@@ -10,6 +10,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -62,7 +63,7 @@ pub enum Event {
 }
 
 /// What is known of a client's connection.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct ConnectionInfo {
     /// The listener's name.
     pub listener: Arc<str>,
@@ -76,6 +77,9 @@ pub struct ConnectionInfo {
     pub tls: Option<TlsFacts>,
     /// The client is a proxy whose word is taken; these are all of them ([`forwarded::client`]).
     pub trusted_proxies: Option<Arc<[IpNet]>>,
+    /// The connection ends soon: HTTP/1.1 says so with the next response, so that a client that is just
+    /// about to send its next request does not meet a closed connection.
+    pub ends_soon: AtomicBool,
 }
 
 impl ConnectionInfo {
@@ -89,6 +93,7 @@ impl ConnectionInfo {
             scheme: "http".into(),
             tls: None,
             trusted_proxies: None,
+            ends_soon: AtomicBool::new(false),
         }
     }
 }

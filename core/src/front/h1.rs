@@ -51,6 +51,7 @@ where
     let wire = Wire::new(stream, ahead, Arc::clone(&signals));
     let mut clock = Clock::new(&context.config);
     let config = Arc::clone(&context.config);
+    let info = Arc::clone(&context.info);
     let requests = Requests::new(context, Arc::clone(&signals));
     let mut connection = builder(&config).serve_connection(TokioIo::new(wire), requests);
 
@@ -66,6 +67,9 @@ where
             if let Poll::Ready(done) = connection.poll_without_shutdown(cx) {
                 return Poll::Ready(End::Done(done));
             }
+        }
+        if info.ends_soon.load(Relaxed) {
+            signals.ends_soon.store(true, Relaxed);
         }
         if signals.ended.load(Relaxed) && signals.live.load(Relaxed) > 0 {
             // hyper notices only where it waits for nothing but the response.

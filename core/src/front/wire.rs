@@ -51,6 +51,8 @@ pub(super) struct Signals {
     pub(super) live: AtomicU32,
     /// Requests so far, wrapping.
     pub(super) requests: AtomicU32,
+    /// The connection ends soon; see [`ConnectionInfo`](super::ConnectionInfo).
+    pub(super) ends_soon: AtomicBool,
     /// The exchange that was answered by 101 and waits for the client's bytes.
     pub(super) upgrade: Mutex<Option<Arc<Exchange>>>,
 }
@@ -70,6 +72,7 @@ impl Signals {
             look_ahead: AtomicBool::new(false),
             unread: AtomicBool::new(false),
             live: AtomicU32::new(0),
+            ends_soon: AtomicBool::new(false),
             requests: AtomicU32::new(0),
             upgrade: Mutex::default(),
         }

@@ -52,6 +52,10 @@ const PROBES: u32 = 3;
 /// under way.
 const FIRST_REQUEST_GRACE: Duration = Duration::from_secs(1);
 
+/// How long an HTTP/1.1 connection that is to end may wait for the request whose response says so.
+/// Closed at once, most clients that ask again and again would meet a closed connection.
+const IDLE_GRACE: Duration = Duration::from_secs(5);
+
 /// Bytes shown to plugins until they know whose a connection is. A magic number, or the first line of
 /// a protocol; what is not decided by then goes to the HTTP front.
 const SNIFF_BYTES_MAX: usize = 4 * 1024;
@@ -226,9 +230,25 @@ impl Client {
         }
         let front = Arc::clone(&self.settings.front);
         let entry = self.relay.entry();
-        if let Err(error) = front::serve(stream, Arc::new(info), front, entry, shutdown).await {
+        let info = Arc::new(info);
+        let ending = self.gently(shutdown, Arc::clone(&info));
+        if let Err(error) = front::serve(stream, info, front, entry, ending).await {
             tracing::debug!(client = %self.peer, error = chain(&error), "connection ended");
         }
+    }
+
+    /// Ready when an HTTP connection shall end: a while after `shutdown`, in which HTTP/1.1 tells its
+    /// client with the next response; at once where the whole relay stops.
+    async fn gently(&self, shutdown: Pin<&mut impl Future<Output = ()>>, info: Arc<ConnectionInfo>) {
+        shutdown.await;
+        info.ends_soon.store(true, Ordering::Relaxed);
+        let mut stopping = self.relay.stopping.subscribe();
+        // Boxed: few connections ever wait here, and all would have room for it.
+        let stopped = Box::pin(async move {
+            // An error means that the relay is gone, which is the same.
+            let _ = stopping.wait_for(|stopping| *stopping).await;
+        });
+        let _ = timeout(IDLE_GRACE, stopped).await;
     }
 
     /// Ready when the connection shall end with what runs on it: its listener goes, or it has its age.

@@ -250,6 +250,25 @@ fn connection_of_a_certain_age_ends_after_its_request() {
     assert_eq!(busy.rest(), b"");
 }
 
+/// A client that asks again and again is told by an answer, and never meets a closed connection.
+#[test]
+fn busy_connection_of_a_certain_age_is_told_before_it_ends() {
+    let service = Service::ok();
+    let sidelane = start(&Setup::of(service.address()), "", "  max_connection_age: 1s\n");
+    for _ in 0..3 {
+        let mut client = Client::connect(sidelane.web());
+        loop {
+            client.send(get("/"));
+            let head = client.answer("GET").head;
+            assert_eq!(head.status, 200);
+            if head.list("connection") == "close" {
+                break;
+            }
+        }
+        assert_eq!(client.rest(), b"");
+    }
+}
+
 #[test]
 fn balanced_listener_serves_from_all_threads() {
     let service = Service::ok();

@@ -191,7 +191,7 @@ impl<D: Dispatch> Running<D> {
             *slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&self.exchange));
             let upgrade = HeaderValue::from_static("upgrade");
             head.headers.entry(CONNECTION).or_insert(upgrade);
-        } else if self.exchange.body_is_uncertain() {
+        } else if signals.ends_soon.load(Relaxed) || self.exchange.body_is_uncertain() {
             head.headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
         let length = first.as_ref().map_or(0, Bytes::len) as u64;
