@@ -282,7 +282,7 @@ impl Client {
         shutdown: Pin<&mut impl Future<Output = ()>>,
     ) -> Option<(ClientStream, Option<SocketAddr>)> {
         let trusted = &self.settings.trusted_proxies;
-        if !trusted.is_empty() && !forwarded::is_in(self.peer.ip(), trusted) {
+        if !forwarded::is_in(self.peer.ip(), trusted) {
             self.refuse_proxy("untrusted", "its address is not in relay.trusted_proxies");
             return None;
         }

@@ -38,6 +38,9 @@ fn told(sidelane: &Sidelane, service: &Service, before: &[u8], fields: &str) -> 
     (list("x-forwarded-for"), list("x-forwarded-proto"))
 }
 
+/// Tests are the proxy.
+const TRUSTED: &str = "  trusted_proxies: [127.0.0.1]\n";
+
 fn proxy_v2() -> Vec<u8> {
     [
         b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c".as_slice(),
@@ -49,7 +52,7 @@ fn proxy_v2() -> Vec<u8> {
 #[test]
 fn proxy_header_names_the_client() {
     let service = Service::ok();
-    let sidelane = start(&Setup::of(service.address()), ", proxy_protocol: true", "");
+    let sidelane = start(&Setup::of(service.address()), ", proxy_protocol: true", TRUSTED);
     let v1 = b"PROXY TCP4 192.0.2.1 127.0.0.1 4711 80\r\n";
     assert_eq!(told(&sidelane, &service, v1, "").0, "192.0.2.1");
     let v1 = b"PROXY TCP6 2001:db8::1 ::1 4711 80\r\n";
@@ -61,7 +64,7 @@ fn proxy_header_names_the_client() {
 #[test]
 fn connection_without_its_proxy_header_is_closed_and_counted() {
     let service = Service::ok();
-    let sidelane = start(&Setup::of(service.address()), ", proxy_protocol: true", "");
+    let sidelane = start(&Setup::of(service.address()), ", proxy_protocol: true", TRUSTED);
     let refused = |reason: &str, count: f64| {
         let reason = format!("reason=\"{reason}\"");
         let labels = ["listener=\"web\"", reason.as_str()];

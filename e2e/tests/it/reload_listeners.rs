@@ -158,7 +158,8 @@ fn settings_of_an_address_change_for_new_connections() {
     assert_eq!(old.answer("GET").head.status, 200);
     edit(
         &sidelane,
-        &with(&setup, &["{ name: web, address: \"127.0.0.1:0\", proxy_protocol: true }"]),
+        &with(&setup, &["{ name: web, address: \"127.0.0.1:0\", proxy_protocol: true }"])
+            .replace("relay:\n", "relay:\n  trusted_proxies: [127.0.0.1]\n"),
     );
     assert_eq!(sidelane.listener_now("web"), Some(sidelane.web()));
     let proxied = [b"PROXY TCP4 192.0.2.1 127.0.0.1 4711 80\r\n".as_slice(), &get("/")].concat();

@@ -103,7 +103,7 @@ fn proxies(section: &Section<'_>, relay: &Relay) {
     }
     let listeners = section.field("listeners").and_then(|field| field.items()).unwrap_or_default();
     for field in listeners.iter().filter_map(|item| item.child("proxy_protocol")) {
-        if section.field("trusted_proxies").is_none() && field.is_true() {
+        if relay.trusted_proxies.is_empty() && field.is_true() {
             field.warn(
                 "takes no header, since no proxy is trusted: every connection is closed (accepted: \
                  the proxies' addresses in relay.trusted_proxies)",
