@@ -9,8 +9,8 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::config::policy::{HeaderChanges, Policies, Rate};
 use crate::config::{Config, HostMatch, Listener, Route, Share, duration_text, size_text};
-use crate::router::{self, Query};
 use crate::relay::{location, replace_prefix};
+use crate::router::{self, Query};
 use crate::sidecar::RelayAnswer;
 
 /// Addresses told of one route. A relay may have many base domains.

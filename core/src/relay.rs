@@ -33,11 +33,12 @@ mod proxy_header;
 mod public;
 mod routing;
 mod stream;
+mod summary;
 mod tunnels;
 
 pub use listen::bind;
-pub(crate) use policy::{location, replace_prefix};
 pub use listeners::{BindError, Prepared, Settings as EntrySettings};
+pub(crate) use policy::{location, replace_prefix};
 
 use bounds::{handshake_bounds, millis, session_settings};
 use document::{Document, refused_options};

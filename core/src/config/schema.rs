@@ -97,6 +97,8 @@ fn defaults() -> Json {
     let mut json = config.to_masked_json();
     let redirect = json["routes"][1]["redirect"].take();
     json["routes"][0]["redirect"] = redirect;
+    // This one stands there because a route goes somewhere.
+    json["routes"][0]["tunnel"].take();
     json["routes"][0]["basic_auth"] = json!({ "realm": super::read::REALM });
     json["routes"][0]["limits"] = json!({ "rate": { "per": "1s" } });
     json["tunnels"][0]["health_check"]["service"] = "".into();
@@ -502,10 +504,11 @@ struct Tunnel {
     pool: Pool,
     /// Each connection begins with a PROXY protocol header of this version, and is of one client.
     proxy_protocol: ProxyVersion,
-    /// How the service's health is found out; absent: it is taken for healthy. While it is unhealthy
-    /// relays send nothing here.
+    /// How the service's health is found out; absent: it is taken for healthy. The first check
+    /// decides. While it is unhealthy relays send nothing here.
     health_check: HealthCheck,
-    /// After a start nothing is sent to the service before it accepts a connection, or this has passed.
+    /// After a start of the process nothing is sent to the service before it accepts a connection, or
+    /// this has passed. A tunnel that a reload adds is not waited for.
     wait: Duration<0, DAY>,
 }
 

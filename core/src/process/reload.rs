@@ -59,13 +59,26 @@ impl Process {
         }
     }
 
-    fn reload_failed(&self, error: &dyn std::error::Error) -> String {
+    fn reload_failed(&self, error: &RunError) -> String {
         let text = chain(error);
         self.metrics.reloaded(false);
-        tracing::error!(
-            error = text,
-            "configuration not reloaded: the last good one stays in force"
-        );
+        match error {
+            // A line each, as a start tells them.
+            RunError::Config(errors) => {
+                let faults = errors.errors().len() + errors.more();
+                tracing::error!(
+                    faults,
+                    "configuration not reloaded: the last good one stays in force"
+                );
+                for fault in errors.errors() {
+                    tracing::error!("{fault}");
+                }
+            }
+            _ => tracing::error!(
+                error = text,
+                "configuration not reloaded: the last good one stays in force"
+            ),
+        }
         *self.lock_error() = Some(text.clone());
         text
     }

@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::Relay;
 use super::listeners::{Listener, Open, Settings};
 use super::open::RelayOpener;
-use super::policy::watch_stream;
+use super::policy::{now, watch_stream};
 use super::proxy_header;
 use super::stream::{ClientStream, Place};
 use crate::config::{self, Balance, Carries};
@@ -239,7 +239,11 @@ impl Client {
 
     /// Ready when an HTTP connection shall end: a while after `shutdown`, in which HTTP/1.1 tells its
     /// client with the next response; at once where the whole relay stops.
-    async fn gently(&self, shutdown: Pin<&mut impl Future<Output = ()>>, info: Arc<ConnectionInfo>) {
+    async fn gently(
+        &self,
+        shutdown: Pin<&mut impl Future<Output = ()>>,
+        info: Arc<ConnectionInfo>,
+    ) {
         shutdown.await;
         info.ends_soon.store(true, Ordering::Relaxed);
         let mut stopping = self.relay.stopping.subscribe();
@@ -309,6 +313,13 @@ impl Client {
         let name = &self.config.name;
         self.relay.metrics.proxy_header_refused(name, label);
         tracing::debug!(listener = &**name, peer = %self.peer, reason, "no PROXY header; closed");
+        // A balancer's health check looks so too, every few seconds.
+        if label != "closed"
+            && let Some(refused) = self.listener.refused_headers.note(now())
+        {
+            let (listener, peer) = (&**name, self.peer);
+            tracing::warn!(listener, %peer, reason, refused, "connections without a PROXY header that holds; closed");
+        }
     }
 
     /// Finds out whose a connection is by its first bytes. `None`: it is closed.

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 
 use super::Relay;
 use super::listen::{accept, bind};
+use super::summary::Summary;
 use crate::config;
 use crate::front::FrontConfig;
 use crate::shard::Shard;
@@ -68,6 +69,8 @@ pub(super) struct Listener {
     /// All sockets are closed, and connections end with what runs on them: not before, since a client
     /// that is told so comes back at once, and would meet a socket that is about to close.
     stopping: watch::Sender<bool>,
+    /// PROXY headers that do not hold.
+    pub(super) refused_headers: Summary,
 }
 
 impl Listener {
@@ -214,6 +217,7 @@ impl Listeners {
                         local: sockets[0].local_addr().map_err(failed)?,
                         closing: watch::Sender::new(false),
                         stopping: watch::Sender::new(false),
+                        refused_headers: Summary::default(),
                     });
                     prepared.fresh.push((Arc::clone(&listener), sockets));
                     listener

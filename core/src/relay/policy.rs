@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -15,6 +15,7 @@ use http::HeaderMap;
 use sidelane_abi::failure;
 use sidelane_tunnel::proto;
 
+use super::summary::Summary;
 use crate::config::policy::{Addresses, Policies};
 use crate::config::{Match, Route};
 use crate::metrics::{Metrics, RouteMetrics};
@@ -35,10 +36,6 @@ pub(super) use watch::{Held, Watch, watch_stream};
 
 use auth::Authenticator;
 use rate::{Bucket, ClientBuckets};
-
-/// Between two summaries of what one policy of one route refuses. Each refusal is a line at debug; at
-/// info a flood of them is one line in this time.
-const SUMMARY_EVERY: Duration = Duration::from_secs(10);
 
 /// What can refuse an exchange.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -347,29 +344,6 @@ impl Drop for Admitted {
     }
 }
 
-/// What one policy of a route has refused since it was last told.
-#[derive(Default)]
-struct Summary {
-    /// When it was told, plus one; 0: never.
-    told: AtomicU64,
-    refused: AtomicU64,
-}
-
-impl Summary {
-    /// Counts a refusal; returns how many there were where it is time to tell.
-    fn note(&self, now: u64) -> Option<u64> {
-        self.refused.fetch_add(1, Ordering::Relaxed);
-        let told = self.told.load(Ordering::Relaxed);
-        let every = u64::try_from(SUMMARY_EVERY.as_nanos()).unwrap_or(u64::MAX);
-        if told != 0 && now < told.saturating_add(every) {
-            return None;
-        }
-        let swapped =
-            self.told.compare_exchange(told, now + 1, Ordering::Relaxed, Ordering::Relaxed);
-        swapped.is_ok().then(|| self.refused.swap(0, Ordering::Relaxed))
-    }
-}
-
 /// The states of all routes that have policies.
 #[derive(Default)]
 pub(super) struct RouteStates {
@@ -565,16 +539,6 @@ mod tests {
             "sidelane_policy_timeouts_total{route=\"r\",timeout=\"idle\"} 0",
         ];
         assert_eq!(refused, expected);
-    }
-
-    #[test]
-    fn a_flood_of_refusals_is_told_now_and_then() {
-        let summary = Summary::default();
-        let second = 1_000_000_000;
-        assert_eq!(summary.note(0), Some(1));
-        assert!((0..100).all(|_| summary.note(second).is_none()));
-        assert_eq!(summary.note(11 * second), Some(101));
-        assert_eq!(summary.note(12 * second), None);
     }
 
     #[test]

@@ -324,6 +324,12 @@ async fn wait(tunnel: &Tunnel) {
         }
     };
     let (name, service) = (&*tunnel.name, tunnel.service.to_string());
+    tracing::info!(
+        tunnel = name,
+        service,
+        for_at_most = ?tunnel.wait,
+        "waiting for the service to accept connections; relays send nothing here meanwhile"
+    );
     match timeout(tunnel.wait, accepts).await {
         Ok(()) => tracing::info!(tunnel = name, service, "the service accepts connections"),
         Err(_) => tracing::warn!(

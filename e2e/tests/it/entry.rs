@@ -98,6 +98,7 @@ fn proxy_header_of_a_stranger_is_not_believed() {
     assert_eq!(client.rest(), b"");
     let labels = ["reason=\"untrusted\""];
     sidelane.until_metric("sidelane_proxy_headers_refused_total", &labels, |count| count == 1.0);
+    assert!(sidelane.log().contains("WARN") && sidelane.log().contains("its address is not in"));
 }
 
 #[test]
