@@ -224,6 +224,16 @@ plugins: { panics: 9 }
 }
 
 #[test]
+fn a_token_of_both_ends_waits_for_a_restart_once() {
+    let both = |token: &str| {
+        good(&format!("version: 1\nrelay: {{ tunnel: {{ token: {token} }} }}\nsidecar: {{}}\n"))
+    };
+    let (old, mut new) = (both("a-token-of-the-tests"), both("another-token-of-tests"));
+    assert_eq!(hold_back(&mut new, &old), ["relay.tunnel.token"]);
+    assert_eq!(new.sidecar, old.sidecar);
+}
+
+#[test]
 fn options_reach_plugins_as_json_with_their_yaml_types() {
     let config = good(
         "version: 1
