@@ -301,6 +301,19 @@ pub(crate) fn path_prefix(text: &str) -> Result<Arc<str>, String> {
     Ok(text.trim_end_matches('/').into())
 }
 
+/// Parses the prefix that a route takes: services must read it as it is written.
+pub(crate) fn route_prefix(text: &str) -> Result<Arc<str>, String> {
+    let prefix = path_prefix(text)?;
+    if crate::router::is_plain(&prefix) {
+        return Ok(prefix);
+    }
+    Err(format!(
+        "\"{text}\" is no prefix that a route can take, since services read it in more than one way \
+         (accepted: segments other than '.' and '..', without '//', ';' and '\\', and without escapes of \
+         what needs none)"
+    ))
+}
+
 /// Parses `127.0.0.1:9080` or `[::1]:9080`.
 pub(crate) fn socket_address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| {

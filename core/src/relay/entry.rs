@@ -88,10 +88,24 @@ impl Dispatch for HttpEntry {
         let routing = relay.routing.load();
         // What is not text fits no route; the plugin says so.
         let route = str::from_utf8(head.authority()).ok().zip(str::from_utf8(head.target()).ok());
-        let route = route.and_then(|(host, path)| {
-            let (listener, protocol_type) = (&*connection.listener, &**plugin.name());
-            router::find(&routing.table, &Query { host: Some(host), path, listener, protocol_type })
+        let query = route.map(|(host, path)| Query {
+            host: Some(host),
+            path,
+            listener: &connection.listener,
+            protocol_type: plugin.name(),
         });
+        let route = query.as_ref().and_then(|query| router::find(&routing.table, query));
+        if let (Some(query), Some(found)) = (&query, route)
+            && !router::is_clear(&routing.table, query, found)
+        {
+            let failure = Failure {
+                code: failure::BAD_REQUEST,
+                retry_after_s: None,
+                detail: "the path can be read as another route's".to_owned(),
+            };
+            record.unopened(failure::BAD_REQUEST);
+            return HttpExchange::Runs(plugin.refuse_http(head, responder, failure), record);
+        }
         let Some(state) = route.and_then(|route| routing.policies.of(route)) else {
             let opener = RelayOpener::routed(
                 Arc::clone(relay),

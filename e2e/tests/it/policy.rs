@@ -580,3 +580,35 @@ fn byte_born_exchange_that_rests_is_cut() {
     let labels = ["route=\"lines\"", "timeout=\"idle\""];
     sidelane.until_metric("sidelane_policy_timeouts_total", &labels, |count| count >= 1.0);
 }
+
+#[test]
+fn no_path_leads_around_a_routes_policies() {
+    let service = Service::ok();
+    let yaml = Setup::of(service.address()).both();
+    let admin =
+        format!("  - {{ subdomain: api, path_prefix: /admin, tunnel: api, {} }}", basic_auth());
+    let yaml = yaml.replace("routes:\n", &format!("routes:\n{admin}\n"));
+    let sidelane = Sidelane::start("sidelane", &yaml);
+    let status = |path: &str| {
+        let bytes = format!("GET {path} HTTP/1.1\r\nHost: api.localhost\r\n\r\n");
+        request(sidelane.web(), "GET", bytes).head.status
+    };
+    assert_eq!(status("/admin/x"), 401);
+    for path in [
+        "/x/../admin/x",
+        "/x/%2e%2e/admin",
+        "//admin",
+        "/%61dmin",
+        "/admin%2fx",
+        "/./admin",
+        "/\\admin",
+        "/x/..;/admin",
+        "/admin/../x",
+    ] {
+        assert!(matches!(status(path), 400 | 401), "{path}");
+    }
+    assert!(service.take_requests().is_empty(), "nothing reaches the service");
+    for path in ["/", "/x//y", "/x/../y%2Fz", "/administrator", "/x%20y"] {
+        assert_eq!(status(path), 200, "{path}");
+    }
+}
