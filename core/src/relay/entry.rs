@@ -211,6 +211,7 @@ impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
         let policies = &*state.policies;
         let shaping = Shaping::new(&state, &head);
         let prefix = &state.route.matches.path_prefix;
+        policy::end_hop(&mut head.headers);
         meta.trusted_proxy =
             policy::rewrite(&mut head, &policies.rewrite, prefix, meta.trusted_proxy);
         policy::change(&mut head.headers, &policies.request_headers);

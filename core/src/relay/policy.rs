@@ -28,7 +28,7 @@ mod respond;
 mod watch;
 
 pub(super) use auth::{Checked, Question, Verdict};
-pub(super) use edit::{change, location, rewrite};
+pub(super) use edit::{change, end_hop, location, rewrite};
 pub(super) use respond::{LimitedBody, Shaped, Shaping};
 pub(super) use watch::{Held, Watch, watch_stream};
 

@@ -582,6 +582,20 @@ fn byte_born_exchange_that_rests_is_cut() {
 }
 
 #[test]
+fn no_client_takes_out_what_the_route_sets() {
+    let service = Service::ok();
+    let policies = "request_headers: { set: { x-env: prod } }, rewrite: { host: app.internal }";
+    let sidelane = start(&Setup::of(service.address()), policies);
+    let lines =
+        "Connection: x-env, close, X-Forwarded-Host, x-hop\r\nX-Env: theirs\r\nX-Hop: 1\r\n";
+    assert_eq!(ask(&sidelane, lines).head.status, 200);
+    let request = service.only_request();
+    assert_eq!(request.first("x-env"), Some("prod"), "{request:?}");
+    assert_eq!(request.first("x-forwarded-host"), Some("api.localhost"), "{request:?}");
+    assert!(!request.has("x-hop"), "{request:?}");
+}
+
+#[test]
 fn no_path_leads_around_a_routes_policies() {
     let service = Service::ok();
     let yaml = Setup::of(service.address()).both();

@@ -3,6 +3,7 @@
 //! Pure. Knows no exchange.
 
 use bytes::Bytes;
+use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::config::policy::{HeaderChanges, Redirect, Rewrite};
@@ -10,6 +11,10 @@ use crate::plugin::lend::RequestHead;
 
 const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+
+/// What `Connection` says that is no end-to-end field's name.
+const OPTIONS: [&str; 6] =
+    ["close", "keep-alive", "upgrade", "te", "transfer-encoding", "http2-settings"];
 
 /// Removes, sets, adds, in this order.
 pub(in crate::relay) fn change(headers: &mut HeaderMap, changes: &HeaderChanges) {
@@ -32,6 +37,37 @@ pub(in crate::relay) fn change(headers: &mut HeaderMap, changes: &HeaderChanges)
 fn append(headers: &mut HeaderMap, name: &HeaderName, value: &HeaderValue) {
     if headers.try_append(name.clone(), value.clone()).is_err() {
         tracing::warn!(field = name.as_str(), "a head has too many fields to add one more");
+    }
+}
+
+/// Ends here what a request's `Connection` names (RFC 9110 §7.6.1), before the route changes anything:
+/// else a client could have the route's own fields taken out again behind us. What the protocol's
+/// plugin reads of the connection stays.
+pub(in crate::relay) fn end_hop(headers: &mut HeaderMap) {
+    let mut kept: Vec<u8> = Vec::new();
+    let mut named: Vec<HeaderName> = Vec::new();
+    for value in headers.get_all(CONNECTION) {
+        for token in value.as_bytes().split(|byte| *byte == b',').map(<[u8]>::trim_ascii) {
+            if OPTIONS.iter().any(|option| token.eq_ignore_ascii_case(option.as_bytes())) {
+                if !kept.is_empty() {
+                    kept.extend_from_slice(b", ");
+                }
+                kept.extend_from_slice(token);
+            } else if let Ok(name) = HeaderName::from_bytes(token) {
+                named.push(name);
+            }
+        }
+    }
+    if named.is_empty() {
+        return;
+    }
+    // Length and host are not the connection's, whatever it says.
+    for name in named.iter().filter(|name| !matches!(**name, CONTENT_LENGTH | HOST | EXPECT)) {
+        headers.remove(name);
+    }
+    match HeaderValue::from_maybe_shared(Bytes::from(kept)) {
+        Ok(kept) if !kept.is_empty() => _ = headers.insert(CONNECTION, kept),
+        _ => _ = headers.remove(CONNECTION),
     }
 }
 
@@ -68,10 +104,10 @@ pub(in crate::relay) fn rewrite(
         let _ = head.headers.try_insert(X_FORWARDED_HOST, asked);
     }
     head.authority = Bytes::copy_from_slice(host.as_bytes());
-    if head.headers.contains_key(http::header::HOST)
+    if head.headers.contains_key(HOST)
         && let Ok(value) = HeaderValue::from_str(host)
     {
-        head.headers.insert(http::header::HOST, value);
+        head.headers.insert(HOST, value);
     }
     true
 }
@@ -152,6 +188,37 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+
+    #[test]
+    fn what_connection_names_ends_here() {
+        let table: &[(&[&str], &str, &str)] = &[
+            // Connection, what is left of it, what is left beside
+            (&[], "", "x-a x-b"),
+            (&["close"], "close", "x-a x-b"),
+            (&["Close, X-A"], "Close", "x-b"),
+            (&["x-a,,x-b ", "upgrade"], "upgrade", ""),
+            (&["x-a"], "", "x-b"),
+            (&["x-c, host, content-length, \u{fc}, a b"], "", "x-a x-b"),
+        ];
+        assert!(!table.is_empty());
+        for (values, connection, rest) in table {
+            let mut headers = HeaderMap::new();
+            for value in *values {
+                headers.append(CONNECTION, HeaderValue::from_str(value).unwrap());
+            }
+            for name in ["x-a", "x-b", "host", "content-length"] {
+                headers.insert(name, HeaderValue::from_static("1"));
+            }
+            end_hop(&mut headers);
+            let left = headers.get_all(CONNECTION).iter().map(|value| value.as_bytes());
+            let left: Vec<_> = left.map(String::from_utf8_lossy).collect();
+            assert_eq!(left.join("|"), *connection, "{values:?}");
+            let left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
+            let left: Vec<_> = left.into_iter().filter(|name| name.starts_with("x-")).collect();
+            assert_eq!(left.join(" "), *rest, "{values:?}");
+            assert!(headers.contains_key(HOST) && headers.contains_key(CONTENT_LENGTH));
+        }
+    }
 
     #[test]
     fn a_prefix_is_replaced_by_whole_segments() {
