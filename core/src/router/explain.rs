@@ -121,7 +121,7 @@ impl Asked<'_> {
     /// Says by what reading of the path it is not this route's, as [`is_clear`](super::is_clear) finds.
     fn unclear(&self, routes: &[Arc<Route>], found: &Arc<Route>) -> Option<String> {
         let mut unclear = None;
-        path::is_read_alike(self.path, |path| {
+        let is_alike = path::is_read_alike(self.path, |path| {
             let asked = Asked { path, ..*self };
             let ranked = routes.iter().filter_map(|route| Some((asked.rank(route)?, route)));
             let other = ranked.max_by_key(|(rank, _)| *rank).map(|(_, route)| route);
@@ -139,6 +139,10 @@ impl Asked<'_> {
             ));
             false
         });
+        if !is_alike && unclear.is_none() {
+            unclear =
+                Some("the path is too long to be read in every way: refused with 400".to_owned());
+        }
         unclear
     }
 

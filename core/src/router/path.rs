@@ -4,6 +4,11 @@
 //! Routes take paths as they are written. Where another reading would be another route's, a client
 //! could choose the policies that it meets; [`is_read_alike`] finds that out.
 
+/// Longest path that is read in other ways than as it is written; one beyond with anything in it that
+/// readers differ about is taken for unlike. What a client can make us spend on a request is bounded so,
+/// and most services take no longer request line.
+const READ_BYTES_MAX: usize = 8 * 1024;
+
 /// Which escapes a reader undoes before it looks at segments.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Escapes {
@@ -28,6 +33,9 @@ struct Reader {
 pub(super) fn is_read_alike(path: &str, mut holds: impl FnMut(&str) -> bool) -> bool {
     if !is_suspect(path.as_bytes()) {
         return true;
+    }
+    if path.len() > READ_BYTES_MAX {
+        return false;
     }
     let mut reading = Vec::with_capacity(path.len() + 1);
     let mut last = path.to_owned();
@@ -155,6 +163,17 @@ mod tests {
             "/a%3Fb",
         ] {
             assert_eq!(readings(path), Vec::<String>::new(), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_long_path_is_not_read_in_every_way() {
+        for (path, expected) in [
+            (format!("/{}", "a".repeat(READ_BYTES_MAX)), true),
+            (format!("/{}/../b", "a".repeat(READ_BYTES_MAX - 6)), true),
+            (format!("/{}/../b", "a".repeat(READ_BYTES_MAX)), false),
+        ] {
+            assert_eq!(is_read_alike(&path, |_| true), expected, "{} bytes", path.len());
         }
     }
 
