@@ -309,6 +309,7 @@ impl From<Checked> for Result<(), Refusal> {
             Checked::Known => Ok(()),
             Checked::Unknown => Err(Refusal::unauthorized()),
             Checked::Overloaded => Err(Refusal::checks()),
+            Checked::Limited(wait) => Err(Refusal::guesses(wait)),
         }
     }
 }
