@@ -18,9 +18,7 @@ use tokio::time::Instant;
 
 use super::Relay;
 use super::open::RelayOpener;
-use super::policy::{
-    self, Admitted, LimitedBody, Refusal, RouteState, Shaped, Shaping, Verdict, Watch,
-};
+use super::policy::{self, LimitedBody, Refusal, RouteState, Shaped, Shaping, Verdict, Watch};
 use crate::front::{self, ConnectionInfo, Dispatch, forwarded};
 use crate::metrics::Record;
 use crate::plugin::lend::{self, Failure, Meta, Responder as _, Text};
@@ -161,17 +159,16 @@ struct Arrival<B, R> {
 impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
     fn begin(self) -> HttpExchange {
         let now = policy::now();
-        let admitted = match self.state.admit(Some(self.client), now) {
-            Ok(admitted) => admitted,
-            Err(refusal) => return self.refuse(refusal),
-        };
+        if let Err(refusal) = self.state.pass(Some(self.client), now) {
+            return self.refuse(refusal);
+        }
         let verdict: Verdict = self.state.look(&self.head.headers, self.client, now);
         match verdict.settle() {
             Err(refusal) => self.refuse(refusal),
-            Ok(None) => self.go_on(admitted),
+            Ok(None) => self.go_on(),
             Ok(Some(question)) => HttpExchange::Asks(Box::pin(async move {
                 match question.ask().await.into() {
-                    Ok(()) => self.go_on(admitted).await,
+                    Ok(()) => self.go_on().await,
                     Err(refusal) => self.refuse(refusal).await,
                 }
             })),
@@ -192,7 +189,12 @@ impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
     }
 
     /// Answers, or hands the request to its plugin as the route has changed it.
-    fn go_on(mut self, admitted: Admitted) -> HttpExchange {
+    fn go_on(mut self) -> HttpExchange {
+        // Whoever does not know the password takes no place of those who do.
+        let admitted = match self.state.enter() {
+            Ok(admitted) => admitted,
+            Err(refusal) => return self.refuse(refusal),
+        };
         let policies = &*self.state.policies;
         if policies.basic_auth.is_some() {
             self.head.headers.remove(AUTHORIZATION);

@@ -626,3 +626,24 @@ fn no_path_leads_around_a_routes_policies() {
         assert_eq!(status(path), 200, "{path}");
     }
 }
+
+#[test]
+fn who_knows_no_password_takes_no_place_of_those_who_do() {
+    let (service, go) = holding();
+    let policies = format!("limits: {{ concurrent: 1 }}, {}", basic_auth());
+    let sidelane = start(&Setup::of(service.address()), &policies);
+    let mut held = Client::connect(sidelane.web());
+    held.send(format!(
+        "GET /held HTTP/1.1\r\nHost: api.localhost\r\nAuthorization: {ALICE}\r\n\r\n"
+    ));
+    service.until("the held request", |records| {
+        records.iter().any(|record| !record.received.is_empty())
+    });
+    // The place is taken; a stranger hears that it must say who it is all the same.
+    let answer = ask(&sidelane, "");
+    refused(&sidelane, &answer, 401, "unauthorized", "basic_auth");
+    let answer = ask(&sidelane, &format!("Authorization: {ALICE}\r\n"));
+    refused(&sidelane, &answer, 503, "overloaded", "concurrent");
+    go.send(()).unwrap();
+    assert_eq!(held.answer("GET").head.status, 200);
+}
