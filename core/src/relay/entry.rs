@@ -214,9 +214,10 @@ impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
         let shaping = Shaping::new(&state, &head);
         let prefix = &state.route.matches.path_prefix;
         policy::end_hop(&mut head.headers);
+        let changes = &policies.request_headers;
         meta.trusted_proxy =
-            policy::rewrite(&mut head, &policies.rewrite, prefix, meta.trusted_proxy);
-        policy::change(&mut head.headers, &policies.request_headers);
+            policy::rewrite(&mut head, &policies.rewrite, prefix, changes, meta.trusted_proxy);
+        policy::change(&mut head.headers, changes);
         meta.deadline =
             policies.timeouts.total.and_then(|total| began.into_std().checked_add(total));
         let opener = RelayOpener::routed(

@@ -647,3 +647,23 @@ fn who_knows_no_password_takes_no_place_of_those_who_do() {
     go.send(()).unwrap();
     assert_eq!(held.answer("GET").head.status, 200);
 }
+
+#[test]
+fn a_route_says_itself_what_stands_in_forwarded_fields() {
+    let service = Service::ok();
+    let policies = "request_headers: { set: { x-forwarded-proto: https, x-forwarded-prefix: /p } }";
+    let sidelane = start(&Setup::of(service.address()), policies);
+    let lines =
+        "X-Forwarded-For: 192.0.2.1\r\nX-Forwarded-Proto: ftp\r\nX-Forwarded-User: root\r\n";
+    assert_eq!(ask(&sidelane, lines).head.status, 200);
+    let request = service.only_request();
+    for (name, value) in [
+        ("x-forwarded-proto", Some("https")),
+        ("x-forwarded-prefix", Some("/p")),
+        ("x-forwarded-for", Some("127.0.0.1")),
+        ("x-forwarded-host", Some("api.localhost")),
+        ("x-forwarded-user", None),
+    ] {
+        assert_eq!(request.first(name), value, "{name}: {request:?}");
+    }
+}

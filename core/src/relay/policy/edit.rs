@@ -71,13 +71,15 @@ pub(in crate::relay) fn end_hop(headers: &mut HeaderMap) {
     }
 }
 
-/// Rewrites host and path. `prefix` is the route's. Returns whether what the client asked for stands
-/// in `X-Forwarded-Host`, to which the sidecar's end adds as it does to a trusted proxy's fields;
-/// `is_trusted`: the client is such a proxy, and what it wrote stays.
+/// Rewrites host and path. `prefix` is the route's, `changes` are what is made of the fields after
+/// this. Returns whether the sidecar's end leaves what stands in `Forwarded` and `X-Forwarded-*` and
+/// adds to it, as it does to a trusted proxy's: where what the client asked for stands there, or the
+/// route says such a field itself. `is_trusted`: the client is such a proxy, and what it wrote stays.
 pub(in crate::relay) fn rewrite(
     head: &mut RequestHead,
     rewrite: &Rewrite,
     prefix: &str,
+    changes: &HeaderChanges,
     is_trusted: bool,
 ) -> bool {
     if let Some(new) = &rewrite.path_prefix
@@ -85,14 +87,13 @@ pub(in crate::relay) fn rewrite(
     {
         head.target = Bytes::from(replace_prefix(&head.target, prefix, new));
     }
-    let Some(host) = &rewrite.host else { return is_trusted };
+    let said = changes.set.iter().chain(&changes.add).any(|(name, _)| is_forwarded(name));
+    if rewrite.host.is_none() && !said {
+        return is_trusted;
+    }
     if !is_trusted {
-        let theirs: Vec<HeaderName> = head
-            .headers
-            .keys()
-            .filter(|name| **name == FORWARDED || name.as_str().starts_with("x-forwarded-"))
-            .cloned()
-            .collect();
+        let theirs: Vec<HeaderName> =
+            head.headers.keys().filter(|name| is_forwarded(name)).cloned().collect();
         for name in theirs {
             head.headers.remove(name);
         }
@@ -103,6 +104,7 @@ pub(in crate::relay) fn rewrite(
         // A head at its limit of fields goes without.
         let _ = head.headers.try_insert(X_FORWARDED_HOST, asked);
     }
+    let Some(host) = &rewrite.host else { return true };
     head.authority = Bytes::copy_from_slice(host.as_bytes());
     if head.headers.contains_key(HOST)
         && let Ok(value) = HeaderValue::from_str(host)
@@ -110,6 +112,10 @@ pub(in crate::relay) fn rewrite(
         head.headers.insert(HOST, value);
     }
     true
+}
+
+fn is_forwarded(name: &HeaderName) -> bool {
+    *name == FORWARDED || name.as_str().starts_with("x-forwarded-")
 }
 
 /// Puts `new` in place of the whole segments `prefix` of a path, with the query as it is. What comes
@@ -321,25 +327,27 @@ mod tests {
 
     #[test]
     fn a_rewritten_host_still_tells_what_the_client_asked_for() {
+        let none = HeaderChanges::default();
         let rules = Rewrite { host: Some("app.internal".into()), path_prefix: Some("/v1".into()) };
         let theirs = [("host", "shop.example.org"), ("x-forwarded-host", "evil.example")];
         let mut asked = head(&theirs);
-        assert!(rewrite(&mut asked, &rules, "/api", false));
+        assert!(rewrite(&mut asked, &rules, "/api", &none, false));
         assert_eq!(asked.authority, "app.internal");
         assert_eq!(asked.target, "/v1/x");
         assert_eq!(asked.headers["host"], "app.internal");
         assert_eq!(asked.headers["x-forwarded-host"], "shop.example.org");
         let mut proxied = head(&[("x-forwarded-host", "public.example"), ("forwarded", "for=a")]);
-        assert!(rewrite(&mut proxied, &rules, "/api", true));
+        assert!(rewrite(&mut proxied, &rules, "/api", &none, true));
         assert_eq!(proxied.headers["x-forwarded-host"], "public.example");
         assert_eq!(proxied.headers["forwarded"], "for=a");
     }
 
     #[test]
     fn a_rewritten_path_alone_leaves_the_host() {
+        let none = HeaderChanges::default();
         let rules = Rewrite { host: None, path_prefix: Some("".into()) };
         let mut asked = head(&[("x-forwarded-host", "evil.example")]);
-        assert!(!rewrite(&mut asked, &rules, "/api", false));
+        assert!(!rewrite(&mut asked, &rules, "/api", &none, false));
         assert_eq!((&*asked.authority, &*asked.target), (&b"shop.example.org"[..], &b"/x"[..]));
     }
 
