@@ -609,7 +609,7 @@ impl Match {
             host,
             path_prefix: spec.path_prefix.map_or_else(
                 || Ok(Arc::from("")),
-                |text| value::path_prefix(text).map_err(part("path_prefix")),
+                |text| value::route_prefix(text).map_err(part("path_prefix")),
             )?,
             listener: spec
                 .listener

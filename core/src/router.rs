@@ -13,6 +13,7 @@ use std::sync::Arc;
 use crate::config::{HostMatch, Route};
 
 mod explain;
+mod path;
 
 pub use explain::{Explanation, Other, explain};
 
@@ -24,7 +25,8 @@ const HOST_BYTES_MAX: usize = 253;
 pub struct Query<'a> {
     /// As the client sent it: a port, a final dot and upper case are ignored. `None`: byte-born.
     pub host: Option<&'a str>,
-    /// Path; what follows a `?` is ignored. Matched as sent, without resolving escapes or dots.
+    /// Path; what follows a `?` is ignored. Matched as sent, without resolving escapes or dots; where
+    /// that matters, [`is_clear`] says so.
     pub path: &'a str,
     /// Name of the listener it came in by.
     pub listener: &'a str,
@@ -42,6 +44,8 @@ pub struct RouteTable {
     /// Length of the longest key of `wildcards`: longer suffixes of a host need no look-up.
     longest_wildcard: usize,
     any: Paths,
+    /// Some route has a path prefix.
+    has_prefixes: bool,
     /// All of them, as they were given.
     routes: Vec<Arc<Route>>,
 }
@@ -121,6 +125,7 @@ impl RouteTable {
             }
         }
         table.routes = routes.to_vec();
+        table.has_prefixes = routes.iter().any(|route| !route.matches.path_prefix.is_empty());
         table.longest_wildcard = table.wildcards.keys().map(|key| key.len()).max().unwrap_or(0);
         if pairs.is_empty() { Ok(table) } else { Err(Ambiguity { pairs }) }
     }
@@ -203,6 +208,26 @@ pub fn find<'t>(table: &'t RouteTable, query: &Query<'_>) -> Option<&'t Arc<Rout
         }
     }
     table.any.find(query, path)
+}
+
+/// Returns whether the exchange goes to the same route however a service reads its path: with dots
+/// resolved, escapes undone, slashes joined, parameters dropped. `found` is the route that takes it.
+/// One that does not has no route: its client would choose whose policies it meets.
+#[must_use]
+pub fn is_clear(table: &RouteTable, query: &Query<'_>, found: &Arc<Route>) -> bool {
+    if !table.has_prefixes {
+        return true;
+    }
+    let path = query.path.split(['?', '#']).next().unwrap_or_default();
+    path::is_read_alike(path, |path| {
+        find(table, &Query { path, ..*query }).is_some_and(|route| Arc::ptr_eq(route, found))
+    })
+}
+
+/// Returns whether a path can be read in one way only, and so be a route's prefix.
+#[must_use]
+pub fn is_plain(path: &str) -> bool {
+    path::is_read_alike(path, |_| false)
 }
 
 /// Returns what follows each dot, the longest first, as far as it is at most `longest` long.

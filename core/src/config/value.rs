@@ -301,6 +301,19 @@ pub(crate) fn path_prefix(text: &str) -> Result<Arc<str>, String> {
     Ok(text.trim_end_matches('/').into())
 }
 
+/// Parses the prefix that a route takes: services must read it as it is written.
+pub(crate) fn route_prefix(text: &str) -> Result<Arc<str>, String> {
+    let prefix = path_prefix(text)?;
+    if crate::router::is_plain(&prefix) {
+        return Ok(prefix);
+    }
+    Err(format!(
+        "\"{text}\" is no prefix that a route can take, since services read it in more than one way \
+         (accepted: segments other than '.' and '..', without '//', ';' and '\\', and without escapes of \
+         what needs none)"
+    ))
+}
+
 /// Parses `127.0.0.1:9080` or `[::1]:9080`.
 pub(crate) fn socket_address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| {
@@ -377,7 +390,11 @@ pub(crate) fn authority(text: &str) -> Result<Arc<str>, String> {
     }
 }
 
-/// Parses `10.0.0.0/8`, `2001:db8::/32`, or an address, which is a network of its own.
+/// Bits of `::ffff:0:0/96`, behind which an IPv4 address stands (RFC 4291 §2.5.5.2).
+const MAPPED_BITS: u8 = 96;
+
+/// Parses `10.0.0.0/8`, `2001:db8::/32`, or an address, which is a network of its own. An IPv4 network
+/// in IPv6's writing is one of IPv4, as clients' addresses are.
 pub(crate) fn network(text: &str) -> Result<IpNet, String> {
     let bad = |what: &str, hint: String| {
         format!(
@@ -386,7 +403,7 @@ pub(crate) fn network(text: &str) -> Result<IpNet, String> {
         )
     };
     if let Ok(address) = text.parse::<IpAddr>() {
-        return Ok(address.into());
+        return Ok(address.to_canonical().into());
     }
     let network: IpNet = text.parse().map_err(|_| bad("is not a network", String::new()))?;
     let whole = network.trunc();
@@ -394,7 +411,13 @@ pub(crate) fn network(text: &str) -> Result<IpNet, String> {
         let hint = format!("; did you mean \"{whole}\" or \"{}\"?", network.addr());
         return Err(bad("has bits beyond its length", hint));
     }
-    Ok(network)
+    let within = network.prefix_len().checked_sub(MAPPED_BITS);
+    match (network.addr().to_canonical(), within) {
+        (IpAddr::V4(address), Some(bits)) if matches!(network, IpNet::V6(_)) => {
+            IpNet::new(address.into(), bits).map_err(|_| bad("is not a network", String::new()))
+        }
+        _ => Ok(network),
+    }
 }
 
 /// Returns the shortest text that `network` takes for this value.
@@ -505,6 +528,25 @@ mod tests {
         }
         for text in ["", "30", "s", "1s1m", "1s1s", "1.5s", "-1s", "1 s", "99999999999999999999h"] {
             duration(text).unwrap_err();
+        }
+    }
+
+    #[test]
+    fn networks_of_ipv4_are_that_in_ipv6s_writing_too() {
+        for (text, expected) in [
+            ("10.0.0.0/8", "10.0.0.0/8"),
+            ("192.0.2.7", "192.0.2.7"),
+            ("::ffff:192.0.2.7", "192.0.2.7"),
+            ("::ffff:10.0.0.0/104", "10.0.0.0/8"),
+            ("::ffff:0:0/96", "0.0.0.0/0"),
+            ("2001:db8::/32", "2001:db8::/32"),
+            ("::/0", "::/0"),
+            ("::1", "::1"),
+        ] {
+            assert_eq!(network(text).map(|network| network_text(&network)), Ok(expected.into()));
+        }
+        for text in ["", "10.0.0.1/8", "::ffff:10.0.0.1/104", "10.0.0.0/33", "a"] {
+            network(text).unwrap_err();
         }
     }
 

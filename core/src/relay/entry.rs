@@ -18,9 +18,7 @@ use tokio::time::Instant;
 
 use super::Relay;
 use super::open::RelayOpener;
-use super::policy::{
-    self, Admitted, LimitedBody, Refusal, RouteState, Shaped, Shaping, Verdict, Watch,
-};
+use super::policy::{self, LimitedBody, Refusal, RouteState, Shaped, Shaping, Verdict, Watch};
 use crate::front::{self, ConnectionInfo, Dispatch, forwarded};
 use crate::metrics::Record;
 use crate::plugin::lend::{self, Failure, Meta, Responder as _, Text};
@@ -88,10 +86,24 @@ impl Dispatch for HttpEntry {
         let routing = relay.routing.load();
         // What is not text fits no route; the plugin says so.
         let route = str::from_utf8(head.authority()).ok().zip(str::from_utf8(head.target()).ok());
-        let route = route.and_then(|(host, path)| {
-            let (listener, protocol_type) = (&*connection.listener, &**plugin.name());
-            router::find(&routing.table, &Query { host: Some(host), path, listener, protocol_type })
+        let query = route.map(|(host, path)| Query {
+            host: Some(host),
+            path,
+            listener: &connection.listener,
+            protocol_type: plugin.name(),
         });
+        let route = query.as_ref().and_then(|query| router::find(&routing.table, query));
+        if let (Some(query), Some(found)) = (&query, route)
+            && !router::is_clear(&routing.table, query, found)
+        {
+            let failure = Failure {
+                code: failure::BAD_REQUEST,
+                retry_after_s: None,
+                detail: "the path can be read as another route's".to_owned(),
+            };
+            record.unopened(failure::BAD_REQUEST);
+            return HttpExchange::Runs(plugin.refuse_http(head, responder, failure), record);
+        }
         let Some(state) = route.and_then(|route| routing.policies.of(route)) else {
             let opener = RelayOpener::routed(
                 Arc::clone(relay),
@@ -147,17 +159,16 @@ struct Arrival<B, R> {
 impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
     fn begin(self) -> HttpExchange {
         let now = policy::now();
-        let admitted = match self.state.admit(Some(self.client), now) {
-            Ok(admitted) => admitted,
-            Err(refusal) => return self.refuse(refusal),
-        };
+        if let Err(refusal) = self.state.pass(Some(self.client), now) {
+            return self.refuse(refusal);
+        }
         let verdict: Verdict = self.state.look(&self.head.headers, self.client, now);
         match verdict.settle() {
             Err(refusal) => self.refuse(refusal),
-            Ok(None) => self.go_on(admitted),
+            Ok(None) => self.go_on(),
             Ok(Some(question)) => HttpExchange::Asks(Box::pin(async move {
                 match question.ask().await.into() {
-                    Ok(()) => self.go_on(admitted).await,
+                    Ok(()) => self.go_on().await,
                     Err(refusal) => self.refuse(refusal).await,
                 }
             })),
@@ -178,7 +189,12 @@ impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
     }
 
     /// Answers, or hands the request to its plugin as the route has changed it.
-    fn go_on(mut self, admitted: Admitted) -> HttpExchange {
+    fn go_on(mut self) -> HttpExchange {
+        // Whoever does not know the password takes no place of those who do.
+        let admitted = match self.state.enter() {
+            Ok(admitted) => admitted,
+            Err(refusal) => return self.refuse(refusal),
+        };
         let policies = &*self.state.policies;
         if policies.basic_auth.is_some() {
             self.head.headers.remove(AUTHORIZATION);
@@ -197,9 +213,11 @@ impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
         let policies = &*state.policies;
         let shaping = Shaping::new(&state, &head);
         let prefix = &state.route.matches.path_prefix;
+        policy::end_hop(&mut head.headers);
+        let changes = &policies.request_headers;
         meta.trusted_proxy =
-            policy::rewrite(&mut head, &policies.rewrite, prefix, meta.trusted_proxy);
-        policy::change(&mut head.headers, &policies.request_headers);
+            policy::rewrite(&mut head, &policies.rewrite, prefix, changes, meta.trusted_proxy);
+        policy::change(&mut head.headers, changes);
         meta.deadline =
             policies.timeouts.total.and_then(|total| began.into_std().checked_add(total));
         let opener = RelayOpener::routed(

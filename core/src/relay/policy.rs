@@ -29,7 +29,7 @@ mod respond;
 mod watch;
 
 pub(super) use auth::{Checked, Question, Verdict};
-pub(super) use edit::{change, rewrite};
+pub(super) use edit::{change, end_hop, rewrite};
 pub(crate) use edit::{location, replace_prefix};
 pub(super) use respond::{LimitedBody, Shaped, Shaping};
 pub(super) use watch::{Held, Watch, watch_stream};
@@ -218,8 +218,7 @@ impl RouteState {
         })
     }
 
-    /// Lets an exchange in, as long as what is returned lives. `None` as `client`: its address is not
-    /// known, which no list of addresses allows.
+    /// Lets an exchange in that nobody is asked about any more, as long as what is returned lives.
     ///
     /// # Errors
     /// The first policy that refuses it.
@@ -228,15 +227,19 @@ impl RouteState {
         client: Option<IpAddr>,
         now: u64,
     ) -> Result<Admitted, Refusal> {
+        self.pass(client, now)?;
+        self.enter()
+    }
+
+    /// Whether an exchange may come in by address and rates. `None` as `client`: its address is not known,
+    /// which no list of addresses allows. A client that is past its own rate takes nothing of the route's.
+    ///
+    /// # Errors
+    /// The first policy that refuses it.
+    pub(super) fn pass(&self, client: Option<IpAddr>, now: u64) -> Result<(), Refusal> {
         if !may_come(&self.policies.addresses, client) {
             let detail = "the route is closed to this address";
             return Err(Refusal::new(Policy::Addresses, failure::FORBIDDEN, detail));
-        }
-        if let Some(bucket) = &self.rate {
-            bucket.take(now).map_err(|wait| {
-                let detail = "the route's rate limit is reached";
-                Refusal::new(Policy::Rate, failure::RATE_LIMITED, detail).after(wait)
-            })?;
         }
         if let (Some(buckets), Some(client)) = (&self.clients, client) {
             buckets.take(client, now).map_err(|wait| {
@@ -244,6 +247,20 @@ impl RouteState {
                 Refusal::new(Policy::RatePerClient, failure::RATE_LIMITED, detail).after(wait)
             })?;
         }
+        if let Some(bucket) = &self.rate {
+            bucket.take(now).map_err(|wait| {
+                let detail = "the route's rate limit is reached";
+                Refusal::new(Policy::Rate, failure::RATE_LIMITED, detail).after(wait)
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Counts an exchange that may come in among those that run.
+    ///
+    /// # Errors
+    /// There are as many as may be.
+    pub(super) fn enter(self: &Arc<Self>) -> Result<Admitted, Refusal> {
         let running = self.running.fetch_add(1, Ordering::Relaxed);
         self.metrics.begun();
         let admitted = Admitted { state: Arc::clone(self) };
@@ -307,6 +324,7 @@ impl From<Checked> for Result<(), Refusal> {
             Checked::Known => Ok(()),
             Checked::Unknown => Err(Refusal::unauthorized()),
             Checked::Overloaded => Err(Refusal::checks()),
+            Checked::Limited(wait) => Err(Refusal::guesses(wait)),
         }
     }
 }
@@ -459,6 +477,20 @@ mod tests {
             drop(first);
             assert!(state.admit(client, 2_000_000_000).is_ok(), "{policy:?} passes");
         }
+    }
+
+    #[test]
+    fn a_client_past_its_own_rate_takes_nothing_of_the_routes() {
+        let limits =
+            RouteLimits { rate: rate(5), rate_per_client: rate(1), ..RouteLimits::default() };
+        let state = state(Policies { limits, ..Policies::default() });
+        let pass = |number: u8| state.pass(Some(IpAddr::from([192, 0, 2, number])), 1);
+        assert!(pass(1).is_ok());
+        for _ in 0..100 {
+            assert_eq!(pass(1).map_err(|refusal| refusal.policy), Err(Policy::RatePerClient));
+        }
+        assert!((2..=5).all(|number| pass(number).is_ok()), "others have what is left");
+        assert_eq!(pass(6).map_err(|refusal| refusal.policy), Err(Policy::Rate));
     }
 
     #[test]

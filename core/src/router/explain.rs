@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::{HostBuffer, Query, normalize};
+use super::{HostBuffer, Query, normalize, path};
 use crate::config::{HostMatch, Route, near_miss};
 
 /// Routes that are told beside the one that takes the exchange; the nearest come first.
@@ -97,10 +97,12 @@ pub fn explain(routes: &[Arc<Route>], base_domains: &[Arc<str>], query: &Query<'
         ))
     });
     let more = others.len().saturating_sub(OTHERS_MAX);
+    let unclear = taken.and_then(|(_, route)| asked.unclear(routes, route));
+    let taken = taken.filter(|_| unclear.is_none());
     Explanation {
         route: taken.map(|(_, route)| Arc::clone(route)),
         because: taken.map(|(rank, route)| asked.because(rank, route)).unwrap_or_default(),
-        hint: taken.is_none().then(|| asked.hint(routes)).flatten(),
+        hint: unclear.or_else(|| taken.is_none().then(|| asked.hint(routes)).flatten()),
         others: others.into_iter().take(OTHERS_MAX).map(|(.., other)| other).collect(),
         more,
     }
@@ -116,6 +118,34 @@ struct Asked<'a> {
 }
 
 impl Asked<'_> {
+    /// Says by what reading of the path it is not this route's, as [`is_clear`](super::is_clear) finds.
+    fn unclear(&self, routes: &[Arc<Route>], found: &Arc<Route>) -> Option<String> {
+        let mut unclear = None;
+        let is_alike = path::is_read_alike(self.path, |path| {
+            let asked = Asked { path, ..*self };
+            let ranked = routes.iter().filter_map(|route| Some((asked.rank(route)?, route)));
+            let other = ranked.max_by_key(|(rank, _)| *rank).map(|(_, route)| route);
+            if other.is_some_and(|other| Arc::ptr_eq(other, found)) {
+                return true;
+            }
+            let whose = other.map_or_else(
+                || "no route's".to_owned(),
+                |other| format!("route \"{}\"'s", other.name),
+            );
+            unclear = Some(format!(
+                "as written the path is route \"{}\"'s, but a service may read it as {path}, which is \
+                 {whose}: refused with 400",
+                found.name
+            ));
+            false
+        });
+        if !is_alike && unclear.is_none() {
+            unclear =
+                Some("the path is too long to be read in every way: refused with 400".to_owned());
+        }
+        unclear
+    }
+
     /// Returns how well the route fits; `None`: it does not.
     fn rank(&self, route: &Route) -> Option<Rank> {
         let matches = &route.matches;
@@ -412,6 +442,20 @@ mod tests {
         for line in lines {
             assert!(told.iter().any(|told| told == line), "no line {line:?} in {told:#?}");
         }
+    }
+
+    #[test]
+    fn a_path_with_two_readings_is_told_with_the_other() {
+        check(
+            "shop.localhost",
+            "/x/%2e%2e/api/y?q",
+            None,
+            &[
+                "as written the path is route \"shop\"'s, but a service may read it as /api/y, which is route \
+             \"api\"'s: refused with 400",
+            ],
+        );
+        check("shop.localhost", "/x//y/../z", Some("shop"), &[]);
     }
 
     #[test]

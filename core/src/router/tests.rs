@@ -106,6 +106,38 @@ fn longer_path_prefix_wins_by_whole_segments() {
 }
 
 #[test]
+fn a_path_that_others_read_as_another_routes_is_not_clear() {
+    let prefix = |path_prefix| MatchSpec { path_prefix: Some(path_prefix), ..subdomain("d") };
+    let specs = [subdomain("d"), prefix("/admin"), prefix("/a/b"), subdomain("e")];
+    let routes: Vec<_> =
+        specs.iter().enumerate().map(|(index, spec)| route(&index.to_string(), spec)).collect();
+    let table = RouteTable::build(&routes, &bases()).unwrap();
+    for (host, path, expected) in [
+        ("d.localhost", "/x/../admin", false),
+        ("d.localhost", "/x/%2e%2e/admin?q", false),
+        ("d.localhost", "//admin", false),
+        ("d.localhost", "/%61dmin", false),
+        ("d.localhost", "/admin%2Fx", false),
+        ("d.localhost", "/admin;a/x", false),
+        ("d.localhost", "/x/..;/admin", false),
+        ("d.localhost", "/\\admin", false),
+        ("d.localhost", "/admin/../x", false),
+        ("d.localhost", "/a/b/%2e%2e", false),
+        // What is read in two ways, but as the same route's.
+        ("d.localhost", "/x//y/../z%2Fq;a", true),
+        ("d.localhost", "/admin//x/../y%2fz", true),
+        ("d.localhost", "/administrator", true),
+        ("d.localhost", "/?/../admin", true),
+        ("d.localhost", "/%20admin", true),
+        ("e.localhost", "/x/../admin", true),
+    ] {
+        let query = Query { host: Some(host), path, listener: "web", protocol_type: "HTTP" };
+        let found = find(&table, &query).unwrap();
+        assert_eq!(is_clear(&table, &query, found), expected, "{path}");
+    }
+}
+
+#[test]
 fn less_specific_host_takes_what_the_more_specific_one_leaves() {
     let specs = [MatchSpec { path_prefix: Some("/api"), ..host("d.localhost") }, wildcard("*")];
     check(&specs, "d.localhost", "/api/x", Some(0));
@@ -299,8 +331,11 @@ proptest! {
                 listener: if web { "web" } else { "lines" },
                 protocol_type: if http { "HTTP" } else { "LINE" },
             };
-            let found = find(&table, &query).map(|route| &route.name);
-            prop_assert_eq!(found, model(&routes, &query).map(|route| &route.name), "{:?}", query);
+            let found = find(&table, &query);
+            let name = found.map(|route| &route.name);
+            prop_assert_eq!(name, model(&routes, &query).map(|route| &route.name), "{:?}", query);
+            let found = found.filter(|route| is_clear(&table, &query, route));
+            let found = found.map(|route| &route.name);
             let explained = explain(table.routes(), &bases(), &query).route;
             prop_assert_eq!(found, explained.as_ref().map(|route| &route.name), "{:?}", query);
         }

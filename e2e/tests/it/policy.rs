@@ -580,3 +580,90 @@ fn byte_born_exchange_that_rests_is_cut() {
     let labels = ["route=\"lines\"", "timeout=\"idle\""];
     sidelane.until_metric("sidelane_policy_timeouts_total", &labels, |count| count >= 1.0);
 }
+
+#[test]
+fn no_client_takes_out_what_the_route_sets() {
+    let service = Service::ok();
+    let policies = "request_headers: { set: { x-env: prod } }, rewrite: { host: app.internal }";
+    let sidelane = start(&Setup::of(service.address()), policies);
+    let lines =
+        "Connection: x-env, close, X-Forwarded-Host, x-hop\r\nX-Env: theirs\r\nX-Hop: 1\r\n";
+    assert_eq!(ask(&sidelane, lines).head.status, 200);
+    let request = service.only_request();
+    assert_eq!(request.first("x-env"), Some("prod"), "{request:?}");
+    assert_eq!(request.first("x-forwarded-host"), Some("api.localhost"), "{request:?}");
+    assert!(!request.has("x-hop"), "{request:?}");
+}
+
+#[test]
+fn no_path_leads_around_a_routes_policies() {
+    let service = Service::ok();
+    let yaml = Setup::of(service.address()).both();
+    let admin =
+        format!("  - {{ subdomain: api, path_prefix: /admin, tunnel: api, {} }}", basic_auth());
+    let yaml = yaml.replace("routes:\n", &format!("routes:\n{admin}\n"));
+    let sidelane = Sidelane::start("sidelane", &yaml);
+    let status = |path: &str| {
+        let bytes = format!("GET {path} HTTP/1.1\r\nHost: api.localhost\r\n\r\n");
+        request(sidelane.web(), "GET", bytes).head.status
+    };
+    assert_eq!(status("/admin/x"), 401);
+    for path in [
+        "/x/../admin/x",
+        "/x/%2e%2e/admin",
+        "//admin",
+        "/%61dmin",
+        "/admin%2fx",
+        "/./admin",
+        "/\\admin",
+        "/x/..;/admin",
+        "/admin/../x",
+    ] {
+        assert!(matches!(status(path), 400 | 401), "{path}");
+    }
+    assert!(service.take_requests().is_empty(), "nothing reaches the service");
+    for path in ["/", "/x//y", "/x/../y%2Fz", "/administrator", "/x%20y"] {
+        assert_eq!(status(path), 200, "{path}");
+    }
+}
+
+#[test]
+fn who_knows_no_password_takes_no_place_of_those_who_do() {
+    let (service, go) = holding();
+    let policies = format!("limits: {{ concurrent: 1 }}, {}", basic_auth());
+    let sidelane = start(&Setup::of(service.address()), &policies);
+    let mut held = Client::connect(sidelane.web());
+    held.send(format!(
+        "GET /held HTTP/1.1\r\nHost: api.localhost\r\nAuthorization: {ALICE}\r\n\r\n"
+    ));
+    service.until("the held request", |records| {
+        records.iter().any(|record| !record.received.is_empty())
+    });
+    // The place is taken; a stranger hears that it must say who it is all the same.
+    let answer = ask(&sidelane, "");
+    refused(&sidelane, &answer, 401, "unauthorized", "basic_auth");
+    let answer = ask(&sidelane, &format!("Authorization: {ALICE}\r\n"));
+    refused(&sidelane, &answer, 503, "overloaded", "concurrent");
+    go.send(()).unwrap();
+    assert_eq!(held.answer("GET").head.status, 200);
+}
+
+#[test]
+fn a_route_says_itself_what_stands_in_forwarded_fields() {
+    let service = Service::ok();
+    let policies = "request_headers: { set: { x-forwarded-proto: https, x-forwarded-prefix: /p } }";
+    let sidelane = start(&Setup::of(service.address()), policies);
+    let lines =
+        "X-Forwarded-For: 192.0.2.1\r\nX-Forwarded-Proto: ftp\r\nX-Forwarded-User: root\r\n";
+    assert_eq!(ask(&sidelane, lines).head.status, 200);
+    let request = service.only_request();
+    for (name, value) in [
+        ("x-forwarded-proto", Some("https")),
+        ("x-forwarded-prefix", Some("/p")),
+        ("x-forwarded-for", Some("127.0.0.1")),
+        ("x-forwarded-host", Some("api.localhost")),
+        ("x-forwarded-user", None),
+    ] {
+        assert_eq!(request.first(name), value, "{name}: {request:?}");
+    }
+}

@@ -5,8 +5,8 @@
 //! checks at once in the process. Neither names nor passwords are logged.
 
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, LazyLock, OnceLock};
+use std::num::NonZero;
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -16,20 +16,27 @@ use http::{HeaderMap, HeaderValue};
 use sha2::{Digest as _, Sha256};
 use tokio::sync::Semaphore;
 
-use super::rate::ClientBuckets;
+use super::rate::{self, ClientBuckets};
 use crate::config::policy::{BasicAuth, Rate};
 
 /// Attempts of one client's address that are checked: people and their browsers need one, or some at
 /// once after a start; a guesser gets 10 a second.
 const ATTEMPTS: Rate = Rate { count: 10, per: Duration::from_secs(1), burst: 50 };
 
-/// Checks at once in the process. Each keeps a core busy for milliseconds to a second; those cores
-/// serve everyone.
+/// Checks at once in the process, and no more than half of the cores. Each keeps a core busy for
+/// milliseconds to a second; those cores serve everyone.
 const CHECKS_MAX: usize = 2;
 
 /// Checks that wait for their turn; beyond, clients are told to come back. With the usual cost (some
 /// milliseconds) the last one waits for less than a second.
 const WAITING_MAX: usize = 64;
+
+/// Checks of one client's address that wait. A guesser's do not take the places of all others; a
+/// household or an office comes in at once after a start.
+const WAITING_PER_CLIENT_MAX: usize = 16;
+
+/// When a client comes back that has that many.
+const WAITING_RETRY: Duration = Duration::from_secs(1);
 
 /// Longest password: bcrypt does not look at what follows, so two that differ there would be one.
 const PASSWORD_BYTES_MAX: usize = 72;
@@ -37,8 +44,12 @@ const PASSWORD_BYTES_MAX: usize = 72;
 /// Longest credentials that are looked at, in base64: a name and a password have room many times over.
 const CREDENTIALS_BYTES_MAX: usize = 1024;
 
-static CHECKS: Semaphore = Semaphore::const_new(CHECKS_MAX);
-static WAITING: AtomicUsize = AtomicUsize::new(0);
+static CHECKS: LazyLock<Semaphore> = LazyLock::new(|| {
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    Semaphore::new((cores / 2).clamp(1, CHECKS_MAX))
+});
+/// Who waits, the same client once for each check.
+static WAITING: Mutex<Vec<u128>> = Mutex::new(Vec::new());
 
 /// Makes what is remembered of a password worthless outside of this process.
 static KEY: LazyLock<[u8; 32]> = LazyLock::new(crate::random::bytes);
@@ -73,6 +84,7 @@ pub(in crate::relay) enum Verdict {
 /// A check that is to be made.
 pub(in crate::relay) struct Question {
     authenticator: Arc<Authenticator>,
+    client: IpAddr,
     /// `None`: no such user; the check takes as long.
     user: Option<usize>,
     password: Vec<u8>,
@@ -88,6 +100,8 @@ pub(in crate::relay) enum Checked {
     Unknown,
     /// Too many checks wait.
     Overloaded,
+    /// Too many of this client's wait; how long until it may come back.
+    Limited(Duration),
 }
 
 impl Authenticator {
@@ -127,7 +141,7 @@ impl Authenticator {
         if let Err(wait) = self.attempts.take(client, now) {
             return Verdict::Limited(wait);
         }
-        Verdict::Ask(Question { authenticator: Arc::clone(self), user, password, digest })
+        Verdict::Ask(Question { authenticator: Arc::clone(self), client, user, password, digest })
     }
 
     fn remembers(&self, user: usize, digest: &[u8; 32]) -> bool {
@@ -141,7 +155,10 @@ impl Question {
         let permit = match CHECKS.try_acquire() {
             Ok(permit) => permit,
             Err(_) => {
-                let Some(_waits) = Waits::begin() else { return Checked::Overloaded };
+                let _waits = match Waits::begin(&WAITING, self.client) {
+                    Ok(waits) => waits,
+                    Err(refused) => return refused,
+                };
                 match CHECKS.acquire().await {
                     Ok(permit) => permit,
                     // The semaphore is never closed.
@@ -178,21 +195,33 @@ impl Question {
 }
 
 /// A check that waits, counted until dropped.
-struct Waits;
+struct Waits<'a> {
+    waiting: &'a Mutex<Vec<u128>>,
+    client: u128,
+}
 
-impl Waits {
-    fn begin() -> Option<Self> {
-        if WAITING.fetch_add(1, Ordering::Relaxed) >= WAITING_MAX {
-            WAITING.fetch_sub(1, Ordering::Relaxed);
-            return None;
+impl<'a> Waits<'a> {
+    /// Takes a place; the error is what becomes of the check without.
+    fn begin(waiting: &'a Mutex<Vec<u128>>, client: IpAddr) -> Result<Self, Checked> {
+        let client = rate::key(client);
+        let mut all = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.iter().filter(|other| **other == client).count() >= WAITING_PER_CLIENT_MAX {
+            return Err(Checked::Limited(WAITING_RETRY));
         }
-        Some(Self)
+        if all.len() >= WAITING_MAX {
+            return Err(Checked::Overloaded);
+        }
+        all.push(client);
+        Ok(Self { waiting, client })
     }
 }
 
-impl Drop for Waits {
+impl Drop for Waits<'_> {
     fn drop(&mut self) {
-        WAITING.fetch_sub(1, Ordering::Relaxed);
+        let mut all = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = all.iter().position(|client| *client == self.client) {
+            all.swap_remove(at);
+        }
     }
 }
 
@@ -328,6 +357,26 @@ mod tests {
         let elsewhere = authenticator.look(&basic("alice", "secret"), other, 1);
         assert!(matches!(elsewhere, Verdict::Ask(_)), "others are not held up");
         assert!(matches!(guess(1_000_000_000), Verdict::Ask(_)), "it passes");
+    }
+
+    #[test]
+    fn one_client_does_not_take_all_places() {
+        let waiting = Mutex::default();
+        let client = |number: u8| IpAddr::from([192, 0, 2, number]);
+        let mut waits = Vec::new();
+        for _ in 0..WAITING_PER_CLIENT_MAX {
+            waits.push(Waits::begin(&waiting, client(1)).map_err(|_| ()).expect("a place"));
+        }
+        let refused = Waits::begin(&waiting, client(1)).err();
+        assert_eq!(refused, Some(Checked::Limited(WAITING_RETRY)));
+        let others = (2..).map_while(|number| Waits::begin(&waiting, client(number)).ok());
+        waits.extend(others.take(WAITING_MAX));
+        assert_eq!(waits.len(), WAITING_MAX, "others have what is left");
+        assert_eq!(Waits::begin(&waiting, client(250)).err(), Some(Checked::Overloaded));
+        waits.remove(0);
+        assert!(Waits::begin(&waiting, client(1)).is_ok());
+        drop(waits);
+        assert!(waiting.lock().unwrap().is_empty());
     }
 
     #[test]

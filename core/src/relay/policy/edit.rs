@@ -3,6 +3,7 @@
 //! Pure. Knows no exchange.
 
 use bytes::Bytes;
+use http::header::{CONNECTION, CONTENT_LENGTH, EXPECT, HOST};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::config::policy::{HeaderChanges, Redirect, Rewrite};
@@ -10,6 +11,10 @@ use crate::plugin::lend::RequestHead;
 
 const FORWARDED: HeaderName = HeaderName::from_static("forwarded");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+
+/// What `Connection` says that is no end-to-end field's name.
+const OPTIONS: [&str; 6] =
+    ["close", "keep-alive", "upgrade", "te", "transfer-encoding", "http2-settings"];
 
 /// Removes, sets, adds, in this order.
 pub(in crate::relay) fn change(headers: &mut HeaderMap, changes: &HeaderChanges) {
@@ -35,13 +40,46 @@ fn append(headers: &mut HeaderMap, name: &HeaderName, value: &HeaderValue) {
     }
 }
 
-/// Rewrites host and path. `prefix` is the route's. Returns whether what the client asked for stands
-/// in `X-Forwarded-Host`, to which the sidecar's end adds as it does to a trusted proxy's fields;
-/// `is_trusted`: the client is such a proxy, and what it wrote stays.
+/// Ends here what a request's `Connection` names (RFC 9110 §7.6.1), before the route changes anything:
+/// else a client could have the route's own fields taken out again behind us. What the protocol's
+/// plugin reads of the connection stays.
+pub(in crate::relay) fn end_hop(headers: &mut HeaderMap) {
+    let mut kept: Vec<u8> = Vec::new();
+    let mut named: Vec<HeaderName> = Vec::new();
+    for value in headers.get_all(CONNECTION) {
+        for token in value.as_bytes().split(|byte| *byte == b',').map(<[u8]>::trim_ascii) {
+            if OPTIONS.iter().any(|option| token.eq_ignore_ascii_case(option.as_bytes())) {
+                if !kept.is_empty() {
+                    kept.extend_from_slice(b", ");
+                }
+                kept.extend_from_slice(token);
+            } else if let Ok(name) = HeaderName::from_bytes(token) {
+                named.push(name);
+            }
+        }
+    }
+    if named.is_empty() {
+        return;
+    }
+    // Length and host are not the connection's, whatever it says.
+    for name in named.iter().filter(|name| !matches!(**name, CONTENT_LENGTH | HOST | EXPECT)) {
+        headers.remove(name);
+    }
+    match HeaderValue::from_maybe_shared(Bytes::from(kept)) {
+        Ok(kept) if !kept.is_empty() => _ = headers.insert(CONNECTION, kept),
+        _ => _ = headers.remove(CONNECTION),
+    }
+}
+
+/// Rewrites host and path. `prefix` is the route's, `changes` are what is made of the fields after
+/// this. Returns whether the sidecar's end leaves what stands in `Forwarded` and `X-Forwarded-*` and
+/// adds to it, as it does to a trusted proxy's: where what the client asked for stands there, or the
+/// route says such a field itself. `is_trusted`: the client is such a proxy, and what it wrote stays.
 pub(in crate::relay) fn rewrite(
     head: &mut RequestHead,
     rewrite: &Rewrite,
     prefix: &str,
+    changes: &HeaderChanges,
     is_trusted: bool,
 ) -> bool {
     if let Some(new) = &rewrite.path_prefix
@@ -49,14 +87,13 @@ pub(in crate::relay) fn rewrite(
     {
         head.target = Bytes::from(replace_prefix(&head.target, prefix, new));
     }
-    let Some(host) = &rewrite.host else { return is_trusted };
+    let said = changes.set.iter().chain(&changes.add).any(|(name, _)| is_forwarded(name));
+    if rewrite.host.is_none() && !said {
+        return is_trusted;
+    }
     if !is_trusted {
-        let theirs: Vec<HeaderName> = head
-            .headers
-            .keys()
-            .filter(|name| **name == FORWARDED || name.as_str().starts_with("x-forwarded-"))
-            .cloned()
-            .collect();
+        let theirs: Vec<HeaderName> =
+            head.headers.keys().filter(|name| is_forwarded(name)).cloned().collect();
         for name in theirs {
             head.headers.remove(name);
         }
@@ -67,13 +104,18 @@ pub(in crate::relay) fn rewrite(
         // A head at its limit of fields goes without.
         let _ = head.headers.try_insert(X_FORWARDED_HOST, asked);
     }
+    let Some(host) = &rewrite.host else { return true };
     head.authority = Bytes::copy_from_slice(host.as_bytes());
-    if head.headers.contains_key(http::header::HOST)
+    if head.headers.contains_key(HOST)
         && let Ok(value) = HeaderValue::from_str(host)
     {
-        head.headers.insert(http::header::HOST, value);
+        head.headers.insert(HOST, value);
     }
     true
+}
+
+fn is_forwarded(name: &HeaderName) -> bool {
+    *name == FORWARDED || name.as_str().starts_with("x-forwarded-")
 }
 
 /// Puts `new` in place of the whole segments `prefix` of a path, with the query as it is. What comes
@@ -152,6 +194,37 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+
+    #[test]
+    fn what_connection_names_ends_here() {
+        let table: &[(&[&str], &str, &str)] = &[
+            // Connection, what is left of it, what is left beside
+            (&[], "", "x-a x-b"),
+            (&["close"], "close", "x-a x-b"),
+            (&["Close, X-A"], "Close", "x-b"),
+            (&["x-a,,x-b ", "upgrade"], "upgrade", ""),
+            (&["x-a"], "", "x-b"),
+            (&["x-c, host, content-length, \u{fc}, a b"], "", "x-a x-b"),
+        ];
+        assert!(!table.is_empty());
+        for (values, connection, rest) in table {
+            let mut headers = HeaderMap::new();
+            for value in *values {
+                headers.append(CONNECTION, HeaderValue::from_str(value).unwrap());
+            }
+            for name in ["x-a", "x-b", "host", "content-length"] {
+                headers.insert(name, HeaderValue::from_static("1"));
+            }
+            end_hop(&mut headers);
+            let left = headers.get_all(CONNECTION).iter().map(|value| value.as_bytes());
+            let left: Vec<_> = left.map(String::from_utf8_lossy).collect();
+            assert_eq!(left.join("|"), *connection, "{values:?}");
+            let left: Vec<_> = headers.keys().map(HeaderName::as_str).collect();
+            let left: Vec<_> = left.into_iter().filter(|name| name.starts_with("x-")).collect();
+            assert_eq!(left.join(" "), *rest, "{values:?}");
+            assert!(headers.contains_key(HOST) && headers.contains_key(CONTENT_LENGTH));
+        }
+    }
 
     #[test]
     fn a_prefix_is_replaced_by_whole_segments() {
@@ -254,25 +327,27 @@ mod tests {
 
     #[test]
     fn a_rewritten_host_still_tells_what_the_client_asked_for() {
+        let none = HeaderChanges::default();
         let rules = Rewrite { host: Some("app.internal".into()), path_prefix: Some("/v1".into()) };
         let theirs = [("host", "shop.example.org"), ("x-forwarded-host", "evil.example")];
         let mut asked = head(&theirs);
-        assert!(rewrite(&mut asked, &rules, "/api", false));
+        assert!(rewrite(&mut asked, &rules, "/api", &none, false));
         assert_eq!(asked.authority, "app.internal");
         assert_eq!(asked.target, "/v1/x");
         assert_eq!(asked.headers["host"], "app.internal");
         assert_eq!(asked.headers["x-forwarded-host"], "shop.example.org");
         let mut proxied = head(&[("x-forwarded-host", "public.example"), ("forwarded", "for=a")]);
-        assert!(rewrite(&mut proxied, &rules, "/api", true));
+        assert!(rewrite(&mut proxied, &rules, "/api", &none, true));
         assert_eq!(proxied.headers["x-forwarded-host"], "public.example");
         assert_eq!(proxied.headers["forwarded"], "for=a");
     }
 
     #[test]
     fn a_rewritten_path_alone_leaves_the_host() {
+        let none = HeaderChanges::default();
         let rules = Rewrite { host: None, path_prefix: Some("".into()) };
         let mut asked = head(&[("x-forwarded-host", "evil.example")]);
-        assert!(!rewrite(&mut asked, &rules, "/api", false));
+        assert!(!rewrite(&mut asked, &rules, "/api", &none, false));
         assert_eq!((&*asked.authority, &*asked.target), (&b"shop.example.org"[..], &b"/x"[..]));
     }
 

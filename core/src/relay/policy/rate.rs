@@ -143,7 +143,7 @@ fn make_room(clients: &mut HashMap<u128, u64>, now: u64) {
 }
 
 /// One client: an IPv4 address, or the /64 of an IPv6 one, since a single host is given as much.
-fn key(client: IpAddr) -> u128 {
+pub(super) fn key(client: IpAddr) -> u128 {
     match client.to_canonical() {
         IpAddr::V4(address) => u128::from(u32::from(address)),
         // Never a key of IPv4: the low half is zero, and all of IPv4 is in it but 0.0.0.0, which is
