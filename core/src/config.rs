@@ -102,7 +102,7 @@ impl Draft {
             error.snippet = file.and_then(|file| error::snippet(&file.text, error));
         }
         match ConfigErrors::join(self.errors, refused) {
-            Some(errors) => Err(errors),
+            Some(errors) => Err(errors.with_files(self.config.files)),
             None => Ok(self.config),
         }
     }

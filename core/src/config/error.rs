@@ -4,6 +4,7 @@
 //! where its line may show one.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// Most errors kept of one file; more would not be read, and a file of garbage must not fill memory.
@@ -78,6 +79,7 @@ pub struct ConfigErrors {
     errors: Vec<ConfigError>,
     /// Faults beyond [`ERRORS_MAX`].
     more: usize,
+    files: Vec<PathBuf>,
 }
 
 impl ConfigErrors {
@@ -85,7 +87,7 @@ impl ConfigErrors {
         debug_assert!(!errors.is_empty());
         errors.sort_by(|a, b| (a.position, &a.path).cmp(&(b.position, &b.path)));
         errors.dedup();
-        Self { errors, more }
+        Self { errors, more, files: Vec::new() }
     }
 
     /// Returns these and `others` as one, in the order of their places; `None`: there are none.
@@ -100,6 +102,17 @@ impl ConfigErrors {
     #[must_use]
     pub fn errors(&self) -> &[ConfigError] {
         &self.errors
+    }
+
+    /// Returns the files that values were, or should have been, read from: what is wrong may be mended in
+    /// one of them.
+    #[must_use]
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    pub(crate) fn with_files(self, files: Vec<PathBuf>) -> Self {
+        Self { files, ..self }
     }
 
     /// Returns how many there are beyond those that are told.
@@ -128,7 +141,7 @@ impl ConfigErrors {
 
 impl From<ConfigError> for ConfigErrors {
     fn from(error: ConfigError) -> Self {
-        Self { errors: vec![error], more: 0 }
+        Self { errors: vec![error], more: 0, files: Vec::new() }
     }
 }
 
