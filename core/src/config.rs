@@ -15,7 +15,7 @@ mod schema;
 mod show;
 mod source;
 mod substitute;
-mod value;
+pub(crate) mod value;
 pub mod watch;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
