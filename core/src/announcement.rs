@@ -9,6 +9,7 @@ use sidelane_tunnel::proto;
 
 use crate::config::policy::Policies;
 use crate::config::{Block, Config, HostMatch, Match, MatchSpec, Route, Share, value};
+use crate::error::is_obeyed;
 
 /// Bytes of one route's policies as JSON: as many users, ranges of addresses and changes of fields as a
 /// file may name, at their usual lengths. Bounds what is parsed.
@@ -96,7 +97,9 @@ pub fn tunnel(announced: &proto::AnnouncedTunnel) -> Result<Tunnel, String> {
         .map(|name| value::protocol_type(name).map_err(fault))
         .collect::<Result<_, _>>()?;
     let mut unavailable = one_line(&announced.unavailable);
-    unavailable.truncate(unavailable.floor_char_boundary(UNAVAILABLE_BYTES_MAX));
+    while unavailable.len() > UNAVAILABLE_BYTES_MAX {
+        unavailable.pop();
+    }
     Ok(Tunnel {
         name,
         protocols: (!protocols.is_empty()).then(|| protocols.into()),
@@ -106,7 +109,7 @@ pub fn tunnel(announced: &proto::AnnouncedTunnel) -> Result<Tunnel, String> {
 
 /// Returns a text that others wrote without what would end a line of a log or command a terminal.
 fn one_line(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+    text.chars().map(|c| if is_obeyed(c) { '?' } else { c }).collect()
 }
 
 /// Reads an announced route.
