@@ -134,8 +134,12 @@ pub fn route(announced: &proto::AnnouncedRoute) -> Result<Route, Vec<String>> {
     let matches = Match::parse(&spec).map_err(|(part, message)| vec![fault(part, &message)])?;
     let mut options = BTreeMap::new();
     for block in &announced.options {
-        let value = serde_json::from_str(&block.json)
-            .map_err(|error| vec![fault("options", &format!("are not JSON: {error}"))])?;
+        // Nothing behind the key is a block of nothing.
+        let value = match block.json.as_str() {
+            "" => serde_json::Value::Null,
+            text => serde_json::from_str(text)
+                .map_err(|error| vec![fault("options", &format!("are not JSON: {error}"))])?,
+        };
         let protocol_type = value::protocol_type(&block.protocol_type)
             .map_err(|message| vec![fault("options", &message)])?;
         options.insert(protocol_type, Block::new(value));
@@ -223,6 +227,28 @@ mod tests {
             };
             assert_eq!(route(&encode_route(&original)), Ok(original));
         }
+    }
+
+    #[test]
+    fn options_come_back_as_they_were_but_for_what_may_be_secret() {
+        let source = crate::config::Source::from_text(
+            "c.yaml".as_ref(),
+            "version: 1\nsidecar: { relays: ['127.0.0.1:1'] }\ntunnels: [{ name: t, service: 'h:1' }]\n\
+             routes: [{ subdomain: a, tunnel: t, options: { A: , B: {}, \
+             C: { max: 4MiB, wait: 1m30s, n: 3, pass: hunter2, list: [x, true] } } }]\n",
+        );
+        let config = crate::config::parse(&source, &|_| None).expect("a valid file");
+        let original = &config.routes[0];
+        let read = route(&encode_route(original)).expect("what a file may say is taken");
+        assert!(read.is_same_as(original), "{read:?}");
+        let masked = serde_json::json!(
+            { "max": "4MiB", "wait": "1m30s", "n": 3, "pass": "***", "list": ["***", true] }
+        );
+        assert_eq!(read.options["C"].masked, masked);
+        assert_eq!(read.options["C"].text, original.options["C"].text);
+        let mut other = read.clone();
+        other.options.insert("A".into(), Block::new(serde_json::json!({})));
+        assert!(!read.is_same_as(&other));
     }
 
     #[test]

@@ -184,7 +184,7 @@ fn overruled<'a>(
 ) -> impl Iterator<Item = String> + 'a {
     own.iter().filter_map(|own| {
         // A process with both roles announces its own routes to itself.
-        let ours = ours.get(&own.matches).filter(|ours| **ours != own)?;
+        let ours = ours.get(&own.matches).filter(|ours| !ours.is_same_as(own))?;
         let (ours, own) = (&ours.name, &own.name);
         Some(format!("route {ours}: overruled by route {own} of the relay; {OWN_WINS}"))
     })
