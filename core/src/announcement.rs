@@ -8,7 +8,8 @@ use std::sync::Arc;
 use sidelane_tunnel::proto;
 
 use crate::config::policy::Policies;
-use crate::config::{Block, Config, HostMatch, Match, MatchSpec, Route, Share};
+use crate::config::{Block, Config, HostMatch, Match, MatchSpec, Route, Share, value};
+use crate::error::is_obeyed;
 
 /// Bytes of one route's policies as JSON: as many users, ranges of addresses and changes of fields as a
 /// file may name, at their usual lengths. Bounds what is parsed.
@@ -16,6 +17,9 @@ const POLICIES_BYTES_MAX: usize = 512 * 1024;
 
 /// Tunnels that one route is split between.
 pub const SHARES_MAX: usize = 16;
+
+/// Bytes of the reason why a tunnel is unavailable: clients are told it, and logs.
+const UNAVAILABLE_BYTES_MAX: usize = 256;
 
 /// Protocol types of a tunnel; `None`: all that the sidecar carries.
 pub type Protocols = Option<Arc<[Arc<str>]>>;
@@ -81,13 +85,31 @@ pub struct Tunnel {
 }
 
 /// Reads an announced tunnel.
-#[must_use]
-pub fn tunnel(announced: &proto::AnnouncedTunnel) -> Tunnel {
-    let protocols = (!announced.protocols.is_empty())
-        .then(|| announced.protocols.iter().map(|name| name.as_str().into()).collect());
-    let unavailable =
-        (!announced.unavailable.is_empty()).then(|| announced.unavailable.as_str().into());
-    Tunnel { name: announced.name.as_str().into(), protocols, unavailable }
+///
+/// # Errors
+/// What is wrong with its name or a protocol type, on one line.
+pub fn tunnel(announced: &proto::AnnouncedTunnel) -> Result<Tunnel, String> {
+    let fault = |message: String| one_line(&format!("tunnel {}: {message}", announced.name));
+    let name = value::name(&announced.name).map_err(fault)?;
+    let protocols: Vec<Arc<str>> = announced
+        .protocols
+        .iter()
+        .map(|name| value::protocol_type(name).map_err(fault))
+        .collect::<Result<_, _>>()?;
+    let mut unavailable = one_line(&announced.unavailable);
+    while unavailable.len() > UNAVAILABLE_BYTES_MAX {
+        unavailable.pop();
+    }
+    Ok(Tunnel {
+        name,
+        protocols: (!protocols.is_empty()).then(|| protocols.into()),
+        unavailable: (!unavailable.is_empty()).then(|| unavailable.into()),
+    })
+}
+
+/// Returns a text that others wrote without what would end a line of a log or command a terminal.
+fn one_line(text: &str) -> String {
+    text.chars().map(|c| if is_obeyed(c) { '?' } else { c }).collect()
 }
 
 /// Reads an announced route.
@@ -106,17 +128,29 @@ pub fn route(announced: &proto::AnnouncedRoute) -> Result<Route, Vec<String>> {
         listener: given(&announced.listener),
         protocol_type: given(&announced.protocol_type),
     };
-    let fault = |part: &str, message: &str| format!("route {:?}: {part} {message}", announced.name);
+    let fault = |part: &str, message: &str| {
+        one_line(&format!("route {}: {part} {message}", announced.name))
+    };
     let matches = Match::parse(&spec).map_err(|(part, message)| vec![fault(part, &message)])?;
     let mut options = BTreeMap::new();
     for block in &announced.options {
-        let value = serde_json::from_str(&block.json)
-            .map_err(|error| vec![fault("options", &format!("are not JSON: {error}"))])?;
-        options.insert(block.protocol_type.as_str().into(), Block::new(value));
+        // Nothing behind the key is a block of nothing.
+        let value = match block.json.as_str() {
+            "" => serde_json::Value::Null,
+            text => serde_json::from_str(text)
+                .map_err(|error| vec![fault("options", &format!("are not JSON: {error}"))])?,
+        };
+        let protocol_type = value::protocol_type(&block.protocol_type)
+            .map_err(|message| vec![fault("options", &message)])?;
+        options.insert(protocol_type, Block::new(value));
     }
+    // What a file gives without a name has one that is no name by a file's rules, `*.apps` say.
+    let default = matches.to_string();
     let name = match given(&announced.name) {
-        Some(name) => name.into(),
-        None => matches.to_string().into(),
+        Some(name) if *name != default => {
+            value::name(name).map_err(|message| vec![fault("name", &message)])?
+        }
+        _ => default.into(),
     };
     let policies = match given(&announced.policies) {
         None => None,
@@ -196,6 +230,28 @@ mod tests {
     }
 
     #[test]
+    fn options_come_back_as_they_were_but_for_what_may_be_secret() {
+        let source = crate::config::Source::from_text(
+            "c.yaml".as_ref(),
+            "version: 1\nsidecar: { relays: ['127.0.0.1:1'] }\ntunnels: [{ name: t, service: 'h:1' }]\n\
+             routes: [{ subdomain: a, tunnel: t, options: { A: , B: {}, \
+             C: { max: 4MiB, wait: 1m30s, n: 3, pass: hunter2, list: [x, true] } } }]\n",
+        );
+        let config = crate::config::parse(&source, &|_| None).expect("a valid file");
+        let original = &config.routes[0];
+        let read = route(&encode_route(original)).expect("what a file may say is taken");
+        assert!(read.is_same_as(original), "{read:?}");
+        let masked = serde_json::json!(
+            { "max": "4MiB", "wait": "1m30s", "n": 3, "pass": "***", "list": ["***", true] }
+        );
+        assert_eq!(read.options["C"].masked, masked);
+        assert_eq!(read.options["C"].text, original.options["C"].text);
+        let mut other = read.clone();
+        other.options.insert("A".into(), Block::new(serde_json::json!({})));
+        assert!(!read.is_same_as(&other));
+    }
+
+    #[test]
     fn a_bad_route_says_which_part() {
         let announced = proto::AnnouncedRoute {
             name: "r".to_owned(),
@@ -203,7 +259,46 @@ mod tests {
             ..proto::AnnouncedRoute::default()
         };
         let reasons = route(&announced).expect_err("refused");
-        assert!(reasons[0].starts_with("route \"r\": subdomain "), "{reasons:?}");
+        assert!(reasons[0].starts_with("route r: subdomain "), "{reasons:?}");
+    }
+
+    #[test]
+    fn names_hold_to_the_rules_of_a_file() {
+        let forged = "x\n2026-01-01T00:00:00Z ERROR forged\x1b[2J";
+        let named =
+            |name: &str| proto::AnnouncedRoute { name: name.to_owned(), ..announced("web", &[]) };
+        let reasons = route(&named(forged)).expect_err("refused");
+        assert!(reasons[0].contains("is not a name"), "{reasons:?}");
+        assert!(!reasons[0].contains(char::is_control), "{reasons:?}");
+        // What a file would have called it.
+        let wildcard = proto::AnnouncedRoute {
+            name: "*.apps".to_owned(),
+            subdomain: String::new(),
+            wildcard: "*.apps".to_owned(),
+            ..announced("web", &[])
+        };
+        assert_eq!(&*route(&wildcard).expect("a valid route").name, "*.apps");
+        let mut options = announced("web", &[]);
+        options
+            .options
+            .push(proto::RouteOptions { protocol_type: forged.into(), json: "{}".into() });
+        let reasons = route(&options).expect_err("refused");
+        assert!(reasons[0].contains("is not a protocol type"), "{reasons:?}");
+
+        let tunnel_of = |name: &str, protocol: &str, unavailable: String| {
+            tunnel(&proto::AnnouncedTunnel {
+                name: name.to_owned(),
+                protocols: vec![protocol.to_owned()],
+                unavailable,
+            })
+        };
+        for (name, protocol) in [(forged, "HTTP"), ("", "HTTP"), ("web", forged), ("web", "")] {
+            let reason = tunnel_of(name, protocol, String::new()).expect_err("refused");
+            assert!(!reason.contains(char::is_control), "{reason}");
+        }
+        let tunnel = tunnel_of("web", "HTTP", format!("{forged}{}", "é".repeat(1000)));
+        let reason = tunnel.expect("a valid tunnel").unavailable.expect("a reason");
+        assert!(reason.len() <= UNAVAILABLE_BYTES_MAX && !reason.contains(char::is_control));
     }
 
     fn announced(tunnel: &str, tunnels: &[(&str, u32)]) -> proto::AnnouncedRoute {

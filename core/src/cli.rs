@@ -10,7 +10,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::error::chain;
+use crate::error::{chain, visible};
 use crate::process;
 
 mod ask;
@@ -303,7 +303,9 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failed { code, message }) => {
             if !message.is_empty() {
-                eprintln!("{message}");
+                // A message has lines; what others wrote into it commands no terminal.
+                let lines: Vec<_> = message.split('\n').map(visible).collect();
+                eprintln!("{}", lines.join("\n"));
             }
             ExitCode::from(code)
         }

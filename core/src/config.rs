@@ -15,7 +15,7 @@ mod schema;
 mod show;
 mod source;
 mod substitute;
-mod value;
+pub(crate) mod value;
 pub mod watch;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -102,7 +102,7 @@ impl Draft {
             error.snippet = file.and_then(|file| error::snippet(&file.text, error));
         }
         match ConfigErrors::join(self.errors, refused) {
-            Some(errors) => Err(errors),
+            Some(errors) => Err(errors.with_files(self.config.files)),
             None => Ok(self.config),
         }
     }
@@ -503,6 +503,18 @@ impl Route {
         }
     }
 
+    /// Returns whether both take and do the same, whatever is known of what is secret in them.
+    #[must_use]
+    pub fn is_same_as(&self, other: &Self) -> bool {
+        let Self { name, tunnels, matches, options, policies } = self;
+        let values = |options: &BTreeMap<Arc<str>, Block>| -> Vec<(Arc<str>, Json)> {
+            options.iter().map(|(name, block)| (Arc::clone(name), block.value.clone())).collect()
+        };
+        (name, tunnels, matches) == (&other.name, &other.tunnels, &other.matches)
+            && *policies == other.policies
+            && values(options) == values(&other.options)
+    }
+
     /// Returns the options for this protocol as JSON, or empty text.
     #[must_use]
     pub fn options_for(&self, protocol_type: &str) -> Arc<str> {
@@ -651,10 +663,26 @@ pub struct Block {
 }
 
 impl Block {
-    /// Returns a block of this value, without secrets.
+    /// Returns a block of this value, of which nobody knows what came from a file.
     #[must_use]
     pub fn new(value: Json) -> Self {
-        Self { text: value.to_string().into(), masked: value.clone(), value }
+        let text = if value.is_null() { "".into() } else { value.to_string().into() };
+        Self { text, masked: masked(&value), value }
+    }
+}
+
+/// Returns the value for people, where any text in it may be a secret: sizes and durations are shown.
+fn masked(value: &Json) -> Json {
+    match value {
+        Json::String(text) if value::size(text).is_err() && value::duration(text).is_err() => {
+            "***".into()
+        }
+        Json::Array(items) => items.iter().map(masked).collect(),
+        Json::Object(map) => {
+            let entries = map.iter().map(|(key, value)| (key.clone(), masked(value)));
+            entries.collect::<serde_json::Map<_, _>>().into()
+        }
+        _ => value.clone(),
     }
 }
 
@@ -850,10 +878,16 @@ impl Config {
         }
     }
 
+    /// Returns what a plugin says of the block at `path`, without the block's secrets, which it may quote.
     fn fault(&self, path: &str, fault: &Fault) -> ConfigError {
         let separator = if fault.path.is_empty() || fault.path.starts_with('[') { "" } else { "." };
-        self.origin
-            .error(&format!("{path}{separator}{}", fault.path), ask::in_our_words(&fault.message))
+        let full = format!("{path}{separator}{}", fault.path);
+        let message = ask::in_our_words(&fault.message);
+        let message = match self.origin.root.find(path) {
+            Some(block) => block.without_secrets(message),
+            None => message,
+        };
+        self.origin.error(&full, message)
     }
 
     /// Takes over from `old` each route, tunnel and listener that is unchanged, so that it stays

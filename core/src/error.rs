@@ -1,6 +1,8 @@
 //! How errors are told.
 
+use std::borrow::Cow;
 use std::error::Error;
+use std::fmt::Write as _;
 
 /// Returns an error and its causes in one line, outermost first.
 #[must_use]
@@ -13,4 +15,41 @@ pub fn chain(error: &dyn Error) -> String {
         cause = error.source();
     }
     text
+}
+
+/// Returns whether a terminal obeys the character instead of showing it: control characters, and those
+/// that turn the direction of text or end a line.
+#[must_use]
+pub fn is_obeyed(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// Returns the text with `\u{1b}` for each character that a terminal would obey, line breaks too.
+#[must_use]
+pub fn visible(text: &str) -> Cow<'_, str> {
+    if !text.contains(is_obeyed) {
+        return text.into();
+    }
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if is_obeyed(c) {
+            // Writing to a string does not fail.
+            let _ = write!(shown, "{}", c.escape_unicode());
+        } else {
+            shown.push(c);
+        }
+    }
+    shown.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_terminal_would_obey_is_shown() {
+        assert_eq!(visible("a \u{1b}[31mé\n\u{202e}b"), "a \\u{1b}[31mé\\u{a}\\u{202e}b");
+        assert!(matches!(visible("plain…"), Cow::Borrowed(_)));
+    }
 }

@@ -9,6 +9,7 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::config::policy::{HeaderChanges, Policies, Rate};
 use crate::config::{Config, HostMatch, Listener, Route, Share, duration_text, size_text};
+use crate::front::is_authority;
 use crate::relay::{location, replace_prefix};
 use crate::router::{self, Query};
 use crate::sidecar::RelayAnswer;
@@ -77,8 +78,18 @@ impl Question {
         if host.is_empty() && (!url.is_empty() || listener.is_none()) {
             return Err(bad("has no host"));
         }
+        // What no client gets past the front (400), no route takes.
+        if !host.is_empty() && !is_authority(host.as_bytes()) {
+            return Err(bad("has a host or port that no client sends"));
+        }
         let target = target.split('#').next().unwrap_or_default();
         let target = if target.starts_with('/') { target.to_owned() } else { format!("/{target}") };
+        // As browsers send it.
+        let escaped = |c: char| match c.is_ascii() {
+            true => c.to_string(),
+            false => c.to_string().bytes().map(|byte| format!("%{byte:02X}")).collect(),
+        };
+        let target: String = target.chars().map(escaped).collect();
         Ok(Self {
             scheme: scheme.to_owned(),
             host: (!host.is_empty()).then(|| host.to_owned()),

@@ -32,6 +32,7 @@ mod tests;
 mod wire;
 
 pub(crate) use answer::status_of;
+pub(crate) use head::is_authority;
 
 /// What the front needs from the rest of core.
 pub trait Dispatch: Send + Sync + 'static {

@@ -48,7 +48,7 @@ const CLOSE_GRACE: Duration = Duration::from_millis(500);
 /// timeout, and routes of lost sidecars.
 const EXPIRY_TICK: Duration = Duration::from_secs(1);
 
-/// Reload requests that wait; more are refused, since one that waits covers them.
+/// Reload requests that wait for the one that runs; who asks beyond that waits for a place.
 const RELOADS_MAX: usize = 8;
 
 /// Why the process did not start, or ended.
@@ -300,8 +300,9 @@ impl Process {
         }
         let trigger = || watcher.as_ref().map(Watcher::trigger);
         let mut stopped = None;
-        // Who asked, in order; each trigger yields one reload.
-        let mut asked: Vec<ReloadRequest> = Vec::new();
+        // Who asked, in order, with the number that answers them. No more than the admin listener has
+        // connections: whoever gave up is let go.
+        let mut asked: Vec<(u64, ReloadRequest)> = Vec::new();
         let mut tick = tokio::time::interval(EXPIRY_TICK);
         let mut pressure_tick = tokio::time::interval(PRESSURE_TICK);
         pressure_tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -318,12 +319,14 @@ impl Process {
                     stopped = Some(reason);
                     break;
                 }
-                Some(Reload { source, .. }) = reloads_due.recv() => {
-                    let result = self.reload(source, log);
+                Some(Reload { source, asked: reached, .. }) = reloads_due.recv() => {
+                    let (result, files) = self.reload(source, log);
                     if let Some(watcher) = &watcher {
-                        watcher.set_files(self.config().files.clone());
+                        watcher.set_files(files, result.is_ok());
                     }
-                    for request in asked.drain(..) {
+                    // Whoever asked after the contents were read means later ones.
+                    let answered = asked.partition_point(|(number, _)| *number <= reached);
+                    for (_, request) in asked.drain(..answered) {
                         // Whoever asked may have gone.
                         let _ = request.reply.send(result.clone());
                     }
@@ -336,8 +339,9 @@ impl Process {
                     }
                 }
                 Some(request) = requests.recv() => {
-                    if trigger().is_some() {
-                        asked.push(request);
+                    asked.retain(|(_, request)| !request.reply.is_closed());
+                    if let Some(number) = trigger() {
+                        asked.push((number, request));
                     } else {
                         // Whoever asked may have gone.
                         let _ = request.reply.send(Err("there is no file to read again".to_owned()));

@@ -7,7 +7,7 @@ use serde_json::{Value as Json, json};
 
 use super::{EXIT_FAILED, Failed, Paint, Report, print, print_json};
 use crate::config::ConfigError;
-use crate::error::chain;
+use crate::error::{chain, visible};
 use crate::process::{self, RunError};
 
 pub(super) fn run(file: &Path, strict: bool, output: Report) -> Result<(), Failed> {
@@ -67,10 +67,9 @@ fn fault(error: &ConfigError) -> Json {
 
 /// Returns a fault with its line and caret, the place bold and the caret red.
 fn text(error: &ConfigError, word: Option<&str>, paint: Paint) -> String {
-    let line = error.to_string();
-    let place = line.strip_suffix(&error.message).unwrap_or_default();
+    let place = paint.paint("1", &format!("{}: ", error.place_and_path()));
     let word = word.map(|word| paint.paint("33", &format!("{word}: "))).unwrap_or_default();
-    let mut text = format!("{}{word}{}\n", paint.paint("1", place), error.message);
+    let mut text = format!("{place}{word}{}\n", visible(&error.message));
     for line in error.snippet.iter().flat_map(|snippet| snippet.lines()) {
         let caret = line.find('^').filter(|at| line[*at..].bytes().all(|byte| byte == b'^'));
         match caret {
@@ -106,6 +105,26 @@ mod tests {
         let painted = text(&errors()[0], Some("warning"), Paint { is_on: true });
         assert!(painted.contains("\x1b[31m^^^^^^\x1b[0m"), "{painted:?}");
         assert!(painted.contains("\x1b[33mwarning: \x1b[0m"), "{painted:?}");
+    }
+
+    #[test]
+    fn what_a_file_says_commands_no_terminal() {
+        let text_of = |yaml: &str| {
+            let source = Source::from_text("c\u{1b}[2J.yaml".as_ref(), yaml);
+            let errors = config::parse(&source, &|_| None).unwrap_err();
+            let text: String =
+                errors.errors().iter().map(|e| text(e, None, Paint::default())).collect();
+            assert!(!text.contains(|c| c != '\n' && crate::error::is_obeyed(c)), "{text:?}");
+            assert!(!errors.to_string().contains('\u{1b}') && !errors.report().contains('\u{1b}'));
+            text
+        };
+        let escaped = "version: 1\nrelay: {}\n\"\\e]0;x\\a\": 1\nlog: { level: \"\\e[31m\" }\n";
+        let text = text_of(escaped);
+        assert!(text.contains("unknown key \"\\u{1b}]0;x\\u{7}\""), "{text}");
+        // Turned letters are YAML as they are.
+        let text = text_of("version: 1\nrelay: { threads: x\u{202e}y }\n");
+        assert!(text.contains("x\\u{202e}y") && text.contains("x?y"), "{text}");
+        text_of("version: 1\nrelay: { threads: x\u{1b}y }\n");
     }
 
     #[test]

@@ -269,7 +269,7 @@ routes: [{ subdomain: shop, tunnel: web }]
         let page = page(&question.unwrap());
         assert_eq!(
             page,
-            "/explain?url=https://shop.localhost:9080/%C3%A4%3Fx%3D1%26y&protocol=HTTP&listener=web"
+            "/explain?url=https://shop.localhost:9080/%25C3%25A4%3Fx%3D1%26y&protocol=HTTP&listener=web"
         );
         let bytes = Question::parse("", Some("LINE"), Some("lines")).unwrap();
         assert_eq!(super::page(&bytes), "/explain?url=&protocol=LINE&listener=lines");

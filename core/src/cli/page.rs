@@ -7,6 +7,7 @@ use serde_json::Value as Json;
 
 use super::text::{Table, age, printable};
 use super::{Asked, Failed, Form, ask, print, print_json, terminal_width};
+use crate::config::value;
 
 /// Which page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +55,36 @@ fn config(json: &Json) -> String {
     for what in pending.iter().flat_map(items) {
         text.push_str(&format!("# only after a restart: {}\n", printable(&plain(what))));
     }
+    without_nulls(&mut json);
+    let routes = json.get_mut("routes").and_then(Json::as_array_mut);
+    for route in routes.into_iter().flatten() {
+        // A default name, `*.apps` say, that no file may give.
+        let is_default = route["name"].as_str().is_some_and(|name| value::name(name).is_err());
+        if let (true, Some(map)) = (is_default, route.as_object_mut()) {
+            map.remove("name");
+        }
+    }
     text + &serde_saphyr::to_string(&json).unwrap_or_else(|_| format!("{json:#}\n"))
+}
+
+/// Leaves out what has no value, as a file does: it is accepted again then, but for secrets. Plugins' own
+/// blocks stay as they are.
+fn without_nulls(json: &mut Json) {
+    /// Keys of blocks that plugins read.
+    const BLOCKS: [&str; 2] = ["config", "options"];
+    match json {
+        Json::Object(map) => {
+            map.retain(|_, value| !value.is_null());
+            let others = map.iter_mut().filter(|(key, _)| !BLOCKS.contains(&key.as_str()));
+            others.for_each(|(_, value)| without_nulls(value));
+            // A check of nothing but defaults is a section; a pool of none is none.
+            map.retain(|key, value| {
+                key != "pool" || value.as_object().is_none_or(|m| !m.is_empty())
+            });
+        }
+        Json::Array(items) => items.iter_mut().for_each(without_nulls),
+        _ => {}
+    }
 }
 
 fn routes(json: &Json) -> Table {
@@ -338,6 +368,39 @@ mod tests {
             { "name": "b", "listener": "lines", "waits_for": ["route b: taken by sidecar x"] },
             { "name": "old", "host": "old.example.org", "serving": [], "policies": ["redirect"] },
         ])
+    }
+
+    #[test]
+    fn a_shown_configuration_is_accepted_again() {
+        for yaml in [
+            "version: 1\nrelay: {}\nsidecar: {}\ntunnels: [{ name: a, service: 127.0.0.1:1 }]\n\
+             routes: [{ subdomain: a, tunnel: a }]\n",
+            "version: 1\nrelay:\n  trusted_proxies: [10.0.0.0/8]\n  max_connection_age: 1h\n  listeners:\n  \
+             - { name: a, address: '127.0.0.1:1', sniff: true }\n  \
+             - { name: b, address: '127.0.0.1:2', protocol_type: LINE, balance: exact }\n\
+             health: { address: '127.0.0.1:3' }\nlog: { format: json, level: 'debug,x=trace' }\n",
+            "version: 1\nsidecar: { relays: ['127.0.0.1:9081'], name: s }\ntunnels:\n\
+             - { name: a, service: 'unix:/x', wait: 30s, pool: { idle: 3 }, proxy_protocol: v2,\n    \
+             protocols: [HTTP], health_check: { type: http } }\n\
+             - { name: b, service: '[::1]:3', http_version: 2, health_check: { type: grpc } }\n\
+             - { name: c, service: 'h:3', health_check: { type: tcp } }\n\
+             routes:\n\
+             - { host: '*.x.test', path_prefix: /a, tunnels: [{ name: a, weight: 0 }, { name: b }],\n    \
+             timeouts: { total: 1m30s }, retries: {}, compression: {}, rewrite: { path_prefix: / },\n    \
+             request_headers: { set: { a: b }, add: { c: [d, e] }, remove: [f] },\n    \
+             limits: { rate: { count: 1 }, body: 1MiB }, addresses: { allow: ['::/0'] },\n    \
+             options: { HTTP: { a: null } } }\n\
+             - { wildcard: '*', redirect: { status: 308, host: new.test } }\n",
+        ] {
+            let read = |text: &str| {
+                let source = crate::config::Source::from_text("c.yaml".as_ref(), text);
+                crate::config::parse(&source, &|_| None)
+                    .unwrap_or_else(|errors| panic!("{}\n{text}", errors.report()))
+            };
+            let config = read(yaml);
+            let shown = super::config(&config.to_masked_json());
+            assert_eq!(read(&shown).to_masked_json(), config.to_masked_json(), "{shown}");
+        }
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::fmt::Write as _;
 
+use crate::error::is_obeyed;
+
 /// Narrowest that a column becomes where a terminal has no room.
 const COLUMN_WIDTH_MIN: usize = 8;
 
@@ -80,10 +82,9 @@ fn cut(text: &str, width: usize) -> String {
     text.chars().take(width.saturating_sub(1)).chain(['…']).collect()
 }
 
-/// Returns the text with `?` for control characters: names, paths and reasons come from others, and a
-/// terminal obeys what it is sent.
+/// Returns the text with `?` for what a terminal obeys: names, paths and reasons come from others.
 pub(super) fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+    text.chars().map(|c| if is_obeyed(c) { '?' } else { c }).collect()
 }
 
 /// Returns seconds as `12s`, `5m10s`, `3h2m`, `4d5h`.
@@ -123,7 +124,7 @@ mod tests {
     fn table() -> Table {
         let mut table = Table::new(&["NAME", "MATCH", "STATE"]);
         table.row(["a".into(), "http://a.localhost:9080/".into(), "in force".into()]);
-        table.row(["longer".into(), String::new(), "x\x1b[31m\ny".into()]);
+        table.row(["longer".into(), String::new(), "x\x1b[31\n\u{202e}y".into()]);
         table
     }
 
@@ -132,7 +133,7 @@ mod tests {
         insta::assert_snapshot!(table().render(None), @r#"
         NAME    MATCH                     STATE
         a       http://a.localhost:9080/  in force
-        longer  -                         x?[31m?y
+        longer  -                         x?[31??y
         "#);
     }
 

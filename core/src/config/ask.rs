@@ -81,6 +81,14 @@ pub(super) fn in_our_words(message: &str) -> String {
             did_you_mean(key, names.iter().copied())
         );
     }
+    let invalid = ["invalid type: ", "invalid value: "];
+    if let Some((found, expected)) = invalid
+        .iter()
+        .find_map(|start| message.strip_prefix(start))
+        .and_then(|rest| rest.rsplit_once(", expected "))
+    {
+        return format!("{} is not accepted (accepted: {})", of_serde(found), kind(expected));
+    }
     let unknown = message.strip_prefix("unknown ").and_then(|rest| {
         let value = rest.split('"').nth(1)?;
         let accepted = rest.split_once("(accepted: ")?.1.strip_suffix(')')?;
@@ -91,6 +99,33 @@ pub(super) fn in_our_words(message: &str) -> String {
             format!("{message}{}", did_you_mean(value, accepted.split(", ")))
         }
         None => message.to_owned(),
+    }
+}
+
+/// Returns what serde found: ``integer `5` `` is 5.
+fn of_serde(found: &str) -> &str {
+    match found {
+        "map" => "a mapping",
+        "sequence" => "a list",
+        "unit value" | "null" | "Option value" => "no value",
+        _ => ["string ", "integer ", "floating point ", "boolean "]
+            .iter()
+            .find_map(|kind| found.strip_prefix(kind))
+            .map_or(found, |value| value.trim_matches('`')),
+    }
+}
+
+/// Returns a type of Rust in the file's words.
+fn kind(expected: &str) -> &str {
+    match expected {
+        "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number",
+        "i8" | "i16" | "i32" | "i64" | "isize" => "a whole number, negative ones too",
+        "a boolean" => "true, false",
+        "a string" => "text",
+        "a map" => "a mapping",
+        "a sequence" => "a list",
+        _ if expected.starts_with("struct ") => "a mapping of keys to values",
+        _ => expected,
     }
 }
 
@@ -105,6 +140,40 @@ fn items(node: Option<&Node>) -> impl Iterator<Item = (usize, &Node)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_plugin_that_quotes_a_secret_is_not_quoted() {
+        let directory = tempfile::tempdir().unwrap();
+        std::fs::write(directory.path().join("secret"), "hunter2 \"x\"\n").unwrap();
+        std::fs::write(directory.path().join("number"), "8\n").unwrap();
+        let file = directory.path().join("c.yaml");
+        let text = "version: 1\nrelay: {}\nplugins:\n  libraries:\n  - name: p\n    library: p.so\n    \
+                    config: { a: '${file:secret}', b: '${file:number}', api_token: hunter3, c: plain }\n";
+        std::fs::write(&file, text).unwrap();
+        let source = crate::config::Source::read(&file).unwrap();
+        let config = crate::config::parse(&source, &|_| None).unwrap();
+        for (path, message, expected) in [
+            (
+                "a",
+                "\"hunter2 \"x\"\" is not a size (accepted: 1KiB)",
+                "\"***\" is not accepted (accepted: 1KiB)",
+            ),
+            (
+                "a",
+                "invalid value: string \"hunter2 \\\"x\\\"\", expected a size",
+                "\"***\" is not accepted (accepted: a size)",
+            ),
+            ("b", "8 is too small (accepted: 8 to 16)", "\"***\" is not accepted"),
+            ("", "{\"api_token\":\"hunter3\"} is not a list", "\"***\" is not accepted"),
+            ("c", "\"plain\" is not a size", "\"plain\" is not a size"),
+            ("d", "unknown key \"d\" (accepted: a, b)", "unknown key \"d\" (accepted: a, b)"),
+        ] {
+            let fault = crate::config::Fault { message: message.into(), path: path.into() };
+            let error = config.library_fault("p", &fault);
+            assert_eq!(error.message, expected);
+            assert_eq!(error.position.line, 7, "{path}");
+        }
+    }
 
     #[test]
     fn a_plugins_near_miss_gets_a_suggestion() {
@@ -125,6 +194,18 @@ mod tests {
                 "unknown option \"x\" (this protocol has none)",
             ),
             ("invalid type: `x`", "invalid type: `x`"),
+            (
+                "invalid type: string \"x\", expected usize",
+                "\"x\" is not accepted (accepted: a whole number)",
+            ),
+            (
+                "invalid type: sequence, expected struct Config",
+                "a list is not accepted (accepted: a mapping of keys to values)",
+            ),
+            (
+                "invalid value: integer `-5`, expected a size, \"4MiB\"",
+                "-5 is not accepted (accepted: a size, \"4MiB\")",
+            ),
         ] {
             assert_eq!(in_our_words(message), expected);
         }

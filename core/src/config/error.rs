@@ -4,7 +4,10 @@
 //! where its line may show one.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
+
+use crate::error::{is_obeyed, visible};
 
 /// Most errors kept of one file; more would not be read, and a file of garbage must not fill memory.
 const ERRORS_MAX: usize = 100;
@@ -33,7 +36,8 @@ pub struct Position {
     pub len: u32,
 }
 
-/// One fault of a configuration.
+/// One fault of a configuration. Its texts quote what the file says; to show them, use its [`fmt::Display`],
+/// which leaves a terminal nothing to obey.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
     /// The file's name.
@@ -50,11 +54,7 @@ pub struct ConfigError {
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.place())?;
-        if !self.path.is_empty() {
-            write!(f, ": {}", self.path)?;
-        }
-        write!(f, ": {}", self.message)
+        write!(f, "{}: {}", self.place_and_path(), visible(&self.message))
     }
 }
 
@@ -64,10 +64,22 @@ impl ConfigError {
     /// Returns `sidecar.yaml:14:9`, or the file alone.
     #[must_use]
     pub fn place(&self) -> String {
+        let file = visible(&self.file);
         match self.position {
-            Position { line: 0, .. } => self.file.to_string(),
-            Position { line, column, .. } => format!("{}:{line}:{column}", self.file),
+            Position { line: 0, .. } => file.into_owned(),
+            Position { line, column, .. } => format!("{file}:{line}:{column}"),
         }
+    }
+
+    /// Returns `sidecar.yaml:14:9: routes[2].tunnel`, what stands before the message.
+    #[must_use]
+    pub fn place_and_path(&self) -> String {
+        let mut text = self.place();
+        if !self.path.is_empty() {
+            text.push_str(": ");
+            text.push_str(&visible(&self.path));
+        }
+        text
     }
 }
 
@@ -78,6 +90,7 @@ pub struct ConfigErrors {
     errors: Vec<ConfigError>,
     /// Faults beyond [`ERRORS_MAX`].
     more: usize,
+    files: Vec<PathBuf>,
 }
 
 impl ConfigErrors {
@@ -85,7 +98,7 @@ impl ConfigErrors {
         debug_assert!(!errors.is_empty());
         errors.sort_by(|a, b| (a.position, &a.path).cmp(&(b.position, &b.path)));
         errors.dedup();
-        Self { errors, more }
+        Self { errors, more, files: Vec::new() }
     }
 
     /// Returns these and `others` as one, in the order of their places; `None`: there are none.
@@ -100,6 +113,17 @@ impl ConfigErrors {
     #[must_use]
     pub fn errors(&self) -> &[ConfigError] {
         &self.errors
+    }
+
+    /// Returns the files that values were, or should have been, read from: what is wrong may be mended in
+    /// one of them.
+    #[must_use]
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
+    pub(crate) fn with_files(self, files: Vec<PathBuf>) -> Self {
+        Self { files, ..self }
     }
 
     /// Returns how many there are beyond those that are told.
@@ -128,7 +152,7 @@ impl ConfigErrors {
 
 impl From<ConfigError> for ConfigErrors {
     fn from(error: ConfigError) -> Self {
-        Self { errors: vec![error], more: 0 }
+        Self { errors: vec![error], more: 0, files: Vec::new() }
     }
 }
 
@@ -261,6 +285,9 @@ pub(super) fn snippet(text: &str, error: &ConfigError) -> Option<String> {
         line.chars().take(column).map(|c| if c == '\t' { '\t' } else { ' ' }).collect();
     let rest = line.chars().count().saturating_sub(column).max(1);
     let carets = "^".repeat((position.len.max(1) as usize).min(rest));
+    // One for one, so that the caret stands below its place.
+    let line: String =
+        line.chars().map(|c| if c != '\t' && is_obeyed(c) { '?' } else { c }).collect();
     let number = position.line.to_string();
     let margin = " ".repeat(number.len());
     Some(format!(" {margin} |\n {number} | {line}\n {margin} | {indent}{carets}\n"))

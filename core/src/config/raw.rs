@@ -94,6 +94,12 @@ pub(crate) struct Entry {
 /// Words in a key whose value is a secret.
 const SECRET_KEY_WORDS: [&str; 4] = ["token", "secret", "password", "credential"];
 
+/// Returns whether the value of that key in a plugin's block is a secret.
+fn is_secret(scalar: &Scalar, key: &str) -> bool {
+    let key = key.to_ascii_lowercase();
+    scalar.hidden || SECRET_KEY_WORDS.iter().any(|word| key.contains(word))
+}
+
 impl Node {
     /// Returns the value for a plugin.
     pub(crate) fn to_json(&self) -> serde_json::Value {
@@ -103,12 +109,7 @@ impl Node {
     /// Returns the value for people: what came from files, and what a key calls a secret, is `***`.
     pub(crate) fn to_masked_json(&self) -> serde_json::Value {
         let mask = |scalar: &Scalar, key: &str| {
-            let key = key.to_ascii_lowercase();
-            if scalar.hidden || SECRET_KEY_WORDS.iter().any(|word| key.contains(word)) {
-                serde_json::Value::from("***")
-            } else {
-                scalar.to_json()
-            }
+            if is_secret(scalar, key) { serde_json::Value::from("***") } else { scalar.to_json() }
         };
         self.json(&mask, "")
     }
@@ -161,10 +162,52 @@ impl Node {
         }
     }
 
+    /// Returns the message of somebody who was given this value, or what is left of it where it quotes a
+    /// secret: what came from a file, or what a key calls one.
+    pub(crate) fn without_secrets(&self, message: String) -> String {
+        if !self.is_quoted(&message, "") {
+            return message;
+        }
+        let left = mask_all(message);
+        // A secret that begins like what is accepted, or is a part of it.
+        if self.is_quoted(&left, "") { "\"***\" is not accepted".to_owned() } else { left }
+    }
+
+    fn is_quoted(&self, message: &str, key: &str) -> bool {
+        match &self.value {
+            Value::Scalar(scalar) => {
+                let json = scalar.to_json();
+                let forms = [
+                    scalar.text.trim().to_owned(),
+                    scalar.text.escape_debug().to_string(),
+                    json.as_str().map_or_else(|| json.to_string(), str::to_owned),
+                ];
+                is_secret(scalar, key)
+                    && forms.iter().any(|form| !form.is_empty() && message.contains(form))
+            }
+            Value::List(items) => items.iter().any(|item| item.is_quoted(message, key)),
+            Value::Map(entries) => {
+                entries.iter().any(|entry| entry.node.is_quoted(message, &entry.key))
+            }
+            Value::Null | Value::Faulty => false,
+        }
+    }
+
+    /// Returns the node of `path`.
+    pub(crate) fn find(&self, path: &str) -> Option<&Self> {
+        let (node, rest) = self.nearest(path);
+        rest.is_empty().then_some(node)
+    }
+
     /// Returns the place of `path`, or of its nearest ancestor that exists.
+    pub(crate) fn locate(&self, path: &str) -> Position {
+        self.nearest(path).0.position
+    }
+
+    /// Returns the node of `path`, or its nearest ancestor that exists and what is left of the path.
     ///
     /// Keys may hold dots, so each step takes the longest key that fits.
-    pub(crate) fn locate(&self, path: &str) -> Position {
+    fn nearest<'a>(&self, path: &'a str) -> (&Self, &'a str) {
         let path = path.trim_start_matches('.');
         match &self.value {
             Value::Map(entries) => entries
@@ -174,13 +217,13 @@ impl Node {
                     (rest.is_empty() || rest.starts_with(['.', '['])).then_some((entry, rest))
                 })
                 .max_by_key(|(entry, _)| entry.key.len())
-                .map_or(self.position, |(entry, rest)| entry.node.locate(rest)),
+                .map_or((self, path), |(entry, rest)| entry.node.nearest(rest)),
             Value::List(items) => path
                 .strip_prefix('[')
                 .and_then(|rest| rest.split_once(']'))
                 .and_then(|(index, rest)| Some((items.get(index.parse::<usize>().ok()?)?, rest)))
-                .map_or(self.position, |(item, rest)| item.locate(rest)),
-            _ => self.position,
+                .map_or((self, path), |(item, rest)| item.nearest(rest)),
+            _ => (self, path),
         }
     }
 }
@@ -739,11 +782,27 @@ fn mask(scalar: &Scalar, message: String) -> String {
     if !scalar.hidden {
         return message;
     }
-    let accepted = [" (accepted: ", " (declared: "]
-        .iter()
-        .filter_map(|start| message.find(start))
-        .min()
-        .and_then(|start| {
+    let accepted =
+        accepted(&message).filter(|text| scalar.text.is_empty() || !text.contains(&scalar.text));
+    format!("\"***\" is not accepted{}", accepted.unwrap_or_default())
+}
+
+/// Leaves of the message nothing that its author may have quoted.
+fn mask_all(message: String) -> String {
+    // A plugin's words on what it accepts are its own, but for those that are serde's.
+    let expected = message.rsplit_once(", expected ").map(|(_, text)| text);
+    let accepted = match (accepted(&message), expected) {
+        (Some(accepted), _) => accepted.to_owned(),
+        (None, Some(expected)) => format!(" (accepted: {expected})"),
+        (None, None) => String::new(),
+    };
+    format!("\"***\" is not accepted{accepted}")
+}
+
+/// Returns ` (accepted: …)` of a message.
+fn accepted(message: &str) -> Option<&str> {
+    [" (accepted: ", " (declared: "].iter().filter_map(|start| message.find(start)).min().and_then(
+        |start| {
             let mut depth = 0_usize;
             let end = message[start..].char_indices().find_map(|(at, c)| {
                 match c {
@@ -754,9 +813,8 @@ fn mask(scalar: &Scalar, message: String) -> String {
                 (c == ')' && depth == 0).then_some(start + at + 1)
             })?;
             message.get(start..end)
-        })
-        .filter(|accepted| scalar.text.is_empty() || !accepted.contains(&scalar.text));
-    format!("\"***\" is not accepted{}", accepted.unwrap_or_default())
+        },
+    )
 }
 
 fn join(path: &str, key: &str) -> String {

@@ -92,23 +92,32 @@ impl Source {
     /// # Errors
     /// What cannot be read, or is too much.
     pub fn read(path: &Path) -> Result<Self, ConfigErrors> {
-        Ok(Self::read_watched(path)?.0)
+        Ok(Self::read_with(path, Pipes::Taken)?.0)
     }
 
-    /// Reads as [`Self::read`] does. Returns as well whether anything was written to meanwhile.
+    /// Reads as [`Self::read`] does, but for a pipe, which was read when it was read once. Returns as
+    /// well whether anything was written to meanwhile.
     pub(crate) fn read_watched(path: &Path) -> Result<(Self, bool), ConfigErrors> {
-        // Errors of opening are told by the read that follows.
-        if path.is_dir() { Self::read_directory(path) } else { Self::read_one(path) }
+        Self::read_with(path, Pipes::Refused)
     }
 
-    fn read_one(path: &Path) -> Result<(Self, bool), ConfigErrors> {
+    fn read_with(path: &Path, pipes: Pipes) -> Result<(Self, bool), ConfigErrors> {
+        // Errors of opening are told by the read that follows.
+        if path.is_dir() { Self::read_directory(path) } else { Self::read_one(path, pipes) }
+    }
+
+    fn read_one(path: &Path, pipes: Pipes) -> Result<(Self, bool), ConfigErrors> {
         let directory = parent(path);
         let cannot = |error: io::Error| fault(path, format!("cannot be read: {error}"));
         // Without its directory the file is opened by path, which tells what is wrong with it.
         let snapshot = Snapshot::open(directory).ok();
-        let file = match (&snapshot, path.file_name()) {
-            (Some(snapshot), Some(name)) => snapshot.open_file(Path::new(name)),
-            _ => File::open(path),
+        let file = match (&snapshot, path.file_name(), pipes) {
+            (Some(snapshot), Some(name), Pipes::Taken) => {
+                snapshot.open_with(Path::new(name), OFlags::empty())
+            }
+            (Some(snapshot), Some(name), Pipes::Refused) => snapshot.open_file(Path::new(name)),
+            (_, _, Pipes::Taken) => File::open(path),
+            (_, _, Pipes::Refused) => open_regular(path),
         };
         let (text, torn) = read(path, file.map_err(cannot)?, FILE_BYTES_MAX)?;
         let mut source = Self::from_text(path, text);
@@ -117,21 +126,19 @@ impl Source {
     }
 
     fn read_directory(path: &Path) -> Result<(Self, bool), ConfigErrors> {
-        let mut result = Err(fault(path, "cannot be read: its version went away".to_owned()));
-        for _ in 0..ATTEMPTS_MAX {
-            match Self::try_read_directory(path)? {
-                Some(read) => {
-                    result = Ok(read);
-                    break;
-                }
-                None => continue,
+        for attempt in 1..=ATTEMPTS_MAX {
+            if let Some(read) = Self::try_read_directory(path, attempt == ATTEMPTS_MAX)? {
+                return Ok(read);
             }
         }
-        result
+        Err(fault(path, "cannot be read: its version went away".to_owned()))
     }
 
-    /// Reads the directory; `None`: a file that was listed is gone.
-    fn try_read_directory(path: &Path) -> Result<Option<(Self, bool)>, ConfigErrors> {
+    /// Reads the directory; `None`: a file that was listed is gone, and this was not the last attempt.
+    fn try_read_directory(
+        path: &Path,
+        is_last: bool,
+    ) -> Result<Option<(Self, bool)>, ConfigErrors> {
         let cannot = |error: io::Error| fault(path, format!("cannot be read: {error}"));
         let snapshot = Snapshot::open(path).map_err(cannot)?;
         let names = snapshot.names().map_err(cannot)?;
@@ -149,7 +156,10 @@ impl Source {
         for name in names {
             let file_path = path.join(&name);
             let file = match snapshot.open_regular(&name) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+                // Listed a moment ago: its version goes away, or it is a link to nowhere.
+                Err(error) if error.kind() == io::ErrorKind::NotFound && !is_last => {
+                    return Ok(None);
+                }
                 file => {
                     file.map_err(|error| fault(&file_path, format!("cannot be read: {error}")))?
                 }
@@ -170,12 +180,45 @@ impl Source {
     }
 
     /// Opens a file that a value names; a relative path starts at the configuration's directory
-    /// and is of the same version as the configuration.
+    /// and is of the same version as the configuration. Anything else than a file is an error, but for a
+    /// pipe that this process was started with.
     pub(crate) fn open(&self, path: &Path) -> io::Result<File> {
         match &self.snapshot {
             Some(snapshot) if path.is_relative() => snapshot.open_file(path),
-            _ => File::open(self.directory.join(path)),
+            _ => open_regular(&self.directory.join(path)),
         }
+    }
+}
+
+/// Whether the configuration itself may be a pipe, `/dev/stdin` say.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pipes {
+    Taken,
+    Refused,
+}
+
+/// Where a process finds what it was started with: `--token-file <(command)` of a shell.
+const INHERITED: [&str; 3] = ["/dev/fd", "/dev/stdin", "/proc/self/fd"];
+
+/// Opens a file without waiting for a pipe's other end, which a reload must not do; anything else than a
+/// file is an error, but for what the process was started with.
+pub(super) fn open_regular(path: &Path) -> io::Result<File> {
+    if INHERITED.iter().any(|directory| path.starts_with(directory)) {
+        return File::open(path);
+    }
+    let flags = FLAGS | OFlags::NONBLOCK;
+    regular(rustix::fs::open(path, flags, Mode::empty())?.into())
+}
+
+/// Returns the file, where it is one.
+fn regular(file: File) -> io::Result<File> {
+    let metadata = file.metadata()?;
+    if metadata.is_file() {
+        Ok(file)
+    } else if metadata.is_dir() {
+        Err(io::Error::from(io::ErrorKind::IsADirectory))
+    } else {
+        Err(io::Error::other("not a regular file"))
     }
 }
 
@@ -269,12 +312,12 @@ impl Snapshot {
         target.strip_prefix(DATA).ok().map(Path::to_owned)
     }
 
+    /// Opens a file, and nothing else, without waiting for a pipe's other end.
     fn open_file(&self, path: &Path) -> io::Result<File> {
-        self.open_with(path, OFlags::empty())
+        regular(self.open_with(path, OFlags::NONBLOCK)?)
     }
 
-    /// Opens a file of a directory that somebody else may fill: nothing else than a file, and
-    /// without waiting for a pipe's other end.
+    /// Opens a file of a directory that somebody else may fill.
     fn open_regular(&self, name: &Path) -> io::Result<File> {
         let file = match self.open_with(name, OFlags::NONBLOCK) {
             // Not yet linked: the version has it all the same.
@@ -284,11 +327,7 @@ impl Snapshot {
             },
             file => file?,
         };
-        if file.metadata()?.is_file() {
-            Ok(file)
-        } else {
-            Err(io::Error::other("not a regular file"))
-        }
+        regular(file)
     }
 
     fn open_with(&self, path: &Path, flags: OFlags) -> io::Result<File> {
@@ -375,6 +414,29 @@ mod tests {
         rustix::fs::mkfifoat(rustix::fs::CWD, &path, Mode::RWXU).unwrap();
         let error = Source::read(directory.path()).unwrap_err().to_string();
         assert!(error.ends_with("a.yaml: cannot be read: not a regular file"), "{error}");
+    }
+
+    #[test]
+    fn a_pipe_that_a_value_names_is_told_and_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = directory.path().join("c.yaml");
+        fs::write(&config, "").unwrap();
+        let pipe = directory.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, Mode::RWXU).unwrap();
+        let source = Source::read(&config).unwrap();
+        for path in [Path::new("pipe"), &pipe, Path::new("/dev/zero")] {
+            let error = source.open(path).unwrap_err().to_string();
+            assert_eq!(error, "not a regular file", "{}", path.display());
+        }
+    }
+
+    #[test]
+    fn a_link_to_nowhere_in_a_directory_is_named() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("a.yaml"), "").unwrap();
+        symlink("nowhere", directory.path().join("b.yaml")).unwrap();
+        let error = Source::read(directory.path()).unwrap_err().to_string();
+        assert!(error.contains("b.yaml: cannot be read: No such file"), "{error}");
     }
 
     /// What the kubelet does: a new timestamped directory, a symlink to it, renamed over `..data`.

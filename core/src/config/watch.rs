@@ -7,16 +7,18 @@
 
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use notify::{EventKind, RecursiveMode, Watcher as _};
 use sha2::{Digest, Sha256};
 
-use super::{ConfigErrors, FILE_BYTES_MAX, Source};
+use super::source::{self, FILE_BYTES_MAX};
+use super::{ConfigErrors, Source};
 
 /// How long hints must be quiet before the file is read: an editor's truncate, write and rename
 /// come within milliseconds.
@@ -36,6 +38,8 @@ pub struct Reload {
     pub source: Result<Source, ConfigErrors>,
     /// Why now.
     pub cause: Cause,
+    /// The last [`Watcher::trigger`] that these contents are not older than; 0: none.
+    pub asked: u64,
 }
 
 /// Why a [`Reload`] is yielded.
@@ -50,8 +54,12 @@ pub enum Cause {
 enum Command {
     /// Something happened in the directory.
     Hint,
+    /// Somebody asked, once or more often.
     Trigger,
-    Files(Vec<PathBuf>),
+    Files {
+        files: Vec<PathBuf>,
+        is_good: bool,
+    },
     Stop,
 }
 
@@ -66,8 +74,16 @@ struct Times {
 /// A watch on the configuration; ends when dropped.
 pub struct Watcher {
     commands: mpsc::Sender<Command>,
-    /// Events end with it. `None`: polling alone.
-    _events: Option<notify::RecommendedWatcher>,
+    asked: Arc<Asked>,
+}
+
+/// What is asked of a watch, however often, is one command in its inbox.
+#[derive(Default)]
+struct Asked {
+    /// How often so far.
+    count: AtomicU64,
+    /// The command is in the inbox.
+    is_told: AtomicBool,
 }
 
 impl std::fmt::Debug for Watcher {
@@ -98,30 +114,37 @@ impl Watcher {
         let (commands, inbox) = mpsc::channel();
         // One hint in the inbox is enough, however many events there are.
         let hinted = Arc::new(AtomicBool::new(false));
-        let events =
-            if events { watch(&current.path, commands.clone(), hinted.clone()) } else { None };
+        let events = events.then(|| Events::new(&current.path, commands.clone(), hinted.clone()));
+        let asked = Arc::new(Asked::default());
         let task = Task {
             path: current.path.clone(),
             seen: Seen { source: source_hash(current), files: files_hash(files) },
             files: files.to_owned(),
             inbox,
+            events,
             hinted,
+            asked: asked.clone(),
             reloads,
             times,
         };
         std::thread::Builder::new().name("config-watch".to_owned()).spawn(move || task.run())?;
-        Ok(Self { commands, _events: events })
+        Ok(Self { commands, asked })
     }
 
-    /// Yields the contents at once, changed or not.
-    pub fn trigger(&self) {
-        // The thread ends only when nobody listens to it any more.
-        let _ = self.commands.send(Command::Trigger);
+    /// Yields the contents at once, changed or not; once for all who ask before they are read. Returns the
+    /// number that [`Reload::asked`] reaches.
+    pub fn trigger(&self) -> u64 {
+        let number = self.asked.count.fetch_add(1, Ordering::AcqRel) + 1;
+        if !self.asked.is_told.swap(true, Ordering::AcqRel) {
+            // The thread ends only when nobody listens to it any more.
+            let _ = self.commands.send(Command::Trigger);
+        }
+        number
     }
 
-    /// Sets which other files belong to the configuration.
-    pub fn set_files(&self, files: Vec<PathBuf>) {
-        let _ = self.commands.send(Command::Files(files));
+    /// Sets which other files belong to the configuration, which was taken or was not.
+    pub fn set_files(&self, files: Vec<PathBuf>, is_good: bool) {
+        let _ = self.commands.send(Command::Files { files, is_good });
     }
 }
 
@@ -152,37 +175,62 @@ fn is_mount_point(path: &Path, mountinfo: &str) -> bool {
     })
 }
 
-fn watch(
-    path: &Path,
+/// Events of the directory.
+struct Events {
+    directory: PathBuf,
     commands: mpsc::Sender<Command>,
     hinted: Arc<AtomicBool>,
-) -> Option<notify::RecommendedWatcher> {
-    let handler = move |event: notify::Result<notify::Event>| {
-        // To read the file is an event too; answering it would never end. An error is a hint: events
-        // may have been lost.
-        let hint = event.map_or(true, |event| !matches!(event.kind, EventKind::Access(_)));
-        if hint && !hinted.swap(true, Ordering::AcqRel) {
-            let _ = commands.send(Command::Hint);
+    /// Events end with it. `None`: polling alone.
+    watcher: Option<notify::RecommendedWatcher>,
+    /// The directory that is watched, or could not be: its device and number.
+    watched: Option<(u64, u64)>,
+}
+
+impl Events {
+    fn new(path: &Path, commands: mpsc::Sender<Command>, hinted: Arc<AtomicBool>) -> Self {
+        let directory = match path.parent() {
+            _ if path.is_dir() => path,
+            Some(parent) if parent != Path::new("") => parent,
+            _ => Path::new("."),
+        };
+        let directory = directory.to_owned();
+        let mut events = Self { directory, commands, hinted, watcher: None, watched: None };
+        events.follow();
+        events
+    }
+
+    /// Watches the directory anew where another one stands under its name: it was removed and made again,
+    /// or a link in its path points elsewhere.
+    fn follow(&mut self) {
+        let Ok(metadata) = std::fs::metadata(&self.directory) else { return };
+        let now = Some((metadata.dev(), metadata.ino()));
+        if now == self.watched {
+            return;
         }
-    };
-    let directory = match path.parent() {
-        _ if path.is_dir() => path,
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
-    let watcher = notify::recommended_watcher(handler).and_then(|mut watcher| {
-        watcher.watch(directory, RecursiveMode::NonRecursive)?;
-        Ok(watcher)
-    });
-    match watcher {
-        Ok(watcher) => Some(watcher),
-        Err(error) => {
-            tracing::warn!(
-                directory = %directory.display(), %error,
-                "no events for the configuration's directory; its contents are polled",
-            );
-            None
-        }
+        self.watched = now;
+        let (commands, hinted) = (self.commands.clone(), self.hinted.clone());
+        let handler = move |event: notify::Result<notify::Event>| {
+            // To read the file is an event too; answering it would never end. An error is a hint: events
+            // may have been lost.
+            let hint = event.map_or(true, |event| !matches!(event.kind, EventKind::Access(_)));
+            if hint && !hinted.swap(true, Ordering::AcqRel) {
+                let _ = commands.send(Command::Hint);
+            }
+        };
+        let watcher = notify::recommended_watcher(handler).and_then(|mut watcher| {
+            watcher.watch(&self.directory, RecursiveMode::NonRecursive)?;
+            Ok(watcher)
+        });
+        self.watcher = match watcher {
+            Ok(watcher) => Some(watcher),
+            Err(error) => {
+                tracing::warn!(
+                    directory = %self.directory.display(), %error,
+                    "no events for the configuration's directory; its contents are polled",
+                );
+                None
+            }
+        };
     }
 }
 
@@ -192,7 +240,10 @@ struct Task {
     /// Contents that were yielded last.
     seen: Seen,
     inbox: mpsc::Receiver<Command>,
+    /// `None`: polling alone.
+    events: Option<Events>,
     hinted: Arc<AtomicBool>,
+    asked: Arc<Asked>,
     reloads: tokio::sync::mpsc::Sender<Reload>,
     times: Times,
 }
@@ -208,14 +259,21 @@ impl Task {
                     self.hinted.store(false, Ordering::Release);
                     debounce.hint(Instant::now());
                 }
-                Ok(Command::Files(files)) => {
+                Ok(Command::Files { files, is_good }) => {
                     // An unchanged list keeps its hash, so that a change since the last look shows.
                     if files != self.files {
                         self.seen.files = files_hash(&files);
                         self.files = files;
+                        if !is_good {
+                            // What was missed may have come before its hash was taken.
+                            self.seen.files = [0; 32];
+                            debounce.hint(Instant::now());
+                        }
                     }
                 }
                 Ok(Command::Trigger) => {
+                    // Before the contents are read: whoever asks from here on asks for another look.
+                    self.asked.is_told.store(false, Ordering::Release);
                     if !self.reload(Cause::Requested, &mut debounce) {
                         return;
                     }
@@ -234,6 +292,11 @@ impl Task {
 
     /// Yields the contents where they changed or are asked for. Returns whether anybody listens.
     fn reload(&mut self, cause: Cause, debounce: &mut Debounce) -> bool {
+        // Before the contents are read, so that what comes between is told.
+        if let Some(events) = &mut self.events {
+            events.follow();
+        }
+        let asked = self.asked.count.load(Ordering::Acquire);
         let source = match read(&self.path) {
             Ok(Some(source)) => Ok(source),
             // Written to while it was read: look again when that is over.
@@ -241,7 +304,7 @@ impl Task {
                 debounce.hint(Instant::now());
                 return true;
             }
-            Ok(None) => Source::read(&self.path),
+            Ok(None) => Source::read_watched(&self.path).map(|(source, _)| source),
             Err(errors) => Err(errors),
         };
         let hash = match &source {
@@ -253,7 +316,7 @@ impl Task {
             return true;
         }
         self.seen = seen;
-        self.reloads.blocking_send(Reload { source, cause }).is_ok()
+        self.reloads.blocking_send(Reload { source, cause, asked }).is_ok()
     }
 }
 
@@ -306,8 +369,9 @@ fn files_hash(files: &[PathBuf]) -> [u8; 32] {
     for file in files {
         let mut bytes = Vec::new();
         // One that cannot be read is told when the configuration is parsed.
-        let _ = std::fs::File::open(file)
+        let read = source::open_regular(file)
             .and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut bytes));
+        hash.update([u8::from(read.is_ok())]);
         hash.update(bytes.len().to_le_bytes());
         hash.update(bytes);
     }
@@ -473,7 +537,7 @@ mod tests {
         let mut watched = Watched::start(file("one"), "c.yaml", times, false);
         let secret = watched.directory.path().join("token");
         fs::write(&secret, "old").unwrap();
-        watched.watcher.set_files(vec![secret.clone()]);
+        watched.watcher.set_files(vec![secret.clone()], true);
         // Commands come in order: when this is answered the file is known.
         watched.watcher.trigger();
         watched.expect("one");
@@ -488,6 +552,69 @@ mod tests {
         let reload = watched.next(Instant::now() + Duration::from_secs(30));
         assert_eq!(reload.cause, Cause::Requested);
         assert_eq!(reload.source.unwrap().files[0].text, "one");
+    }
+
+    #[test]
+    fn all_who_ask_while_the_contents_are_not_taken_are_answered_by_one_look() {
+        let mut watched = Watched::start(file("one"), "c.yaml", EVENTS, true);
+        for number in 1..=1000 {
+            assert_eq!(watched.watcher.trigger(), number);
+        }
+        let deadline = Instant::now() + Duration::from_secs(30);
+        // One read may have begun, one may wait for its place; a third then covers all.
+        let looks = (1..=4).find(|_| watched.next(deadline).asked == 1000);
+        assert!(looks.is_some(), "at most four looks for a thousand requests");
+    }
+
+    #[test]
+    fn contents_do_not_answer_who_asked_after_they_were_read() {
+        let mut watched = Watched::start(file("one"), "c.yaml", EVENTS, true);
+        let deadline = Instant::now() + Duration::from_secs(30);
+        let first = watched.watcher.trigger();
+        let reload = watched.next(deadline);
+        assert_eq!(reload.asked, first);
+        fs::write(&watched.path, "two").unwrap();
+        let second = watched.watcher.trigger();
+        let reload = watched.next(deadline);
+        assert!(reload.asked < second || reload.source.unwrap().files[0].text == "two");
+    }
+
+    #[test]
+    fn a_directory_that_was_made_again_is_watched_again() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("d");
+        fs::create_dir(&directory).unwrap();
+        fs::write(directory.join("c.yaml"), "one").unwrap();
+        let mut watched = Watched::start(root, "d/c.yaml", EVENTS, true);
+        fs::rename(&directory, watched.directory.path().join("old")).unwrap();
+        fs::create_dir(&directory).unwrap();
+        fs::write(&watched.path, "two").unwrap();
+        // The look that finds it: an event of its parent there is none.
+        watched.watcher.trigger();
+        watched.expect("two");
+        // And from then on by its events alone.
+        for text in ["three", "four"] {
+            fs::write(&watched.path, text).unwrap();
+            watched.expect(text);
+        }
+    }
+
+    #[test]
+    fn a_pipe_in_place_of_a_file_does_not_stop_the_watch() {
+        let times = Times { poll: Duration::from_millis(10), ..EVENTS };
+        let mut watched = Watched::start(file("one"), "c.yaml", times, false);
+        let pipe = watched.directory.path().join("pipe");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RWXU).unwrap();
+        watched.watcher.set_files(vec![pipe.clone()], true);
+        fs::write(&watched.path, "two").unwrap();
+        watched.expect("two");
+        fs::rename(&pipe, &watched.path).unwrap();
+        let reload = watched.next(Instant::now() + Duration::from_secs(30));
+        let error = reload.source.unwrap_err().to_string();
+        assert!(error.ends_with("c.yaml: cannot be read: not a regular file"), "{error}");
+        fs::write(watched.directory.path().join("new"), "three").unwrap();
+        fs::rename(watched.directory.path().join("new"), &watched.path).unwrap();
+        watched.expect("three");
     }
 
     #[test]

@@ -84,6 +84,25 @@ fn questions_are_read_from_urls_and_hosts() {
 }
 
 #[test]
+fn what_the_front_refuses_is_no_question() {
+    for url in [
+        "http://demo.localhost:99999/",
+        "http://demo.localhost:abc/",
+        "http://[::1/",
+        "http://::1/",
+        "http://demo%zz.localhost/",
+        "http://ÿ.localhost/",
+    ] {
+        assert!(Question::parse(url, None, None).is_err(), "{url}");
+    }
+    for url in ["http://user@demo.localhost/", "http://[::1]:80/", "demo.localhost.:80/%C3%A9"] {
+        assert!(Question::parse(url, None, None).is_ok(), "{url}");
+    }
+    let question = Question::parse("http://demo.localhost/é", None, None).unwrap();
+    assert_eq!(question.target, "/%C3%A9");
+}
+
+#[test]
 fn a_question_comes_in_by_the_listener_of_its_port() {
     let public = public();
     let listener = |url: &str| {

@@ -208,7 +208,7 @@ fn join_cookies(headers: &mut HeaderMap) {
 }
 
 /// Returns whether `bytes` are `uri-host [":" port]` (RFC 3986 §3.2.2) with a host that is not empty.
-fn is_authority(bytes: &[u8]) -> bool {
+pub(crate) fn is_authority(bytes: &[u8]) -> bool {
     let (host_is_valid, rest) = if let Some(literal) = bytes.strip_prefix(b"[") {
         let Some(close) = literal.iter().position(|byte| *byte == b']') else { return false };
         (is_ip_literal(&literal[..close]), &literal[close + 1..])

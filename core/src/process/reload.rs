@@ -3,6 +3,7 @@
 //! Sockets are bound and plugins loaded first, since both may fail; what follows cannot. What takes
 //! effect at a start only is held back, and told as pending for as long as the file says it.
 
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 use std::time::SystemTime;
 
@@ -38,16 +39,26 @@ impl Taken {
 }
 
 impl Process {
-    /// Takes a new configuration, or keeps the old one and says why.
+    /// Takes a new configuration, or keeps the old one and says why. Returns as well the files that values
+    /// come from in either: the next edit may be of one of them.
     pub(super) fn reload(
         &self,
         source: Result<config::Source, ConfigErrors>,
         log: &log::Handle,
-    ) -> Result<String, String> {
-        let result = source
-            .and_then(|source| check::reread(&source, &self.plugins, &self.config()))
-            .map_err(RunError::from)
-            .and_then(|config| self.take(config, log));
+    ) -> (Result<String, String>, Vec<PathBuf>) {
+        let read = source.and_then(|source| check::reread(&source, &self.plugins, &self.config()));
+        let mut files = match &read {
+            Ok(config) => config.files.clone(),
+            Err(errors) => errors.files().to_vec(),
+        };
+        let result = read.map_err(RunError::from).and_then(|config| self.take(config, log));
+        files.extend_from_slice(&self.config().files);
+        files.sort();
+        files.dedup();
+        (self.told(result), files)
+    }
+
+    fn told(&self, result: Result<String, RunError>) -> Result<String, String> {
         match result {
             Ok(summary) => {
                 self.metrics.reloaded(true);

@@ -1,6 +1,6 @@
 //! What a sidecar announces: its tunnels and routes, taken whole or refused whole.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use sidelane_tunnel::proto;
@@ -62,12 +62,20 @@ impl Document {
                 return Err(vec![format!("{count} {what}, at most {max} are accepted")]);
             }
         }
-        let tunnels: Vec<Tunnel> = announce.tunnels.iter().map(announcement::tunnel).collect();
         let mut reasons = Vec::new();
+        let mut tunnels = Vec::with_capacity(announce.tunnels.len());
+        let mut names = HashSet::new();
+        for announced in &announce.tunnels {
+            match announcement::tunnel(announced) {
+                Ok(tunnel) if names.insert(Arc::clone(&tunnel.name)) => tunnels.push(tunnel),
+                Ok(tunnel) => reasons.push(format!("tunnel {} is announced twice", tunnel.name)),
+                Err(fault) => reasons.push(fault),
+            }
+        }
         let mut routes = Vec::with_capacity(announce.routes.len());
         for announced in &announce.routes {
             match announcement::route(announced) {
-                Ok(route) if announces(&tunnels, &route) => {
+                Ok(route) if announces(&names, &route) => {
                     routes.push(Arc::new(route));
                 }
                 Ok(route) => reasons.push(format!(
@@ -176,7 +184,7 @@ fn overruled<'a>(
 ) -> impl Iterator<Item = String> + 'a {
     own.iter().filter_map(|own| {
         // A process with both roles announces its own routes to itself.
-        let ours = ours.get(&own.matches).filter(|ours| **ours != own)?;
+        let ours = ours.get(&own.matches).filter(|ours| !ours.is_same_as(own))?;
         let (ours, own) = (&ours.name, &own.name);
         Some(format!("route {ours}: overruled by route {own} of the relay; {OWN_WINS}"))
     })
@@ -203,8 +211,8 @@ pub(super) fn refused_options(
 }
 
 /// Returns whether the route goes to tunnels of the same document only.
-fn announces(tunnels: &[Tunnel], route: &Route) -> bool {
-    route.tunnels.iter().all(|share| tunnels.iter().any(|tunnel| tunnel.name == share.tunnel))
+fn announces(tunnels: &HashSet<Arc<str>>, route: &Route) -> bool {
+    route.tunnels.iter().all(|share| tunnels.contains(&*share.tunnel))
 }
 
 /// Returns whether both go to the same tunnels, by whatever weights, or both nowhere.

@@ -112,6 +112,64 @@ fn editors_and_copies_are_seen_whatever_way_they_write() {
 }
 
 #[test]
+fn file_that_a_value_names_may_come_after_the_edit_that_names_it() {
+    let service = Service::ok();
+    let setup = Setup::of(service.address());
+    let sidelane = Sidelane::start("sidelane", &yaml(&setup, "begin"));
+    // A secret that is mounted later than the configuration.
+    sidelane.rewrite(&yaml(&setup, "\"${file:name}\""));
+    sidelane.until_metric("sidelane_config_last_reload_successful", &[], |good| good == 0.0);
+    assert!(answers(&sidelane, "begin"));
+    fs::write(sidelane.directory().join("name"), "later\n").unwrap();
+    shows(&sidelane, "later");
+}
+
+#[test]
+fn pipe_in_place_of_a_file_that_a_value_names_stops_no_reload() {
+    let service = Service::ok();
+    let setup = Setup::of(service.address());
+    let sidelane = Sidelane::start("sidelane", &yaml(&setup, "begin"));
+    let pipe = sidelane.directory().join("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    sidelane.rewrite(&yaml(&setup, "\"${file:pipe}\""));
+    let (status, answer) = sidelane.reload();
+    assert_eq!(status, 422, "{answer}");
+    assert!(answer["error"].as_str().unwrap().contains("pipe: not a regular file"), "{answer}");
+    sidelane.rewrite(&yaml(&setup, "mended"));
+    shows(&sidelane, "mended");
+}
+
+#[test]
+fn all_who_ask_for_a_reload_at_once_are_answered_by_what_the_file_says() {
+    const ASKING: usize = 48;
+    const EACH: usize = 10;
+    let service = Service::ok();
+    let setup = Setup::of(service.address());
+    let sidelane = Sidelane::start("sidelane", &yaml(&setup, "begin"));
+    let reloads =
+        || sidelane.metric("sidelane_config_reloads_total", &["result=\"success\""]).unwrap_or(0.0);
+    let before = reloads();
+    std::thread::scope(|scope| {
+        for _ in 0..ASKING {
+            scope.spawn(|| {
+                for _ in 0..EACH {
+                    assert_eq!(sidelane.reload().0, 200);
+                }
+            });
+        }
+    });
+    let done = reloads() - before;
+    assert!(done < (ASKING * EACH / 2) as f64, "{done} reloads for {} requests", ASKING * EACH);
+    // Whoever asks after an edit hears of that edit, not of a look before it.
+    for index in 0..20 {
+        let name = format!("edit-{index}");
+        sidelane.rewrite(&yaml(&setup, &name));
+        assert_eq!(sidelane.reload().0, 200);
+        assert!(answers(&sidelane, &name), "{name}");
+    }
+}
+
+#[test]
 fn file_that_is_a_mount_of_its_own_is_warned_about() {
     let service = Service::ok();
     let directory = tempfile::tempdir().unwrap();
