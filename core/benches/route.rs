@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use divan::{Bencher, black_box};
 use sidelane::config::{Match, MatchSpec, Route, Share};
-use sidelane::router::{Query, RouteTable, find};
+use sidelane::router::{Query, RouteTable, find, is_clear};
 
 const ROUTES: [usize; 2] = [10, 10_000];
 
@@ -80,4 +80,17 @@ fn path_prefix(bencher: Bencher<'_, '_>, count: usize) {
         })
     });
     bench(bencher, &table, "one.localhost", "/api/name7/and/more/of/it", true);
+}
+
+/// Beside [`path_prefix`]: whether services read the path alike, where nobody could read it otherwise, and
+/// where twelve readings must be compared.
+#[divan::bench(args = ["/api/name7/and/more/of/it", "/api/name7/group%2Fproject/of/it"])]
+fn clear_path(bencher: Bencher<'_, '_>, path: &str) {
+    let spec =
+        MatchSpec { subdomain: Some("one"), path_prefix: Some("/api/name7"), ..Default::default() };
+    let table = table(1, |_| parse(&spec));
+    let query = Query { host: Some("one.localhost"), path, listener: "web", protocol_type: "HTTP" };
+    let found = find(&table, &query).expect("the path begins so");
+    assert!(is_clear(&table, &query, found));
+    bencher.bench(|| is_clear(black_box(&table), black_box(&query), found));
 }

@@ -6,8 +6,8 @@
 
 /// Longest path that is read in other ways than as it is written; one beyond with anything in it that
 /// readers differ about is taken for unlike. What a client can make us spend on a request is bounded so,
-/// and most services take no longer request line.
-const READ_BYTES_MAX: usize = 8 * 1024;
+/// and few paths that people make are as long.
+const READ_BYTES_MAX: usize = 4 * 1024;
 
 /// Which escapes a reader undoes before it looks at segments.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -18,14 +18,15 @@ enum Escapes {
     All,
 }
 
-/// One way to read a path.
+/// One way to read a path whose escapes are undone.
 #[derive(Clone, Copy)]
 struct Reader {
-    escapes: Escapes,
     /// Several slashes are one.
     joins: bool,
     /// What follows a `;` in a segment is no part of its name.
     drops_parameters: bool,
+    /// A `\` is a `/`.
+    takes_backslashes: bool,
 }
 
 /// Returns whether `holds` is true for whatever a service may take `path` for. It is asked of nothing
@@ -37,21 +38,27 @@ pub(super) fn is_read_alike(path: &str, mut holds: impl FnMut(&str) -> bool) -> 
     if path.len() > READ_BYTES_MAX {
         return false;
     }
+    let mut plain = Vec::with_capacity(path.len());
     let mut reading = Vec::with_capacity(path.len() + 1);
-    let mut last = path.to_owned();
+    let mut last = path.as_bytes().to_vec();
     for escapes in [Escapes::All, Escapes::Unreserved, Escapes::Kept] {
-        for bits in 0..4 {
-            let reader = Reader { escapes, joins: bits & 1 == 0, drops_parameters: bits & 2 == 0 };
-            reader.read(path.as_bytes(), &mut reading);
-            // A prefix is text; what is not cannot be one, and is longer than any that it begins with.
-            let text = String::from_utf8_lossy(&reading);
-            if *text == *last {
+        escapes.undo(path.as_bytes(), &mut plain);
+        let readers = if plain.contains(&b'\\') { 8 } else { 4 };
+        for bits in 0..readers {
+            let reader = Reader {
+                joins: bits & 1 == 0,
+                drops_parameters: bits & 2 == 0,
+                takes_backslashes: bits & 4 == 0,
+            };
+            reader.read(&plain, &mut reading);
+            if reading == last || reading == path.as_bytes() {
                 continue;
             }
-            if !holds(&text) {
+            // A prefix is text; what is not cannot be one.
+            if !holds(&String::from_utf8_lossy(&reading)) {
                 return false;
             }
-            last = text.into_owned();
+            std::mem::swap(&mut last, &mut reading);
         }
     }
     true
@@ -76,23 +83,30 @@ fn is_suspect(path: &[u8]) -> bool {
     false
 }
 
-impl Reader {
-    fn read(self, path: &[u8], out: &mut Vec<u8>) {
-        let mut plain = Vec::with_capacity(path.len());
+impl Escapes {
+    /// Undoes them, once.
+    fn undo(self, path: &[u8], out: &mut Vec<u8>) {
+        out.clear();
         let mut rest = path;
         while let Some((&first, tail)) = rest.split_first() {
-            let undone = match self.escapes {
-                Escapes::Kept => None,
-                Escapes::Unreserved => escaped(rest).filter(|byte| is_unreserved(*byte)),
-                Escapes::All => escaped(rest),
+            let undone = match self {
+                Self::Kept => None,
+                Self::Unreserved => escaped(rest).filter(|byte| is_unreserved(*byte)),
+                Self::All => escaped(rest),
             };
             let (byte, tail) = undone.map_or((first, tail), |byte| (byte, &rest[3..]));
-            plain.push(if byte == b'\\' { b'/' } else { byte });
+            out.push(byte);
             rest = tail;
         }
+    }
+}
+
+impl Reader {
+    fn read(self, plain: &[u8], out: &mut Vec<u8>) {
         out.clear();
-        let path = plain.strip_prefix(b"/").unwrap_or(&plain);
-        let mut segments = path.split(|byte| *byte == b'/').peekable();
+        let path = plain.strip_prefix(b"/").unwrap_or(plain);
+        let ends = |byte: &u8| *byte == b'/' || (*byte == b'\\' && self.takes_backslashes);
+        let mut segments = path.split(ends).peekable();
         while let Some(segment) = segments.next() {
             let name = match segment.iter().position(|byte| *byte == b';') {
                 Some(end) if self.drops_parameters => &segment[..end],
@@ -192,6 +206,8 @@ mod tests {
             ("/admin%2fx", "/admin/x"),
             ("/admin%5Cx", "/admin/x"),
             ("/\\admin", "/admin"),
+            ("/x\\y/../admin", "/admin"),
+            ("/x%5cy/../admin", "/admin"),
             ("/admin;v=1/x", "/admin/x"),
             ("/x/..;/admin", "/admin"),
             ("/admin%3bx", "/admin"),

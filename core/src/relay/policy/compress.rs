@@ -72,17 +72,15 @@ pub(super) enum Choice {
     Gzip,
 }
 
-/// Decides on a response. `length` is that of the body, where known.
+/// Decides on a response. `length` is that of the body, where known; to HEAD, of the one that GET gets.
 pub(super) fn choose(
     config: &Compression,
     takes_gzip: bool,
-    is_head: bool,
     status: StatusCode,
     headers: &HeaderMap,
     length: Option<u64>,
 ) -> Choice {
-    let is_bodiless = is_head
-        || status.is_informational()
+    let is_bodiless = status.is_informational()
         || matches!(
             status,
             StatusCode::NO_CONTENT
@@ -297,13 +295,11 @@ mod tests {
         assert!(!table.is_empty());
         for (status, fields, length, expected) in table {
             let (status, headers) = (StatusCode::from_u16(status).unwrap(), map(&fields));
-            let choice = choose(&CONFIG, true, false, status, &headers, length);
+            let choice = choose(&CONFIG, true, status, &headers, length);
             assert_eq!(choice, expected, "{status} {fields:?} {length:?}");
-            let other = choose(&CONFIG, false, false, status, &headers, length);
+            let other = choose(&CONFIG, false, status, &headers, length);
             let kept = if expected == Choice::Gzip { Choice::Other } else { Choice::Never };
             assert_eq!(other, kept, "{status} {fields:?} {length:?} without gzip");
-            let head = choose(&CONFIG, true, true, status, &headers, length);
-            assert_eq!(head, Choice::Never, "{status} {fields:?} HEAD");
         }
     }
 

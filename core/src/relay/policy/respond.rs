@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
-use http::header::WWW_AUTHENTICATE;
+use http::header::{CONTENT_LENGTH, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use sidelane_abi::failure;
 
@@ -85,16 +85,26 @@ impl Shaping {
         else {
             return;
         };
-        let known = head
-            .body_length
-            .or_else(|| end.then(|| first.as_ref().map_or(0, |first| first.len() as u64)));
-        let choice =
-            compress::choose(config, takes_gzip, self.is_head, head.status, &head.headers, known);
+        let said = || {
+            let value = head.headers.get(CONTENT_LENGTH)?;
+            value.to_str().ok()?.parse().ok()
+        };
+        let known = head.body_length.or_else(|| match self.is_head {
+            true => said(),
+            false => end.then(|| first.as_ref().map_or(0, |first| first.len() as u64)),
+        });
+        let choice = compress::choose(config, takes_gzip, head.status, &head.headers, known);
         if choice == Choice::Never {
             return;
         }
         compress::vary(&mut head.headers);
         if choice == Choice::Other {
+            return;
+        }
+        if self.is_head {
+            // What GET gets has these fields, and another length (RFC 9110 §8.6, §9.3.2).
+            compress::mark(&mut head.headers);
+            head.body_length = None;
             return;
         }
         let Some(mut gzip) = Gzip::begin(config) else {
@@ -511,6 +521,26 @@ mod tests {
             assert_eq!(head.body_length, length, "{name}");
             assert_eq!(head.headers["etag"], "\"1\"", "{name}");
             assert_eq!(head.headers.contains_key("vary"), varies, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_answer_to_head_has_the_fields_that_get_has() {
+        let head = |fields| RequestHead { method: http::Method::HEAD, ..request(fields) };
+        let none: &[(&str, &str)] = &[];
+        for (fields, length, is_packed, varies) in
+            [(GZIP, "500", true, true), (GZIP, "9", false, false), (none, "500", false, true)]
+        {
+            let (mut responder, client) = shaped(&compressing(), &head(fields));
+            let mut answer = json(None);
+            answer.headers.insert(CONTENT_LENGTH, HeaderValue::from_static(length));
+            responder.head(answer, None, true).unwrap();
+            let client = client.0.lock().unwrap();
+            assert!(client.body.is_empty());
+            let headers = &client.head.as_ref().expect("a head").headers;
+            assert_eq!(headers.contains_key("content-encoding"), is_packed, "{fields:?} {length}");
+            assert_eq!(headers.contains_key(CONTENT_LENGTH), !is_packed, "{fields:?} {length}");
+            assert_eq!(headers.contains_key("vary"), varies, "{fields:?} {length}");
         }
     }
 
