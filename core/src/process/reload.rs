@@ -72,7 +72,6 @@ impl Process {
 
     fn reload_failed(&self, error: &RunError) -> String {
         let text = chain(error);
-        self.metrics.reloaded(false);
         match error {
             // A line each, as a start tells them.
             RunError::Config(errors) => {
@@ -91,6 +90,8 @@ impl Process {
             ),
         }
         *self.lock_error() = Some(text.clone());
+        // Last: whoever sees it finds the rest.
+        self.metrics.reloaded(false);
         text
     }
 

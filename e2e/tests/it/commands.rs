@@ -7,6 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 use sidelane_e2e::client;
+use sidelane_e2e::nobody::Nobody;
 use sidelane_e2e::process::{Route, Setup, Sidelane, build_directory, program};
 use sidelane_e2e::service::Service;
 use sidelane_e2e::stage::Stage;
@@ -61,7 +62,7 @@ fn check_says_what_is_wrong_and_exits_accordingly() {
     let run = |arguments: &[&str]| run_in(directory.path(), arguments);
     let good = Setup::of(service.address()).both();
     write(&good);
-    check_output(&run(&["check"]), 0, &["sidecar.yaml: valid: 1 routes, 1 tunnels", "HTTP"]);
+    check_output(&run(&["check"]), 0, &["sidecar.yaml: valid: 1 route, 1 tunnel", "HTTP"]);
     write(&good.replace("tunnel: api", "tunnel: apii"));
     let parts = ["sidecar.yaml:", "routes[0].tunnel", "did you mean \"api\"?", "^^^^"];
     check_output(&run(&["check", "sidecar.yaml"]), 1, &parts);
@@ -204,9 +205,8 @@ fn a_file_says_which_process_is_asked() {
 
 #[test]
 fn a_process_that_is_not_there_has_an_exit_code_of_its_own() {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = listener.local_addr().expect("an address").to_string();
-    drop(listener);
+    let nobody = Nobody::new();
+    let address = nobody.address().to_string();
     for arguments in [["routes", "--admin"], ["config", "--admin"]] {
         let arguments = [arguments[0], arguments[1], &address];
         check(&arguments, 3, &["cannot reach", "is `admin` in the file"]);
@@ -343,9 +343,8 @@ fn expose_gives_a_service_an_address_and_shows_its_requests() {
 
 #[test]
 fn expose_shows_that_the_service_is_down() {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let service = listener.local_addr().expect("an address").to_string();
-    drop(listener);
+    let nobody = Nobody::new();
+    let service = nobody.address().to_string();
     let exposed = Exposed::start(&[&service, "--listen", "127.0.0.1:0"]);
     let (host, listening) = exposed.address();
     let relay = SocketAddr::from(([127, 0, 0, 1], listening));

@@ -1,8 +1,7 @@
 //! The failure table of docs/operations.md, HTTP column.
 
-use std::net::TcpListener;
-
 use sidelane_e2e::client::{Answer, request};
+use sidelane_e2e::nobody::Nobody;
 use sidelane_e2e::process::{Setup, Sidelane};
 use sidelane_e2e::service::Service;
 use sidelane_e2e::stage::{Stage, get};
@@ -73,12 +72,8 @@ fn no_sidecar_is_503() {
 
 #[test]
 fn refused_connection_is_502() {
-    let address = {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.local_addr().unwrap()
-        // Closed here: nobody listens there any more.
-    };
-    let sidelane = Sidelane::both(&Setup::of(address));
+    let nobody = Nobody::new();
+    let sidelane = Sidelane::both(&Setup::of(nobody.address()));
     assert_failure(&request(sidelane.web(), "GET", get("/")), 502, "service-unreachable");
 }
 

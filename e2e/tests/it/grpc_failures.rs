@@ -1,20 +1,13 @@
 //! The gRPC column of what clients see when something fails: the status code, and a message that
 //! names the cause.
 
-use std::net::{SocketAddr, TcpListener};
-
 use serde_json::Value;
+use sidelane_e2e::nobody::Nobody;
 use sidelane_e2e::process::{Setup, Sidelane};
 use sidelane_e2e::service::Service;
 use sidelane_e2e::wait;
 
 use crate::grpc::Peers;
-
-/// A port of localhost that nobody listens on.
-fn nobody() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("a bound listener")
-}
 
 /// Asserts a status whose message holds one of the words.
 #[track_caller]
@@ -27,7 +20,8 @@ fn is(seen: &Value, code: u64, words: &[&str]) {
 #[test]
 fn no_such_route_is_unimplemented() {
     let Some(peers) = Peers::find("no_such_route_is_unimplemented") else { return };
-    let mut setup = Setup::of(nobody()).grpc("{}");
+    let nobody = Nobody::new();
+    let mut setup = Setup::of(nobody.address()).grpc("{}");
     setup.routes[0].subdomain = "other".to_owned();
     let sidelane = Sidelane::both(&setup);
     for client in ["grpcio", "tonic"] {
@@ -38,7 +32,9 @@ fn no_such_route_is_unimplemented() {
 #[test]
 fn no_sidecar_is_unavailable() {
     let Some(peers) = Peers::find("no_sidecar_is_unavailable") else { return };
-    let relay = Sidelane::spawn("relay", &Setup::of(nobody()).grpc("{}").relay_with_routes());
+    let nobody = Nobody::new();
+    let relay =
+        Sidelane::spawn("relay", &Setup::of(nobody.address()).grpc("{}").relay_with_routes());
     for client in ["grpcio", "tonic"] {
         is(&peers.ask(client, "unary", relay.web()), 14, &["sidecar", "no-sidecar"]);
     }
@@ -47,7 +43,8 @@ fn no_sidecar_is_unavailable() {
 #[test]
 fn sidecar_without_the_protocol_is_unavailable() {
     let Some(peers) = Peers::find("sidecar_without_the_protocol_is_unavailable") else { return };
-    let setup = Setup::of(nobody());
+    let nobody = Nobody::new();
+    let setup = Setup::of(nobody.address());
     let relay = Sidelane::spawn("relay", &setup.clone().grpc("{}").relay());
     let sidecar = Sidelane::start("sidecar", &setup.sidecar(relay.tunnel()));
     sidecar.until_metric("sidelane_lanes", &[], |lanes| lanes >= 1.0);
@@ -60,7 +57,8 @@ fn sidecar_without_the_protocol_is_unavailable() {
 #[test]
 fn refused_connection_is_unavailable() {
     let Some(peers) = Peers::find("refused_connection_is_unavailable") else { return };
-    let sidelane = Sidelane::both(&Setup::of(nobody()).grpc("{}"));
+    let nobody = Nobody::new();
+    let sidelane = Sidelane::both(&Setup::of(nobody.address()).grpc("{}"));
     for client in ["grpcio", "tonic"] {
         is(&peers.ask(client, "unary", sidelane.web()), 14, &["refused", "reach", "connect"]);
     }

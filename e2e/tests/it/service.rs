@@ -2,13 +2,14 @@
 //! to it again, and whether it is well.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use sidelane_e2e::client::{Answer, Client, request};
+use sidelane_e2e::nobody::Nobody;
 use sidelane_e2e::peer::Peer;
 use sidelane_e2e::process::{Setup, Sidelane};
 use sidelane_e2e::service::Service;
@@ -207,13 +208,10 @@ fn retries_end_with_the_attempts_or_the_budget() {
 
 #[test]
 fn a_service_that_cannot_be_reached_is_dialled_again() {
-    // Bound and closed: nobody else gets the port while this process holds it in no state but that.
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    let address = listener.local_addr().expect("bound");
-    drop(listener);
+    let nobody = Nobody::new();
     let sidelane = Sidelane::start(
         "sidelane",
-        &yaml(&address.to_string(), "", ", retries: { attempts: 2, budget_min: 10 }"),
+        &yaml(&nobody.address().to_string(), "", ", retries: { attempts: 2, budget_min: 10 }"),
     );
     let answer = ask(&sidelane);
     assert_eq!((answer.head.status, error(&answer)), (502, "service-unreachable"));

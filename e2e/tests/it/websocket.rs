@@ -4,6 +4,7 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
 
 use sidelane_e2e::client::{Client, request};
+use sidelane_e2e::nobody::Nobody;
 use sidelane_e2e::process::{Setup, Sidelane};
 use sidelane_e2e::service::Service;
 use sidelane_e2e::stage::Stage;
@@ -121,9 +122,8 @@ fn refusal_of_the_service_passes_as_it_is() {
 
 #[test]
 fn handshake_that_reaches_nobody_says_why() {
-    // A port that nobody listens on.
-    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let sidelane = Sidelane::both(&Setup::of(closed).websocket("{}"));
+    let nobody = Nobody::new();
+    let sidelane = Sidelane::both(&Setup::of(nobody.address()).websocket("{}"));
     let refused = refusal(sidelane.web(), "nobody.localhost", "/");
     assert_eq!(refused.head.status, 404);
     assert_eq!(refused.head.first("x-sidelane-error"), Some("no-route"));
@@ -131,7 +131,8 @@ fn handshake_that_reaches_nobody_says_why() {
     assert_eq!(refused.head.status, 502, "{refused:?}");
     assert!(refused.head.first("x-sidelane-error").is_some());
 
-    let relay = Sidelane::spawn("relay", &Setup::of(closed).websocket("{}").relay_with_routes());
+    let relay =
+        Sidelane::spawn("relay", &Setup::of(nobody.address()).websocket("{}").relay_with_routes());
     let refused = refusal(relay.web(), "api.localhost", "/");
     assert_eq!(refused.head.status, 503);
     assert!(refused.head.first("retry-after").is_some(), "{refused:?}");
