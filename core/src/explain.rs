@@ -9,12 +9,15 @@ use serde_json::{Map, Value as Json, json};
 
 use crate::config::policy::{HeaderChanges, Policies, Rate};
 use crate::config::{Config, HostMatch, Listener, Route, Share, duration_text, size_text};
-use crate::router::{self, Query};
 use crate::relay::{location, replace_prefix};
+use crate::router::{self, Query};
 use crate::sidecar::RelayAnswer;
 
 /// Addresses told of one route. A relay may have many base domains.
 const URLS_MAX: usize = 8;
+
+/// Sidecars told that do not serve a tunnel. Replicas of a service often fail for the same reason.
+const UNAVAILABLE_MAX: usize = 8;
 
 /// What only a role knows.
 pub trait Facts {
@@ -25,6 +28,8 @@ pub trait Facts {
     /// Returns whether a sidecar serves the tunnel, for this protocol type where one is given; `None`: not
     /// known here.
     fn is_served(&self, tunnel: &str, protocol_type: Option<&str>) -> Option<bool>;
+    /// Returns the sidecars that have the tunnel and do not serve it now, by name, and why.
+    fn unavailable(&self, tunnel: &str) -> Vec<(String, String)>;
     /// Returns whether the tunnel's file lets it carry the protocol type.
     fn carries(&self, tunnel: &str, protocol_type: &str) -> Option<bool>;
 }
@@ -233,6 +238,10 @@ fn tunnels(route: &Route, facts: &dyn Facts, protocol_type: Option<&str>) -> Jso
             "service": facts.service(&share.tunnel),
             "served": facts.is_served(&share.tunnel, protocol_type),
         });
+        let unavailable = unavailable(facts.unavailable(&share.tunnel));
+        if !unavailable.is_null() {
+            described["unavailable"] = unavailable;
+        }
         let carries = protocol_type.and_then(|name| facts.carries(&share.tunnel, name));
         if let Some(carries) = carries {
             described["carries"] = carries.into();
@@ -240,6 +249,15 @@ fn tunnels(route: &Route, facts: &dyn Facts, protocol_type: Option<&str>) -> Jso
         described
     };
     route.tunnels.iter().map(describe).collect()
+}
+
+/// Returns sidecars that do not serve a tunnel with their reasons; null: there are none.
+#[must_use]
+pub fn unavailable(sidecars: Vec<(String, String)>) -> Json {
+    let told = sidecars.into_iter().take(UNAVAILABLE_MAX);
+    let told: Vec<Json> =
+        told.map(|(sidecar, reason)| json!({ "sidecar": sidecar, "reason": reason })).collect();
+    if told.is_empty() { Json::Null } else { told.into() }
 }
 
 /// Answers the question by a file alone: nobody is known to serve anything. Without a relay in it the
@@ -288,6 +306,10 @@ impl Facts for FromConfig<'_> {
 
     fn is_served(&self, _: &str, _: Option<&str>) -> Option<bool> {
         None
+    }
+
+    fn unavailable(&self, _: &str) -> Vec<(String, String)> {
+        Vec::new()
     }
 
     fn carries(&self, tunnel: &str, protocol_type: &str) -> Option<bool> {
@@ -397,7 +419,13 @@ fn lines(policies: &Policies) -> Vec<(&'static str, String)> {
         lines.push(("basic_auth", format!("realm \"{realm}\", users: {users}; else 401")));
     }
     if let Some(redirect) = &policies.redirect {
-        lines.push(("redirect", format!("status {}", redirect.status)));
+        let parts = [
+            Some(format!("status {}", redirect.status)),
+            redirect.scheme.as_ref().map(|scheme| format!("scheme {scheme}")),
+            redirect.host.as_ref().map(|host| format!("host {host}")),
+            redirect.path_prefix.as_deref().map(prefix_text),
+        ];
+        push_joined(&mut lines, "redirect", parts);
     }
     let limits = &policies.limits;
     let limits = [
@@ -433,9 +461,7 @@ fn lines(policies: &Policies) -> Vec<(&'static str, String)> {
     let rewrite = &policies.rewrite;
     let rewrite = [
         rewrite.host.as_ref().map(|host| format!("host {host}")),
-        rewrite.path_prefix.as_ref().map(|prefix| {
-            format!("path_prefix {}", if prefix.is_empty() { "removed" } else { prefix })
-        }),
+        rewrite.path_prefix.as_deref().map(prefix_text),
     ];
     push_joined(&mut lines, "rewrite", rewrite);
     if let Some(compression) = &policies.compression {
@@ -443,6 +469,10 @@ fn lines(policies: &Policies) -> Vec<(&'static str, String)> {
         lines.push(("compression", format!("gzip level {level}, from {min_size}")));
     }
     lines
+}
+
+fn prefix_text(prefix: &str) -> String {
+    format!("path_prefix {}", if prefix.is_empty() { "removed" } else { prefix })
 }
 
 fn push_joined<const N: usize>(

@@ -115,8 +115,15 @@ fn text(answer: &Json) -> String {
             }
             match tunnel["served"].as_bool() {
                 Some(true) => line.push_str(", served"),
-                Some(false) => line.push_str(", not served by any sidecar"),
-                None => {}
+                Some(false) if items(&tunnel["unavailable"]).is_empty() => {
+                    line.push_str(", not served by any sidecar");
+                }
+                _ => {}
+            }
+            for unavailable in items(&tunnel["unavailable"]) {
+                let (sidecar, reason) =
+                    (plain(&unavailable["sidecar"]), plain(&unavailable["reason"]));
+                line.push_str(&format!(", unavailable at sidecar {sidecar}: {reason}"));
             }
             if tunnel["carries"] == Json::Bool(false) {
                 line.push_str(", does not carry the protocol");
@@ -215,7 +222,7 @@ routes:
         asked     old.example.org/a, protocol HTTP, listener web
         route     old (from file)
         because   the host is its subdomain "old" below the base domain example.org
-        policies  redirect: status 308
+        policies  redirect: status 308; scheme https; host new.example.org
         client    sees 308 to https://new.example.org/a
         not       all: it takes listener other only, this is web
 
@@ -261,6 +268,22 @@ routes: [{ subdomain: shop, tunnel: web }]
         let told = text(&ask(file, "ws://shop.localhost/"));
         assert!(told.contains("does not carry the protocol\nclient    sees 503"), "{told}");
         assert!(!text(&ask(file, "shop.localhost")).contains("503"));
+    }
+
+    #[test]
+    fn a_tunnel_that_is_unavailable_says_where_and_why() {
+        let tunnel = |served: bool| {
+            let unavailable = serde_json::json!([{ "sidecar": "shop", "reason": "waiting" }]);
+            let tunnel =
+                serde_json::json!({ "tunnel": "t", "served": served, "unavailable": unavailable });
+            text(&serde_json::json!({ "route": "r", "tunnels": [tunnel] }))
+        };
+        let told = tunnel(false);
+        let expected = "tunnel    t, unavailable at sidecar shop: waiting\nclient    sees 503\n";
+        assert!(told.contains(expected), "{told}");
+        let told = tunnel(true);
+        assert!(told.contains("t, served, unavailable at sidecar shop: waiting\n"), "{told}");
+        assert!(!told.contains("503"), "{told}");
     }
 
     #[test]

@@ -19,6 +19,10 @@ impl Facts for Nothing {
     fn is_served(&self, _: &str, _: Option<&str>) -> Option<bool> {
         None
     }
+    fn unavailable(&self, tunnel: &str) -> Vec<(String, String)> {
+        let sidecars = if tunnel == "canary" { 0..20 } else { 0..0 };
+        sidecars.map(|index| (format!("s{index}"), "waiting for the service".to_owned())).collect()
+    }
     fn carries(&self, tunnel: &str, protocol_type: &str) -> Option<bool> {
         (tunnel == "web").then_some(protocol_type == "HTTP")
     }
@@ -129,6 +133,10 @@ fn an_answer_says_where_the_request_goes_and_what_the_service_sees() {
     assert_eq!(answer["tunnels"][0]["carries"], true);
     assert_eq!(answer["tunnels"][1]["weight"], 10);
     assert_eq!(answer["tunnels"][1]["carries"], Json::Null);
+    assert_eq!(answer["tunnels"][0]["unavailable"], Json::Null);
+    let unavailable = answer["tunnels"][1]["unavailable"].as_array().unwrap();
+    assert_eq!(unavailable.len(), UNAVAILABLE_MAX);
+    assert_eq!(unavailable[0], json!({ "sidecar": "s0", "reason": "waiting for the service" }));
     assert_eq!(answer["service_sees"], json!({ "host": "app.internal", "path": "/v1/x?y=/api" }));
     let sees = |prefix: &str, own: Option<&str>, url: &str| {
         let rewrite = Rewrite { host: None, path_prefix: Some(prefix.into()) };
@@ -152,6 +160,10 @@ fn an_answer_says_where_the_client_is_sent() {
     };
     let policies = Policies { redirect: Some(redirect), ..Policies::default() };
     let answer = ask(policies, Some("/old"), "http://shop.localhost/old/a?b");
+    assert_eq!(
+        answer["policies"][0]["says"],
+        "status 308; scheme https; host new.example.org; path_prefix /x"
+    );
     assert_eq!(answer["client_sees"], "308 to https://new.example.org/x/a?b");
     assert_eq!(answer["service_sees"], Json::Null);
     let sent = |scheme: Option<&str>, url: &str| {

@@ -20,6 +20,8 @@ const ADDRESSES_MAX: usize = 32;
 /// Where routes come from, and who serves their tunnels.
 struct Known<'a> {
     from: HashMap<*const Route, &'a str>,
+    /// Sidecars that do not serve a tunnel of theirs now, and why.
+    unavailable: HashMap<&'a str, Vec<(&'a str, &'a str)>>,
     routing: &'a Routing,
 }
 
@@ -32,7 +34,7 @@ impl<'a> Known<'a> {
             document.routes.iter().map(|route| (route, &*document.session.name))
         });
         let from = own.chain(announced).map(|(route, from)| (Arc::as_ptr(route), from)).collect();
-        Self { from, routing }
+        Self { from, unavailable: unavailable(sources), routing }
     }
 }
 
@@ -54,10 +56,30 @@ impl Facts for Known<'_> {
         Some(tunnel.is_some_and(|tunnel| tunnel.in_turn().any(carries)))
     }
 
+    fn unavailable(&self, tunnel: &str) -> Vec<(String, String)> {
+        owned(self.unavailable.get(tunnel))
+    }
+
     fn carries(&self, _: &str, _: &str) -> Option<bool> {
         // The sidecar's business too.
         None
     }
+}
+
+/// Returns, by tunnel, the sidecars that do not serve it now, and why.
+fn unavailable(sources: &Sources) -> HashMap<&str, Vec<(&str, &str)>> {
+    let mut all: HashMap<&str, Vec<(&str, &str)>> = HashMap::new();
+    for document in sources.documents.values() {
+        for (tunnel, reason) in document.unavailable() {
+            all.entry(tunnel).or_default().push((&*document.session.name, reason));
+        }
+    }
+    all
+}
+
+fn owned(sidecars: Option<&Vec<(&str, &str)>>) -> Vec<(String, String)> {
+    let sidecars = sidecars.into_iter().flatten();
+    sidecars.map(|(sidecar, reason)| ((*sidecar).to_owned(), (*reason).to_owned())).collect()
 }
 
 impl Relay {
@@ -115,6 +137,7 @@ impl Relay {
                 tunnels.entry(name).or_default().push(&document.session);
             }
         }
+        let unavailable = unavailable(&sources);
         let describe = |(name, sessions): (&str, Vec<&Arc<Session>>)| {
             let lanes: Vec<_> =
                 sessions.iter().flat_map(|session| session.lanes().to_vec()).collect();
@@ -123,6 +146,7 @@ impl Relay {
                 "sidecars": sessions.iter().map(|session| &*session.name).collect::<Vec<_>>(),
                 "sessions": sessions.len(),
                 "lanes": lanes.len(),
+                "unavailable": explain::unavailable(owned(unavailable.get(name))),
                 "in_flight": lanes.iter().map(|link| link.load()).sum::<usize>(),
             })
         };

@@ -61,7 +61,7 @@ fn check_says_what_is_wrong_and_exits_accordingly() {
     let run = |arguments: &[&str]| run_in(directory.path(), arguments);
     let good = Setup::of(service.address()).both();
     write(&good);
-    check_output(&run(&["check"]), 0, &["sidecar.yaml: valid: 1 routes, 1 tunnels", "HTTP"]);
+    check_output(&run(&["check"]), 0, &["sidecar.yaml: valid: 1 route, 1 tunnel", "HTTP"]);
     write(&good.replace("tunnel: api", "tunnel: apii"));
     let parts = ["sidecar.yaml:", "routes[0].tunnel", "did you mean \"api\"?", "^^^^"];
     check_output(&run(&["check", "sidecar.yaml"]), 1, &parts);
@@ -181,6 +181,33 @@ fn a_sidecar_shows_what_relays_said() {
     until(&first, "in force");
     until(&second, "refused: route api: taken by sidecar e2e for tunnel api");
     until(&relay, "in force");
+}
+
+#[test]
+fn a_relay_says_why_a_sidecar_does_not_serve_a_tunnel() {
+    let service = Service::ok();
+    let setup = Setup::of(service.address());
+    let relay = Sidelane::spawn("relay", &setup.relay());
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let there = format!("service: \"{}\"", service.address());
+    let missing = format!("service: \"unix:{}/s\", wait: 10m", directory.path().display());
+    let yaml = setup.sidecar(relay.tunnel());
+    assert!(yaml.contains(&there), "{yaml}");
+    let sidecar = Sidelane::spawn("sidecar", &yaml.replace(&there, &missing));
+    let admin = relay.admin().to_string();
+    let ask = |command: &[&str]| {
+        let output = run(&[command, &["--admin", &admin]].concat());
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let reason = "not served: api (unavailable at e2e: waiting for the service";
+    wait::until(reason, || ask(&["routes"]).contains(reason).then_some(()));
+    let tunnels = ask(&["tunnels"]);
+    assert!(tunnels.contains("unavailable at e2e: waiting for the service"), "{tunnels}");
+    let explained = ask(&["explain", "api.localhost"]);
+    let reason = "unavailable at sidecar e2e: waiting for the service";
+    assert!(explained.contains(reason), "{explained}");
+    assert!(explained.contains("client    sees 503"), "{explained}");
+    drop(sidecar);
 }
 
 #[test]
@@ -379,6 +406,7 @@ fn expose_takes_a_subdomain_of_a_relay_elsewhere() {
     assert_eq!(code, Some(1), "{wrote}");
     assert!(wrote.contains("does not give the address mine: route mine: taken"), "{wrote}");
     assert!(wrote.contains("try another --subdomain"), "{wrote}");
+    assert!(!wrote.contains("document waits"), "it does not, it has ended: {wrote}");
     assert_eq!(ask(relay.web(), "mine.localhost", "/"), 200, "the first one keeps it");
 
     let (code, wrote) = first.interrupt();
