@@ -8,13 +8,18 @@ use std::sync::Arc;
 use serde_json::{Map, Value as Json, json};
 
 use crate::config::policy::{HeaderChanges, Policies, Rate};
-use crate::config::{Config, HostMatch, Listener, Route, Share, duration_text, size_text};
+use crate::config::{
+    self, Config, HostMatch, Listener, Route, Share, duration_text, near_miss, size_text,
+};
 use crate::relay::{location, replace_prefix};
 use crate::router::{self, Query};
 use crate::sidecar::RelayAnswer;
 
 /// Addresses told of one route. A relay may have many base domains.
 const URLS_MAX: usize = 8;
+
+/// Types that a URL's scheme stands for.
+const SCHEME_TYPES: [&str; 3] = ["HTTP", "WEBSOCKET", "GRPC"];
 
 /// Sidecars told that do not serve a tunnel. Replicas of a service often fail for the same reason.
 const UNAVAILABLE_MAX: usize = 8;
@@ -23,6 +28,8 @@ const UNAVAILABLE_MAX: usize = 8;
 pub trait Facts {
     /// Returns where the route comes from: `file`, or a sidecar's name.
     fn from(&self, route: &Route) -> String;
+    /// Returns the protocol types that plugins serve here; `None`: not known.
+    fn protocol_types(&self) -> Option<Vec<Arc<str>>>;
     /// Returns the tunnel's service as its file has it.
     fn service(&self, tunnel: &str) -> Option<String>;
     /// Returns whether a sidecar serves the tunnel, for this protocol type where one is given; `None`: not
@@ -54,7 +61,7 @@ impl Question {
     /// host, as on a listener of a byte-born protocol. Without a protocol type the scheme says it.
     ///
     /// # Errors
-    /// What is wrong with the URL, and what is accepted.
+    /// What is wrong with the URL or the protocol type, and what is accepted.
     pub fn parse(
         url: &str,
         protocol_type: Option<&str>,
@@ -84,6 +91,9 @@ impl Question {
         }
         let target = target.split('#').next().unwrap_or_default();
         let target = if target.starts_with('/') { target.to_owned() } else { format!("/{target}") };
+        if let Some(protocol_type) = protocol_type {
+            config::parse_protocol_type(protocol_type)?;
+        }
         Ok(Self {
             scheme: scheme.to_owned(),
             host: (!host.is_empty()).then(|| host.to_owned()),
@@ -103,6 +113,55 @@ impl Question {
         let http = || listeners.iter().filter(|listener| listener.is_http);
         let found = http().find(|listener| Some(listener.port) == port).or_else(|| http().next());
         found.map_or("web", |listener| &listener.name)
+    }
+
+    /// Refuses what no client can do: a listener or a protocol type that is not there.
+    fn check(&self, public: &Public, served: Option<&[Arc<str>]>) -> Result<(), String> {
+        let names = || public.listeners.iter().map(|listener| &*listener.name);
+        if let Some(listener) = self.listener.as_deref().filter(|_| !public.listeners.is_empty())
+            && !names().any(|name| name == listener)
+        {
+            return Err(format!(
+                "there is no listener \"{listener}\" (those are {}){}",
+                names().collect::<Vec<_>>().join(", "),
+                near_miss(listener, names())
+            ));
+        }
+        let own = &*self.protocol_type;
+        match served {
+            Some(served) if !served.iter().any(|name| **name == *own) => {
+                let names = || served.iter().map(AsRef::as_ref);
+                let list = names().collect::<Vec<&str>>().join(", ");
+                let list = if list.is_empty() { "none" } else { &list };
+                let hint = near_miss(own, names());
+                Err(format!("no plugin serves protocol type \"{own}\" (served: {list}){hint}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Says what is odd about the question and yet may be meant.
+    fn notes(&self, public: &Public, served: Option<&[Arc<str>]>) -> Vec<String> {
+        let mut notes = Vec::new();
+        if served.is_none() && !SCHEME_TYPES.contains(&&*self.protocol_type) {
+            let own = &self.protocol_type;
+            notes.push(format!("whether a plugin serves {own} is not known from the file"));
+        }
+        let port = self.host.as_deref().and_then(port_of).filter(|_| self.listener.is_none());
+        let http = || public.listeners.iter().filter(|listener| listener.is_http);
+        if let Some(port) = port
+            && http().next().is_some()
+            && !http().any(|listener| listener.port == port)
+        {
+            let there: Vec<String> =
+                http().map(|listener| format!("{} {}", listener.name, listener.port)).collect();
+            notes.push(format!(
+                "no listener for HTTP has port {port} (those are {}); taken for {}",
+                there.join(", "),
+                self.listener(&public.listeners)
+            ));
+        }
+        notes
     }
 }
 
@@ -180,13 +239,17 @@ impl Public {
 }
 
 /// Answers the question; the fields are told in docs/operations.md.
-#[must_use]
+///
+/// # Errors
+/// A listener that is not there, or a protocol type that nothing serves.
 pub fn answer(
     routes: &[Arc<Route>],
     public: &Public,
     question: &Question,
     facts: &dyn Facts,
-) -> Json {
+) -> Result<Json, String> {
+    let served = facts.protocol_types();
+    question.check(public, served.as_deref())?;
     let query = Query {
         host: question.host.as_deref(),
         path: &question.target,
@@ -201,6 +264,7 @@ pub fn answer(
             "listener": query.listener,
             "protocol_type": question.protocol_type,
         },
+        "notes": question.notes(public, served.as_deref()),
         "route": null,
         "others": explanation.others.iter().map(|other| json!({
             "route": &*other.route.name,
@@ -211,7 +275,7 @@ pub fn answer(
         "hint": explanation.hint,
     });
     let (Some(route), Some(map)) = (&explanation.route, answer.as_object_mut()) else {
-        return answer;
+        return Ok(answer);
     };
     map.insert("route".into(), (*route.name).into());
     map.insert("from".into(), facts.from(route).into());
@@ -226,7 +290,7 @@ pub fn answer(
         Some(redirect) => map.insert("client_sees".into(), redirect.into()),
         None => map.insert("service_sees".into(), service_sees(route, question)),
     };
-    answer
+    Ok(answer)
 }
 
 /// Returns the tunnels of a route with what is known of each, for one protocol type or for all.
@@ -261,9 +325,16 @@ pub fn unavailable(sidecars: Vec<(String, String)>) -> Json {
 }
 
 /// Answers the question by a file alone: nobody is known to serve anything. Without a relay in it the
-/// base domains are not known either, and every ending of the host is taken for one.
-#[must_use]
-pub fn from_config(config: &Config, question: &Question) -> Json {
+/// base domains are not known either, and every ending of the host is taken for one. `served` are the
+/// protocol types of loaded plugins; `None`: as far as the file tells them.
+///
+/// # Errors
+/// As of [`answer`].
+pub fn from_config(
+    config: &Config,
+    question: &Question,
+    served: Option<Vec<Arc<str>>>,
+) -> Result<Json, String> {
     let public = match &config.relay {
         Some(relay) => Public {
             base_domains: relay.base_domains.clone(),
@@ -275,13 +346,25 @@ pub fn from_config(config: &Config, question: &Question) -> Json {
         },
         None => Public { base_domains: endings(question), listeners: Vec::new() },
     };
-    let mut answer = answer(&config.routes, &public, question, &FromConfig(config));
+    let served = served.or_else(|| types_of(config));
+    let mut answer = answer(&config.routes, &public, question, &FromConfig { config, served })?;
     if let (None, Some(map)) = (&config.relay, answer.as_object_mut()) {
         map.insert("assumed_base_domains".to_owned(), true.into());
         // They would be told as if they were known.
         map.insert("hint".to_owned(), Json::Null);
     }
-    answer
+    Ok(answer)
+}
+
+/// Returns the protocol types that the file's plugins may serve; `None`: one of them serves whatever it
+/// says when it is loaded, or there are none.
+fn types_of(config: &Config) -> Option<Vec<Arc<str>>> {
+    let libraries = &config.plugins.libraries;
+    let types: Option<Vec<&Vec<Arc<str>>>> =
+        libraries.iter().map(|library| library.protocol_types.as_ref()).collect();
+    types
+        .filter(|types| !types.is_empty())
+        .map(|types| types.into_iter().flatten().cloned().collect())
 }
 
 /// Returns what follows each dot of the host.
@@ -293,15 +376,22 @@ fn endings(question: &Question) -> Vec<Arc<str>> {
     host.match_indices('.').map(|(dot, _)| host[dot + 1..].into()).collect()
 }
 
-struct FromConfig<'a>(&'a Config);
+struct FromConfig<'a> {
+    config: &'a Config,
+    served: Option<Vec<Arc<str>>>,
+}
 
 impl Facts for FromConfig<'_> {
     fn from(&self, _: &Route) -> String {
         "file".to_owned()
     }
 
+    fn protocol_types(&self) -> Option<Vec<Arc<str>>> {
+        self.served.clone()
+    }
+
     fn service(&self, tunnel: &str) -> Option<String> {
-        self.0.tunnel(tunnel).map(|tunnel| tunnel.service.to_string())
+        self.config.tunnel(tunnel).map(|tunnel| tunnel.service.to_string())
     }
 
     fn is_served(&self, _: &str, _: Option<&str>) -> Option<bool> {
@@ -313,7 +403,7 @@ impl Facts for FromConfig<'_> {
     }
 
     fn carries(&self, tunnel: &str, protocol_type: &str) -> Option<bool> {
-        self.0.tunnel(tunnel).map(|tunnel| tunnel.carries(protocol_type))
+        self.config.tunnel(tunnel).map(|tunnel| tunnel.carries(protocol_type))
     }
 }
 
@@ -322,7 +412,7 @@ impl Facts for FromConfig<'_> {
 pub fn announced(config: &Config, answers: &[RelayAnswer]) -> Json {
     let public = Public::default();
     let describe = |route: &Arc<Route>| {
-        let mut map = described(route, &public, &FromConfig(config));
+        let mut map = described(route, &public, &FromConfig { config, served: None });
         let about = format!("route {}: ", route.name);
         let relays = answers.iter().map(|answer| {
             let of_route = |reason: &&String| reason.starts_with(&about);

@@ -21,7 +21,7 @@ pub(super) fn run(
         Some(file) => {
             let (_, config) =
                 config::load(file).map_err(|errors| Failed::said(errors.to_string()))?;
-            explain::from_config(&config, question)
+            explain::from_config(&config, question, None).map_err(Failed::said)?
         }
         None => {
             let address = ask::address(admin, None)?;
@@ -85,6 +85,9 @@ fn text(answer: &Json) -> String {
     );
     if answer["assumed_base_domains"] == Json::Bool(true) {
         lines.line("", "there is no relay here, so any base domain is taken for its own");
+    }
+    for note in items(&answer["notes"]) {
+        lines.line("", &plain(&note));
     }
     if answer["route"].is_null() {
         lines.line("route", "none: 404");
@@ -188,7 +191,7 @@ routes:
     fn ask(file: &str, url: &str) -> Json {
         let source = Source::from_text("c.yaml".as_ref(), file);
         let config = parse(&source, &|_| None).unwrap_or_else(|errors| panic!("{errors}"));
-        explain::from_config(&config, &Question::parse(url, None, None).unwrap())
+        explain::from_config(&config, &Question::parse(url, None, None).unwrap(), None).unwrap()
     }
 
     #[test]
@@ -255,6 +258,27 @@ routes: [{ subdomain: shop, tunnel: web }]
         assert_eq!(answer["route"], "shop");
         assert!(text(&answer).contains("any base domain is taken"), "{}", text(&answer));
         assert_eq!(ask(file, "web.any.example")["route"], Json::Null);
+    }
+
+    #[test]
+    fn a_file_says_as_much_of_protocol_types_as_it_knows() {
+        let ask = |library: &str, protocol_type: &str| {
+            let file = format!(
+                "version: 1\nrelay: {{}}\nplugins: {{ libraries: [{{ name: p, library: p.so{library} }}] }}\n"
+            );
+            let source = Source::from_text("c.yaml".as_ref(), file);
+            let config = parse(&source, &|_| None).unwrap_or_else(|errors| panic!("{errors}"));
+            let question = Question::parse("x:1", Some(protocol_type), None).unwrap();
+            explain::from_config(&config, &question, None).map(|answer| text(&answer))
+        };
+        let told = ask("", "LINE").unwrap();
+        assert!(told.contains("whether a plugin serves LINE is not known from the file"), "{told}");
+        assert!(told.contains("no listener for HTTP has port 1 ("), "{told}");
+        assert!(!ask("", "HTTP").unwrap().contains("not known"));
+        let told = ask(", protocol_types: [HTTP]", "LINE").unwrap_err();
+        assert_eq!(told, "no plugin serves protocol type \"LINE\" (served: HTTP)");
+        let told = ask(", protocol_types: [LINE]", "LINE").unwrap();
+        assert!(!told.contains("not known"), "{told}");
     }
 
     #[test]

@@ -13,6 +13,9 @@ impl Facts for Nothing {
     fn from(&self, _: &Route) -> String {
         "file".to_owned()
     }
+    fn protocol_types(&self) -> Option<Vec<Arc<str>>> {
+        Some(vec!["HTTP".into(), "GRPC".into()])
+    }
     fn service(&self, tunnel: &str) -> Option<String> {
         (tunnel == "web").then(|| "127.0.0.1:3000".to_owned())
     }
@@ -56,7 +59,43 @@ fn route(spec: &MatchSpec<'_>, policies: Policies) -> Route {
 fn ask(policies: Policies, prefix: Option<&str>, url: &str) -> Json {
     let spec = MatchSpec { subdomain: Some("shop"), path_prefix: prefix, ..MatchSpec::default() };
     let routes = [Arc::new(route(&spec, policies))];
-    answer(&routes, &public(), &Question::parse(url, None, None).unwrap(), &Nothing)
+    answer(&routes, &public(), &Question::parse(url, None, None).unwrap(), &Nothing).unwrap()
+}
+
+#[test]
+fn what_is_not_there_is_refused() {
+    let ask = |url: &str, protocol_type, listener| {
+        let question = Question::parse(url, protocol_type, listener)?;
+        answer(&[], &public(), &question, &Nothing)
+    };
+    assert_eq!(
+        ask("x", None, Some("wbe")).unwrap_err(),
+        "there is no listener \"wbe\" (those are web, plain, lines); did you mean \"web\"?"
+    );
+    assert_eq!(
+        ask("x", Some("LINE"), None).unwrap_err(),
+        "no plugin serves protocol type \"LINE\" (served: HTTP, GRPC)"
+    );
+    assert!(ask("ws://x", None, None).unwrap_err().contains("\"WEBSOCKET\" (served"));
+    let error = ask("x", Some("http"), None).unwrap_err();
+    assert!(error.starts_with("\"http\" is not a protocol type"), "{error}");
+    assert!(error.ends_with("did you mean \"HTTP\"?"), "{error}");
+    ask("", Some("GRPC"), Some("lines")).unwrap();
+}
+
+#[test]
+fn a_port_that_no_listener_has_is_noted() {
+    let notes = |url: &str, listener: Option<&str>| {
+        let question = Question::parse(url, None, listener).unwrap();
+        answer(&[], &public(), &question, &Nothing).unwrap()["notes"].clone()
+    };
+    let note = "no listener for HTTP has port 9090 (those are web 9080, plain 80); taken for web";
+    assert_eq!(notes("x:9090", None), json!([note]));
+    for (url, listener) in
+        [("x:9080", None), ("x", None), ("https://x", None), ("x:1", Some("web"))]
+    {
+        assert_eq!(notes(url, listener), json!([]), "{url}");
+    }
 }
 
 #[test]

@@ -23,10 +23,11 @@ struct Known<'a> {
     /// Sidecars that do not serve a tunnel of theirs now, and why.
     unavailable: HashMap<&'a str, Vec<(&'a str, &'a str)>>,
     routing: &'a Routing,
+    protocol_types: Vec<Arc<str>>,
 }
 
 impl<'a> Known<'a> {
-    fn of(sources: &'a Sources, routing: &'a Routing) -> Self {
+    fn of(relay: &Relay, sources: &'a Sources, routing: &'a Routing) -> Self {
         let own = sources.own.iter().map(|route| (route, "file"));
         let lost = sources.lost.iter().map(|(_, lost)| lost);
         let documents = sources.documents.values().chain(sources.waiting.values()).chain(lost);
@@ -34,13 +35,18 @@ impl<'a> Known<'a> {
             document.routes.iter().map(|route| (route, &*document.session.name))
         });
         let from = own.chain(announced).map(|(route, from)| (Arc::as_ptr(route), from)).collect();
-        Self { from, unavailable: unavailable(sources), routing }
+        let protocol_types = relay.plugins.types();
+        Self { from, unavailable: unavailable(sources), routing, protocol_types }
     }
 }
 
 impl Facts for Known<'_> {
     fn from(&self, route: &Route) -> String {
         self.from.get(&std::ptr::from_ref(route)).copied().unwrap_or_default().to_owned()
+    }
+
+    fn protocol_types(&self) -> Option<Vec<Arc<str>>> {
+        Some(self.protocol_types.clone())
     }
 
     fn service(&self, _: &str) -> Option<String> {
@@ -84,11 +90,13 @@ fn owned(sidecars: Option<&Vec<(&str, &str)>>) -> Vec<(String, String)> {
 
 impl Relay {
     /// Says what would become of a request.
-    #[must_use]
-    pub fn explain(&self, question: &Question) -> Json {
+    ///
+    /// # Errors
+    /// A listener that is not there, or a protocol type that no plugin serves.
+    pub fn explain(&self, question: &Question) -> Result<Json, String> {
         let sources = self.lock_sources();
         let routing = self.routing.load();
-        let known = Known::of(&sources, &routing);
+        let known = Known::of(self, &sources, &routing);
         explain::answer(routing.table.routes(), &self.public(&sources), question, &known)
     }
 
@@ -99,7 +107,7 @@ impl Relay {
     pub fn describe_routes(&self) -> Json {
         let sources = self.lock_sources();
         let routing = self.routing.load();
-        let known = Known::of(&sources, &routing);
+        let known = Known::of(self, &sources, &routing);
         let public = self.public(&sources);
         // The first to take something has it.
         let mut taken: HashMap<&Match, &Arc<Route>> = HashMap::new();

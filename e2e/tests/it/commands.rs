@@ -74,7 +74,8 @@ fn check_says_what_is_wrong_and_exits_accordingly() {
     // Everybody may say who a client is.
     write(&good.replace("  base_domains:", "  trusted_proxies: [0.0.0.0/0]\n  base_domains:"));
     check_output(&run(&["check"]), 0, &["warning: 0.0.0.0/0 is everybody", "valid"]);
-    check_output(&run(&["check", "--strict"]), 1, &["error: 0.0.0.0/0 is everybody"]);
+    let parts = ["warning: 0.0.0.0/0 is everybody", "not valid: --strict"];
+    check_output(&run(&["check", "--strict"]), 1, &parts);
     let output = run(&["check", "--output", "json"]);
     let json: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     assert_eq!(json["warnings"][0]["path"], "relay.trusted_proxies");
@@ -107,6 +108,13 @@ fn explain_asks_the_running_process() {
     assert_eq!(json["tunnels"][0]["served"], true);
     assert_eq!(json["tunnels"][0]["service"], stage.service.address().to_string());
     check_output(&explain(&["ftp://x"]), 1, &["has an unknown scheme"]);
+    let nowhere = explain(&["api.localhost", "--listener", "nope"]);
+    check_output(&nowhere, 1, &["there is no listener \"nope\" (those are web)"]);
+    let strange = explain(&["api.localhost", "--protocol", "http"]);
+    check_output(&strange, 1, &["not a protocol type", "did you mean \"HTTP\"?"]);
+    let unserved = explain(&["api.localhost", "--protocol", "LINE"]);
+    check_output(&unserved, 1, &["no plugin serves protocol type \"LINE\" (served: HTTP)"]);
+    check_output(&explain(&["api.localhost:1"]), 0, &["no listener for HTTP has port 1 ("]);
 }
 
 #[test]
@@ -225,7 +233,18 @@ fn a_file_says_which_process_is_asked() {
     check_output(&run(&["routes", "--file", "other.yaml"]), 0, &["in force"]);
     let silent = yaml.replace(&bound, "");
     fs::write(directory.path().join("other.yaml"), silent).expect("a file is written");
-    check_output(&run(&["routes", "--file", "other.yaml"]), 1, &["has no `admin` section"]);
+    let parts = ["has no `admin` section", "--admin ADDRESS"];
+    check_output(&run(&["routes", "--file", "other.yaml"]), 1, &parts);
+    // A faulty file still says whom to ask where it can.
+    let faulty = yaml.replace("relay:\n", "relay:\n  strange: 1\n");
+    fs::write(directory.path().join("sidecar.yaml"), faulty).expect("a file is written");
+    let parts = ["sidecar.yaml does not hold", "asking its `admin.address`", "in force"];
+    check_output(&run(&["routes"]), 0, &parts);
+    fs::write(directory.path().join("sidecar.yaml"), "relay: [\n").expect("a file is written");
+    for command in ["routes", "config"] {
+        check_output(&run(&[command]), 1, &["sidecar.yaml does not hold", "--admin ADDRESS"]);
+    }
+    check_output(&run(&["routes", "--admin", "21083"]), 1, &["\"21083\" is not an address"]);
 }
 
 #[test]
