@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use serde_json::Value as Json;
 
 use super::text::{Table, age, printable};
-use super::{Asked, Failed, Form, ask, print, print_json, terminal_width};
+use super::{Asked, Failed, Form, ask, print, print_json, terminal_width, yaml};
 
 /// Which page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +56,11 @@ fn config(json: &Json) -> String {
     for what in pending.iter().flat_map(items) {
         text.push_str(&format!("# only after a restart: {}\n", printable(&plain(what))));
     }
-    text + &serde_saphyr::to_string(&json).unwrap_or_else(|_| format!("{json:#}\n"))
+    let written = yaml::of(&json);
+    if written.contains("***") {
+        text.push_str("# secrets stand as ***\n");
+    }
+    text + &written
 }
 
 fn routes(json: &Json) -> Table {
@@ -517,11 +521,12 @@ mod tests {
         # not in force, the last edit: c.yaml:1:1: bad
         # not in force, the last edit: c.yaml:2:1: worse
         # only after a restart: relay.threads
+        # secrets stand as ***
+        version: 1
         relay:
           base_domains:
           - localhost
           token: "***"
-        version: 1
         "#);
     }
 
