@@ -426,9 +426,49 @@ pub fn announced(config: &Config, answers: &[RelayAnswer]) -> Json {
             })
         });
         map.insert("announced".to_owned(), relays.collect());
+        map.insert("urls".to_owned(), told_urls(route, config, answers).into());
         Json::from(map)
     };
     config.routes.iter().map(describe).collect()
+}
+
+/// Returns the addresses, eight at most, that relays told and that can be those of this route alone.
+fn told_urls(route: &Route, config: &Config, answers: &[RelayAnswer]) -> Vec<String> {
+    let others = || config.routes.iter().filter(|other| other.name != route.name);
+    let mut urls: Vec<String> = Vec::new();
+    for url in answers.iter().flat_map(|answer| &answer.addresses) {
+        if urls.len() < URLS_MAX
+            && may_be_of(url, route)
+            && !others().any(|other| may_be_of(url, other))
+            && !urls.contains(url)
+        {
+            urls.push(url.clone());
+        }
+    }
+    urls
+}
+
+/// Returns whether [`Public::urls`] of a relay, whose base domains are not known, may have this one for
+/// the route.
+fn may_be_of(url: &str, route: &Route) -> bool {
+    let Some((_, rest)) = url.split_once("://") else { return false };
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = port_of(authority).and_then(|_| Some(authority.rsplit_once(':')?.0));
+    let host = host.unwrap_or(authority).trim_matches(['[', ']']);
+    let path = path.strip_suffix('/').unwrap_or(path);
+    let star = host.strip_prefix("*.");
+    let is_below = |name: &str, host: Option<&str>| {
+        host.and_then(|host| host.strip_prefix(name)).is_some_and(|rest| rest.starts_with('.'))
+    };
+    let fits = match &route.matches.host {
+        HostMatch::Any => host == "*",
+        HostMatch::Exact(name) => host == &**name,
+        HostMatch::HostWildcard(suffix) => star == Some(suffix),
+        HostMatch::Subdomain(name) => is_below(name, Some(host)),
+        HostMatch::Wildcard(suffix) if suffix.is_empty() => star.is_some(),
+        HostMatch::Wildcard(suffix) => is_below(suffix, star),
+    };
+    fits && *path == *route.matches.path_prefix
 }
 
 fn announcement_state(answer: &RelayAnswer) -> &'static str {

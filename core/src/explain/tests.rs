@@ -273,3 +273,39 @@ fn every_policy_has_its_line() {
     "#);
     assert!(!answer.to_string().contains("secret") && !answer.to_string().contains("hash"));
 }
+
+#[test]
+fn a_sidecar_tells_addresses_of_the_route_that_they_are_of() {
+    let file = "\
+version: 1
+sidecar: { relays: ['127.0.0.1:9081'] }
+tunnels: [{ name: web, service: '127.0.0.1:3000' }]
+routes:
+  - { name: a, subdomain: a, tunnel: web }
+  - { name: api, subdomain: a, path_prefix: /api, tunnel: web }
+  - { name: apps, wildcard: '*.apps', tunnel: web }
+  - { name: own, host: own.org, tunnel: web }
+  - { name: six, host: '::1', tunnel: web }
+  - { name: twice, host: twice.org, tunnel: web }
+  - { name: twice-rpc, host: twice.org, protocol_type: GRPC, tunnel: web }
+";
+    let source = config::Source::from_text("c.yaml".as_ref(), file);
+    let config = config::parse(&source, &|_| None).unwrap_or_else(|errors| panic!("{errors}"));
+    let public = public();
+    let answer = RelayAnswer {
+        relay: "r".to_owned(),
+        is_connected: true,
+        accepted: Some(1),
+        refused: Vec::new(),
+        notes: Vec::new(),
+        addresses: config.routes.iter().flat_map(|route| public.urls(route)).collect(),
+        last_error: None,
+    };
+    let described = announced(&config, &[answer.clone(), answer]);
+    for (index, route) in config.routes.iter().enumerate() {
+        // Of two with the same address it is not known whose it is.
+        let is_told = !route.name.starts_with("twice");
+        let expected = if is_told { public.urls(route) } else { Vec::new() };
+        assert_eq!(described[index]["urls"], json!(expected), "{}", route.name);
+    }
+}
