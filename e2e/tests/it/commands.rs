@@ -166,7 +166,15 @@ fn a_bad_edit_shows_in_the_configuration_page() {
     stage
         .sidelane
         .until_metric("sidelane_config_last_reload_successful", &[], |value| value == 0.0);
-    check(&["config", "--admin", &admin], 0, &["# not in force, the last edit: sidecar.yaml:2"]);
+    let config = check(
+        &["config", "--admin", &admin],
+        0,
+        &["# not in force, the last edit: sidecar.yaml:2"],
+    );
+    // What is in force is a file.
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    fs::write(directory.path().join("shown.yaml"), config).expect("a file is written");
+    check_output(&run_in(directory.path(), &["check", "shown.yaml"]), 0, &["valid"]);
 }
 
 #[test]
@@ -187,6 +195,14 @@ fn a_sidecar_shows_what_relays_said() {
         });
     };
     until(&first, "in force");
+    // The relay has said where clients reach the route.
+    let url = format!("http://api.localhost:{}/", relay.web().port());
+    until(&first, &url);
+    wait::until("the address in the log", || {
+        let log = first.log();
+        let told = |line: &str| line.contains("announcement accepted") && line.contains(&url);
+        log.lines().any(told).then_some(())
+    });
     until(&second, "refused: route api: taken by sidecar e2e for tunnel api");
     until(&relay, "in force");
 }
