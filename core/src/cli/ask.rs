@@ -105,8 +105,7 @@ fn of_file(path: &Path) -> Result<String, String> {
     let name = path.display();
     let why_not = "(--admin ADDRESS says which process to ask)";
     let faulty = || format!("{name} does not hold (`sidelane check {name}` says why)");
-    let unreadable =
-        |errors: config::ConfigErrors| format!("{errors}\n{name} cannot be read {why_not}");
+    let unreadable = |errors: config::ConfigErrors| format!("{errors} {why_not}");
     let source = config::Source::read(path).map_err(unreadable)?;
     let env = |variable: &str| std::env::var(variable).ok();
     let Ok(draft) = config::draft(&source, &env) else {
@@ -231,7 +230,10 @@ mod tests {
         check("version: 1\nrelay: {}\n", Err(none));
         std::fs::remove_file(&path).unwrap();
         let error = of_file(&path).unwrap_err();
-        assert!(error.contains("cannot be read (--admin ADDRESS"), "{error}");
+        assert!(
+            error.contains("cannot be read: ") && error.contains("(--admin ADDRESS"),
+            "{error}"
+        );
     }
 
     #[test]
