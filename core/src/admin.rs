@@ -85,7 +85,10 @@ pub trait AdminState: Send + Sync + 'static {
     /// Returns the plugins with their generations.
     fn plugins(&self) -> Json;
     /// Says what would become of a request.
-    fn explain(&self, question: &Question) -> Json;
+    ///
+    /// # Errors
+    /// What it asks for that is not there, for people.
+    fn explain(&self, question: &Question) -> Result<Json, String>;
     /// Where requests for a reload go.
     fn reloads(&self) -> mpsc::Sender<ReloadRequest>;
 }
@@ -226,10 +229,13 @@ async fn respond<B>(side: Side, request: &Request<B>, state: &dyn AdminState) ->
         (Side::Admin, "/routes") => json_answer(StatusCode::OK, &state.routes()),
         (Side::Admin, "/tunnels") => json_answer(StatusCode::OK, &state.tunnels()),
         (Side::Admin, "/plugins") => json_answer(StatusCode::OK, &state.plugins()),
-        (Side::Admin, "/explain") => match question(request.uri().query().unwrap_or_default()) {
-            Ok(question) => json_answer(StatusCode::OK, &state.explain(&question)),
-            Err(error) => json_answer(StatusCode::BAD_REQUEST, &json!({ "error": error })),
-        },
+        (Side::Admin, "/explain") => {
+            let question = question(request.uri().query().unwrap_or_default());
+            match question.and_then(|question| state.explain(&question)) {
+                Ok(answer) => json_answer(StatusCode::OK, &answer),
+                Err(error) => json_answer(StatusCode::BAD_REQUEST, &json!({ "error": error })),
+            }
+        }
         (Side::Admin, "/") => index(ADMIN_INDEX),
         (Side::Admin, "/-/reload") if *request.method() == Method::POST => {
             return reload(state.reloads()).await;
@@ -418,8 +424,11 @@ mod tests {
         fn plugins(&self) -> Json {
             json!([])
         }
-        fn explain(&self, question: &Question) -> Json {
-            json!({ "asked": format!("{question:?}") })
+        fn explain(&self, question: &Question) -> Result<Json, String> {
+            match question.listener.as_deref() {
+                Some("nope") => Err("there is no listener".to_owned()),
+                _ => Ok(json!({ "asked": format!("{question:?}") })),
+            }
         }
         fn reloads(&self) -> mpsc::Sender<ReloadRequest> {
             self.reloads.clone()
@@ -502,6 +511,8 @@ mod tests {
         check(admin, &page, "200", "/%C3%A4b?x=1&y");
         check(admin, &page, "200", "GRPC");
         check(admin, "GET /explain", "400", "has no host");
+        check(admin, "GET /explain?url=x&protocol=http", "400", "is not a protocol type");
+        check(admin, "GET /explain?url=x&listener=nope", "400", "there is no listener");
         check(admin, "GET /explain?url=x&port=1", "400", "is unknown (accepted: url");
         for bad in ["%", "%4", "%GG", "%FF", "%+1"] {
             check(admin, &format!("GET /explain?url={bad}"), "400", "is no text");

@@ -20,6 +20,7 @@ mod expose;
 mod generate;
 mod page;
 mod text;
+mod yaml;
 
 /// The program failed, or the file does not hold.
 const EXIT_FAILED: u8 = 1;

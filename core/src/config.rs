@@ -35,6 +35,7 @@ pub use source::{FILE_BYTES_MAX, FILES_MAX, Source, SourceFile};
 pub use value::{HostPort, Secret, duration_text, network_text, size_text};
 
 pub(crate) use error::did_you_mean as near_miss;
+pub(crate) use value::protocol_type as parse_protocol_type;
 
 use policy::Policies;
 
@@ -76,6 +77,8 @@ pub struct Draft {
     source: Source,
     /// Nothing below `plugins` is at fault.
     plugins_whole: bool,
+    /// Nothing below `admin` is at fault.
+    admin_whole: bool,
 }
 
 impl Draft {
@@ -84,6 +87,12 @@ impl Draft {
     #[must_use]
     pub fn to_ask(&self) -> Option<&Config> {
         self.plugins_whole.then_some(&self.config)
+    }
+
+    /// Returns where administration is served, as far as the file says it rightly.
+    #[must_use]
+    pub fn admin(&self) -> Option<SocketAddr> {
+        self.config.admin.filter(|_| self.admin_whole)
     }
 
     /// Returns whether nothing was found that is wrong.

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use serde_json::{Map, Value as Json, json};
 
 use crate::config::policy::{HeaderChanges, Policies, Rate};
-use crate::config::{Config, HostMatch, Listener, Route, Share, duration_text, size_text};
+use crate::config::{
+    self, Config, HostMatch, Listener, Route, Share, duration_text, near_miss, size_text,
+};
 use crate::front::is_authority;
 use crate::relay::{location, replace_prefix};
 use crate::router::{self, Query};
@@ -17,15 +19,25 @@ use crate::sidecar::RelayAnswer;
 /// Addresses told of one route. A relay may have many base domains.
 const URLS_MAX: usize = 8;
 
+/// Types that a URL's scheme stands for.
+const SCHEME_TYPES: [&str; 3] = ["HTTP", "WEBSOCKET", "GRPC"];
+
+/// Sidecars told that do not serve a tunnel. Replicas of a service often fail for the same reason.
+const UNAVAILABLE_MAX: usize = 8;
+
 /// What only a role knows.
 pub trait Facts {
     /// Returns where the route comes from: `file`, or a sidecar's name.
     fn from(&self, route: &Route) -> String;
+    /// Returns the protocol types that plugins serve here; `None`: not known.
+    fn protocol_types(&self) -> Option<Vec<Arc<str>>>;
     /// Returns the tunnel's service as its file has it.
     fn service(&self, tunnel: &str) -> Option<String>;
     /// Returns whether a sidecar serves the tunnel, for this protocol type where one is given; `None`: not
     /// known here.
     fn is_served(&self, tunnel: &str, protocol_type: Option<&str>) -> Option<bool>;
+    /// Returns the sidecars that have the tunnel and do not serve it now, by name, and why.
+    fn unavailable(&self, tunnel: &str) -> Vec<(String, String)>;
     /// Returns whether the tunnel's file lets it carry the protocol type.
     fn carries(&self, tunnel: &str, protocol_type: &str) -> Option<bool>;
 }
@@ -50,7 +62,7 @@ impl Question {
     /// host, as on a listener of a byte-born protocol. Without a protocol type the scheme says it.
     ///
     /// # Errors
-    /// What is wrong with the URL, and what is accepted.
+    /// What is wrong with the URL or the protocol type, and what is accepted.
     pub fn parse(
         url: &str,
         protocol_type: Option<&str>,
@@ -90,6 +102,9 @@ impl Question {
             false => c.to_string().bytes().map(|byte| format!("%{byte:02X}")).collect(),
         };
         let target: String = target.chars().map(escaped).collect();
+        if let Some(protocol_type) = protocol_type {
+            config::parse_protocol_type(protocol_type)?;
+        }
         Ok(Self {
             scheme: scheme.to_owned(),
             host: (!host.is_empty()).then(|| host.to_owned()),
@@ -109,6 +124,55 @@ impl Question {
         let http = || listeners.iter().filter(|listener| listener.is_http);
         let found = http().find(|listener| Some(listener.port) == port).or_else(|| http().next());
         found.map_or("web", |listener| &listener.name)
+    }
+
+    /// Refuses what no client can do: a listener or a protocol type that is not there.
+    fn check(&self, public: &Public, served: Option<&[Arc<str>]>) -> Result<(), String> {
+        let names = || public.listeners.iter().map(|listener| &*listener.name);
+        if let Some(listener) = self.listener.as_deref().filter(|_| !public.listeners.is_empty())
+            && !names().any(|name| name == listener)
+        {
+            return Err(format!(
+                "there is no listener \"{listener}\" (those are {}){}",
+                names().collect::<Vec<_>>().join(", "),
+                near_miss(listener, names())
+            ));
+        }
+        let own = &*self.protocol_type;
+        match served {
+            Some(served) if !served.iter().any(|name| **name == *own) => {
+                let names = || served.iter().map(AsRef::as_ref);
+                let list = names().collect::<Vec<&str>>().join(", ");
+                let list = if list.is_empty() { "none" } else { &list };
+                let hint = near_miss(own, names());
+                Err(format!("no plugin serves protocol type \"{own}\" (served: {list}){hint}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Says what is odd about the question and yet may be meant.
+    fn notes(&self, public: &Public, served: Option<&[Arc<str>]>) -> Vec<String> {
+        let mut notes = Vec::new();
+        if served.is_none() && !SCHEME_TYPES.contains(&&*self.protocol_type) {
+            let own = &self.protocol_type;
+            notes.push(format!("whether a plugin serves {own} is not known from the file"));
+        }
+        let port = self.host.as_deref().and_then(port_of).filter(|_| self.listener.is_none());
+        let http = || public.listeners.iter().filter(|listener| listener.is_http);
+        if let Some(port) = port
+            && http().next().is_some()
+            && !http().any(|listener| listener.port == port)
+        {
+            let there: Vec<String> =
+                http().map(|listener| format!("{} {}", listener.name, listener.port)).collect();
+            notes.push(format!(
+                "no listener for HTTP has port {port} (those are {}); taken for {}",
+                there.join(", "),
+                self.listener(&public.listeners)
+            ));
+        }
+        notes
     }
 }
 
@@ -186,13 +250,17 @@ impl Public {
 }
 
 /// Answers the question; the fields are told in docs/operations.md.
-#[must_use]
+///
+/// # Errors
+/// A listener that is not there, or a protocol type that nothing serves.
 pub fn answer(
     routes: &[Arc<Route>],
     public: &Public,
     question: &Question,
     facts: &dyn Facts,
-) -> Json {
+) -> Result<Json, String> {
+    let served = facts.protocol_types();
+    question.check(public, served.as_deref())?;
     let query = Query {
         host: question.host.as_deref(),
         path: &question.target,
@@ -207,6 +275,7 @@ pub fn answer(
             "listener": query.listener,
             "protocol_type": question.protocol_type,
         },
+        "notes": question.notes(public, served.as_deref()),
         "route": null,
         "others": explanation.others.iter().map(|other| json!({
             "route": &*other.route.name,
@@ -217,7 +286,7 @@ pub fn answer(
         "hint": explanation.hint,
     });
     let (Some(route), Some(map)) = (&explanation.route, answer.as_object_mut()) else {
-        return answer;
+        return Ok(answer);
     };
     map.insert("route".into(), (*route.name).into());
     map.insert("from".into(), facts.from(route).into());
@@ -232,7 +301,7 @@ pub fn answer(
         Some(redirect) => map.insert("client_sees".into(), redirect.into()),
         None => map.insert("service_sees".into(), service_sees(route, question)),
     };
-    answer
+    Ok(answer)
 }
 
 /// Returns the tunnels of a route with what is known of each, for one protocol type or for all.
@@ -244,6 +313,10 @@ fn tunnels(route: &Route, facts: &dyn Facts, protocol_type: Option<&str>) -> Jso
             "service": facts.service(&share.tunnel),
             "served": facts.is_served(&share.tunnel, protocol_type),
         });
+        let unavailable = unavailable(facts.unavailable(&share.tunnel));
+        if !unavailable.is_null() {
+            described["unavailable"] = unavailable;
+        }
         let carries = protocol_type.and_then(|name| facts.carries(&share.tunnel, name));
         if let Some(carries) = carries {
             described["carries"] = carries.into();
@@ -253,10 +326,26 @@ fn tunnels(route: &Route, facts: &dyn Facts, protocol_type: Option<&str>) -> Jso
     route.tunnels.iter().map(describe).collect()
 }
 
-/// Answers the question by a file alone: nobody is known to serve anything. Without a relay in it the
-/// base domains are not known either, and every ending of the host is taken for one.
+/// Returns sidecars that do not serve a tunnel with their reasons; null: there are none.
 #[must_use]
-pub fn from_config(config: &Config, question: &Question) -> Json {
+pub fn unavailable(sidecars: Vec<(String, String)>) -> Json {
+    let told = sidecars.into_iter().take(UNAVAILABLE_MAX);
+    let told: Vec<Json> =
+        told.map(|(sidecar, reason)| json!({ "sidecar": sidecar, "reason": reason })).collect();
+    if told.is_empty() { Json::Null } else { told.into() }
+}
+
+/// Answers the question by a file alone: nobody is known to serve anything. Without a relay in it the
+/// base domains are not known either, and every ending of the host is taken for one. `served` are the
+/// protocol types of loaded plugins; `None`: as far as the file tells them.
+///
+/// # Errors
+/// As of [`answer`].
+pub fn from_config(
+    config: &Config,
+    question: &Question,
+    served: Option<Vec<Arc<str>>>,
+) -> Result<Json, String> {
     let public = match &config.relay {
         Some(relay) => Public {
             base_domains: relay.base_domains.clone(),
@@ -268,13 +357,25 @@ pub fn from_config(config: &Config, question: &Question) -> Json {
         },
         None => Public { base_domains: endings(question), listeners: Vec::new() },
     };
-    let mut answer = answer(&config.routes, &public, question, &FromConfig(config));
+    let served = served.or_else(|| types_of(config));
+    let mut answer = answer(&config.routes, &public, question, &FromConfig { config, served })?;
     if let (None, Some(map)) = (&config.relay, answer.as_object_mut()) {
         map.insert("assumed_base_domains".to_owned(), true.into());
         // They would be told as if they were known.
         map.insert("hint".to_owned(), Json::Null);
     }
-    answer
+    Ok(answer)
+}
+
+/// Returns the protocol types that the file's plugins may serve; `None`: one of them serves whatever it
+/// says when it is loaded, or there are none.
+fn types_of(config: &Config) -> Option<Vec<Arc<str>>> {
+    let libraries = &config.plugins.libraries;
+    let types: Option<Vec<&Vec<Arc<str>>>> =
+        libraries.iter().map(|library| library.protocol_types.as_ref()).collect();
+    types
+        .filter(|types| !types.is_empty())
+        .map(|types| types.into_iter().flatten().cloned().collect())
 }
 
 /// Returns what follows each dot of the host.
@@ -286,23 +387,34 @@ fn endings(question: &Question) -> Vec<Arc<str>> {
     host.match_indices('.').map(|(dot, _)| host[dot + 1..].into()).collect()
 }
 
-struct FromConfig<'a>(&'a Config);
+struct FromConfig<'a> {
+    config: &'a Config,
+    served: Option<Vec<Arc<str>>>,
+}
 
 impl Facts for FromConfig<'_> {
     fn from(&self, _: &Route) -> String {
         "file".to_owned()
     }
 
+    fn protocol_types(&self) -> Option<Vec<Arc<str>>> {
+        self.served.clone()
+    }
+
     fn service(&self, tunnel: &str) -> Option<String> {
-        self.0.tunnel(tunnel).map(|tunnel| tunnel.service.to_string())
+        self.config.tunnel(tunnel).map(|tunnel| tunnel.service.to_string())
     }
 
     fn is_served(&self, _: &str, _: Option<&str>) -> Option<bool> {
         None
     }
 
+    fn unavailable(&self, _: &str) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
     fn carries(&self, tunnel: &str, protocol_type: &str) -> Option<bool> {
-        self.0.tunnel(tunnel).map(|tunnel| tunnel.carries(protocol_type))
+        self.config.tunnel(tunnel).map(|tunnel| tunnel.carries(protocol_type))
     }
 }
 
@@ -311,7 +423,7 @@ impl Facts for FromConfig<'_> {
 pub fn announced(config: &Config, answers: &[RelayAnswer]) -> Json {
     let public = Public::default();
     let describe = |route: &Arc<Route>| {
-        let mut map = described(route, &public, &FromConfig(config));
+        let mut map = described(route, &public, &FromConfig { config, served: None });
         let about = format!("route {}: ", route.name);
         let relays = answers.iter().map(|answer| {
             let of_route = |reason: &&String| reason.starts_with(&about);
@@ -325,9 +437,49 @@ pub fn announced(config: &Config, answers: &[RelayAnswer]) -> Json {
             })
         });
         map.insert("announced".to_owned(), relays.collect());
+        map.insert("urls".to_owned(), told_urls(route, config, answers).into());
         Json::from(map)
     };
     config.routes.iter().map(describe).collect()
+}
+
+/// Returns the addresses, eight at most, that relays told and that can be those of this route alone.
+fn told_urls(route: &Route, config: &Config, answers: &[RelayAnswer]) -> Vec<String> {
+    let others = || config.routes.iter().filter(|other| other.name != route.name);
+    let mut urls: Vec<String> = Vec::new();
+    for url in answers.iter().flat_map(|answer| &answer.addresses) {
+        if urls.len() < URLS_MAX
+            && may_be_of(url, route)
+            && !others().any(|other| may_be_of(url, other))
+            && !urls.contains(url)
+        {
+            urls.push(url.clone());
+        }
+    }
+    urls
+}
+
+/// Returns whether [`Public::urls`] of a relay, whose base domains are not known, may have this one for
+/// the route.
+fn may_be_of(url: &str, route: &Route) -> bool {
+    let Some((_, rest)) = url.split_once("://") else { return false };
+    let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = port_of(authority).and_then(|_| Some(authority.rsplit_once(':')?.0));
+    let host = host.unwrap_or(authority).trim_matches(['[', ']']);
+    let path = path.strip_suffix('/').unwrap_or(path);
+    let star = host.strip_prefix("*.");
+    let is_below = |name: &str, host: Option<&str>| {
+        host.and_then(|host| host.strip_prefix(name)).is_some_and(|rest| rest.starts_with('.'))
+    };
+    let fits = match &route.matches.host {
+        HostMatch::Any => host == "*",
+        HostMatch::Exact(name) => host == &**name,
+        HostMatch::HostWildcard(suffix) => star == Some(suffix),
+        HostMatch::Subdomain(name) => is_below(name, Some(host)),
+        HostMatch::Wildcard(suffix) if suffix.is_empty() => star.is_some(),
+        HostMatch::Wildcard(suffix) => is_below(suffix, star),
+    };
+    fits && *path == *route.matches.path_prefix
 }
 
 fn announcement_state(answer: &RelayAnswer) -> &'static str {
@@ -408,7 +560,13 @@ fn lines(policies: &Policies) -> Vec<(&'static str, String)> {
         lines.push(("basic_auth", format!("realm \"{realm}\", users: {users}; else 401")));
     }
     if let Some(redirect) = &policies.redirect {
-        lines.push(("redirect", format!("status {}", redirect.status)));
+        let parts = [
+            Some(format!("status {}", redirect.status)),
+            redirect.scheme.as_ref().map(|scheme| format!("scheme {scheme}")),
+            redirect.host.as_ref().map(|host| format!("host {host}")),
+            redirect.path_prefix.as_deref().map(prefix_text),
+        ];
+        push_joined(&mut lines, "redirect", parts);
     }
     let limits = &policies.limits;
     let limits = [
@@ -444,9 +602,7 @@ fn lines(policies: &Policies) -> Vec<(&'static str, String)> {
     let rewrite = &policies.rewrite;
     let rewrite = [
         rewrite.host.as_ref().map(|host| format!("host {host}")),
-        rewrite.path_prefix.as_ref().map(|prefix| {
-            format!("path_prefix {}", if prefix.is_empty() { "removed" } else { prefix })
-        }),
+        rewrite.path_prefix.as_deref().map(prefix_text),
     ];
     push_joined(&mut lines, "rewrite", rewrite);
     if let Some(compression) = &policies.compression {
@@ -454,6 +610,10 @@ fn lines(policies: &Policies) -> Vec<(&'static str, String)> {
         lines.push(("compression", format!("gzip level {level}, from {min_size}")));
     }
     lines
+}
+
+fn prefix_text(prefix: &str) -> String {
+    format!("path_prefix {}", if prefix.is_empty() { "removed" } else { prefix })
 }
 
 fn push_joined<const N: usize>(

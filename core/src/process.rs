@@ -610,14 +610,16 @@ impl AdminState for Process {
         self.plugins.generations().into_iter().map(describe).collect()
     }
 
-    fn explain(&self, question: &Question) -> serde_json::Value {
+    fn explain(&self, question: &Question) -> Result<serde_json::Value, String> {
         let config = self.config();
-        let Some(relay) = &self.relay else { return explain::from_config(&config, question) };
-        let mut answer = relay.explain(question);
+        let Some(relay) = &self.relay else {
+            return explain::from_config(&config, question, Some(self.plugins.types()));
+        };
+        let mut answer = relay.explain(question)?;
         if let Some(tunnels) = answer.get_mut("tunnels") {
             explain::fill_services(tunnels, &config);
         }
-        answer
+        Ok(answer)
     }
 
     fn reloads(&self) -> mpsc::Sender<ReloadRequest> {

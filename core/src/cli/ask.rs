@@ -1,6 +1,7 @@
 //! Asks the admin address of a running process.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -69,26 +70,56 @@ impl From<AskError> for Failed {
     }
 }
 
-/// Returns the address to ask: the one given, or that of the file's `admin` section.
+/// Returns the address to ask: the one given, or that of the file's `admin` section, which may be good
+/// where the rest of the file is not. A file that does not tell it is an error: whoever answers at
+/// another address may be another process.
 pub(super) fn address(admin: Option<&str>, file: Option<&Path>) -> Result<String, Failed> {
     if let Some(admin) = admin {
-        return Ok(admin.to_owned());
+        return named(admin).map_err(Failed::said);
     }
-    let read = |path: &Path| config::load(path).map(|(_, config)| config.admin);
-    if let Some(file) = file {
-        let admin = read(file).map_err(|errors| Failed::said(errors.to_string()))?;
-        let none = || Failed::said(format!("{}: has no `admin` section", file.display()));
-        return Ok(admin.ok_or_else(none)?.to_string());
-    }
-    let file = Path::new(FILE);
-    if !file.exists() {
+    let path = file.unwrap_or_else(|| Path::new(FILE));
+    if file.is_none() && !path.exists() {
+        eprintln!("no {FILE} here; asking {ADDRESS} (--admin ADDRESS names another)");
         return Ok(ADDRESS.to_owned());
     }
-    match read(file) {
-        Ok(admin) => Ok(admin.map_or_else(|| ADDRESS.to_owned(), |admin| admin.to_string())),
-        Err(_) => {
-            eprintln!("{FILE} does not hold (`sidelane check` says why); asking {ADDRESS}");
-            Ok(ADDRESS.to_owned())
+    of_file(path).map_err(Failed::said)
+}
+
+/// Reads `127.0.0.1:9083`, `localhost:9083`.
+fn named(admin: &str) -> Result<String, String> {
+    let port = admin.strip_prefix("localhost:").and_then(|port| port.parse::<u16>().ok());
+    if port.is_some() || admin.parse::<SocketAddr>().is_ok() {
+        return Ok(admin.to_owned());
+    }
+    let hint = match admin.trim_start_matches(':').parse::<u16>() {
+        Ok(port) => format!("; did you mean \"127.0.0.1:{port}\"?"),
+        Err(_) => String::new(),
+    };
+    Err(format!(
+        "--admin: \"{admin}\" is not an address (accepted: IP:port, as in {ADDRESS}){hint}"
+    ))
+}
+
+/// Returns the admin address that the file tells.
+fn of_file(path: &Path) -> Result<String, String> {
+    let name = path.display();
+    let why_not = "(--admin ADDRESS says which process to ask)";
+    let faulty = || format!("{name} does not hold (`sidelane check {name}` says why)");
+    let unreadable = |errors: config::ConfigErrors| format!("{errors} {why_not}");
+    let source = config::Source::read(path).map_err(unreadable)?;
+    let env = |variable: &str| std::env::var(variable).ok();
+    let Ok(draft) = config::draft(&source, &env) else {
+        return Err(format!("{}, and its `admin.address` is not known {why_not}", faulty()));
+    };
+    match (draft.admin(), draft.is_good()) {
+        (Some(admin), true) => Ok(admin.to_string()),
+        (Some(admin), false) => {
+            eprintln!("{}; asking its `admin.address`, {admin}", faulty());
+            Ok(admin.to_string())
+        }
+        (None, true) => Err(format!("{name}: has no `admin` section {why_not}")),
+        (None, false) => {
+            Err(format!("{}, and its `admin.address` is not known {why_not}", faulty()))
         }
     }
 }
@@ -171,6 +202,53 @@ mod tests {
         check("HTTP/1.1 500 No\r\ncontent-length: 2\r\n\r\n{}", not_admin);
         check("SSH-2.0-x\r\n", not_admin);
         check("", not_admin);
+    }
+
+    #[test]
+    fn an_address_is_taken_from_what_is_good_of_a_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("c.yaml");
+        let check = |text: &str, expected: Result<&str, &str>| {
+            std::fs::write(&path, text).unwrap();
+            let got = of_file(&path).map_err(|error| error.replace(path.to_str().unwrap(), "FILE"));
+            assert_eq!(got.as_deref().map_err(String::as_str), expected, "{text}");
+        };
+        let admin = "admin: { address: '127.0.0.1:${SIDELANE_NOT_SET:-4711}' }\n";
+        check(&format!("version: 1\nrelay: {{}}\n{admin}"), Ok("127.0.0.1:4711"));
+        check(&format!("version: 1\nrelay: 3\nroutes: 4\n{admin}"), Ok("127.0.0.1:4711"));
+        let unknown = "FILE does not hold (`sidelane check FILE` says why), and its `admin.address` \
+                       is not known (--admin ADDRESS says which process to ask)";
+        for faulty in [
+            "relay: 3\n",
+            "admin: { address: nowhere }\n",
+            "admin: { address: '127.0.0.1:${SIDELANE_NOT_SET}' }\n",
+            "admin: [\n",
+        ] {
+            check(&format!("version: 1\n{faulty}"), Err(unknown));
+        }
+        let none = "FILE: has no `admin` section (--admin ADDRESS says which process to ask)";
+        check("version: 1\nrelay: {}\n", Err(none));
+        std::fs::remove_file(&path).unwrap();
+        let error = of_file(&path).unwrap_err();
+        assert!(
+            error.contains("cannot be read: ") && error.contains("(--admin ADDRESS"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn an_address_that_is_given_is_one() {
+        for good in ["127.0.0.1:1", "[::1]:9083", "localhost:9083"] {
+            assert_eq!(named(good).as_deref(), Ok(good));
+        }
+        assert_eq!(
+            named("21083").unwrap_err(),
+            "--admin: \"21083\" is not an address (accepted: IP:port, as in 127.0.0.1:9083); did you \
+             mean \"127.0.0.1:21083\"?"
+        );
+        for bad in ["", "x", "relay:9083", "localhost", "127.0.0.1"] {
+            assert!(named(bad).unwrap_err().ends_with("as in 127.0.0.1:9083)"), "{bad}");
+        }
     }
 
     #[test]

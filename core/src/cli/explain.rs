@@ -21,7 +21,7 @@ pub(super) fn run(
         Some(file) => {
             let (_, config) =
                 config::load(file).map_err(|errors| Failed::said(errors.to_string()))?;
-            explain::from_config(&config, question)
+            explain::from_config(&config, question, None).map_err(Failed::said)?
         }
         None => {
             let address = ask::address(admin, None)?;
@@ -86,6 +86,9 @@ fn text(answer: &Json) -> String {
     if answer["assumed_base_domains"] == Json::Bool(true) {
         lines.line("", "there is no relay here, so any base domain is taken for its own");
     }
+    for note in items(&answer["notes"]) {
+        lines.line("", &plain(&note));
+    }
     if answer["route"].is_null() {
         lines.line("route", "none: 404");
         if let Some(hint) = answer["hint"].as_str() {
@@ -115,8 +118,15 @@ fn text(answer: &Json) -> String {
             }
             match tunnel["served"].as_bool() {
                 Some(true) => line.push_str(", served"),
-                Some(false) => line.push_str(", not served by any sidecar"),
-                None => {}
+                Some(false) if items(&tunnel["unavailable"]).is_empty() => {
+                    line.push_str(", not served by any sidecar");
+                }
+                _ => {}
+            }
+            for unavailable in items(&tunnel["unavailable"]) {
+                let (sidecar, reason) =
+                    (plain(&unavailable["sidecar"]), plain(&unavailable["reason"]));
+                line.push_str(&format!(", unavailable at sidecar {sidecar}: {reason}"));
             }
             if tunnel["carries"] == Json::Bool(false) {
                 line.push_str(", does not carry the protocol");
@@ -181,7 +191,7 @@ routes:
     fn ask(file: &str, url: &str) -> Json {
         let source = Source::from_text("c.yaml".as_ref(), file);
         let config = parse(&source, &|_| None).unwrap_or_else(|errors| panic!("{errors}"));
-        explain::from_config(&config, &Question::parse(url, None, None).unwrap())
+        explain::from_config(&config, &Question::parse(url, None, None).unwrap(), None).unwrap()
     }
 
     #[test]
@@ -215,7 +225,7 @@ routes:
         asked     old.example.org/a, protocol HTTP, listener web
         route     old (from file)
         because   the host is its subdomain "old" below the base domain example.org
-        policies  redirect: status 308
+        policies  redirect: status 308; scheme https; host new.example.org
         client    sees 308 to https://new.example.org/a
         not       all: it takes listener other only, this is web
 
@@ -251,6 +261,27 @@ routes: [{ subdomain: shop, tunnel: web }]
     }
 
     #[test]
+    fn a_file_says_as_much_of_protocol_types_as_it_knows() {
+        let ask = |library: &str, protocol_type: &str| {
+            let file = format!(
+                "version: 1\nrelay: {{}}\nplugins: {{ libraries: [{{ name: p, library: p.so{library} }}] }}\n"
+            );
+            let source = Source::from_text("c.yaml".as_ref(), file);
+            let config = parse(&source, &|_| None).unwrap_or_else(|errors| panic!("{errors}"));
+            let question = Question::parse("x:1", Some(protocol_type), None).unwrap();
+            explain::from_config(&config, &question, None).map(|answer| text(&answer))
+        };
+        let told = ask("", "LINE").unwrap();
+        assert!(told.contains("whether a plugin serves LINE is not known from the file"), "{told}");
+        assert!(told.contains("no listener for HTTP has port 1 ("), "{told}");
+        assert!(!ask("", "HTTP").unwrap().contains("not known"));
+        let told = ask(", protocol_types: [HTTP]", "LINE").unwrap_err();
+        assert_eq!(told, "no plugin serves protocol type \"LINE\" (served: HTTP)");
+        let told = ask(", protocol_types: [LINE]", "LINE").unwrap();
+        assert!(!told.contains("not known"), "{told}");
+    }
+
+    #[test]
     fn a_tunnel_that_cannot_take_it_is_told() {
         let file = "\
 version: 1
@@ -261,6 +292,22 @@ routes: [{ subdomain: shop, tunnel: web }]
         let told = text(&ask(file, "ws://shop.localhost/"));
         assert!(told.contains("does not carry the protocol\nclient    sees 503"), "{told}");
         assert!(!text(&ask(file, "shop.localhost")).contains("503"));
+    }
+
+    #[test]
+    fn a_tunnel_that_is_unavailable_says_where_and_why() {
+        let tunnel = |served: bool| {
+            let unavailable = serde_json::json!([{ "sidecar": "shop", "reason": "waiting" }]);
+            let tunnel =
+                serde_json::json!({ "tunnel": "t", "served": served, "unavailable": unavailable });
+            text(&serde_json::json!({ "route": "r", "tunnels": [tunnel] }))
+        };
+        let told = tunnel(false);
+        let expected = "tunnel    t, unavailable at sidecar shop: waiting\nclient    sees 503\n";
+        assert!(told.contains(expected), "{told}");
+        let told = tunnel(true);
+        assert!(told.contains("t, served, unavailable at sidecar shop: waiting\n"), "{told}");
+        assert!(!told.contains("503"), "{told}");
     }
 
     #[test]

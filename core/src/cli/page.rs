@@ -3,10 +3,12 @@
 //! Knows the pages' fields (docs/operations.md). A field that an older or newer process does not send is
 //! shown as not known, never an error.
 
+use std::collections::HashMap;
+
 use serde_json::Value as Json;
 
 use super::text::{Table, age, printable};
-use super::{Asked, Failed, Form, ask, print, print_json, terminal_width};
+use super::{Asked, Failed, Form, ask, print, print_json, terminal_width, yaml};
 use crate::config::value;
 
 /// Which page.
@@ -55,7 +57,6 @@ fn config(json: &Json) -> String {
     for what in pending.iter().flat_map(items) {
         text.push_str(&format!("# only after a restart: {}\n", printable(&plain(what))));
     }
-    without_nulls(&mut json);
     let routes = json.get_mut("routes").and_then(Json::as_array_mut);
     for route in routes.into_iter().flatten() {
         // A default name, `*.apps` say, that no file may give.
@@ -64,38 +65,37 @@ fn config(json: &Json) -> String {
             map.remove("name");
         }
     }
-    text + &serde_saphyr::to_string(&json).unwrap_or_else(|_| format!("{json:#}\n"))
-}
-
-/// Leaves out what has no value, as a file does: it is accepted again then, but for secrets. Plugins' own
-/// blocks stay as they are.
-fn without_nulls(json: &mut Json) {
-    /// Keys of blocks that plugins read.
-    const BLOCKS: [&str; 2] = ["config", "options"];
-    match json {
-        Json::Object(map) => {
-            map.retain(|_, value| !value.is_null());
-            let others = map.iter_mut().filter(|(key, _)| !BLOCKS.contains(&key.as_str()));
-            others.for_each(|(_, value)| without_nulls(value));
-            // A check of nothing but defaults is a section; a pool of none is none.
-            map.retain(|key, value| {
-                key != "pool" || value.as_object().is_none_or(|m| !m.is_empty())
-            });
-        }
-        Json::Array(items) => items.iter_mut().for_each(without_nulls),
-        _ => {}
+    let written = yaml::of(&json);
+    if written.contains("***") {
+        text.push_str("# secrets stand as ***\n");
     }
+    text + &written
 }
 
 fn routes(json: &Json) -> Table {
     let mut table = Table::new(&["ROUTE", "MATCH", "TUNNELS", "POLICIES", "FROM", "STATE"]);
-    for route in items(json) {
+    // Those that are the same as another are told in its line.
+    let mut same: HashMap<(String, String), Vec<String>> = HashMap::new();
+    for route in items(json).filter(|route| route["same_as"].is_object()) {
+        let by = &route["same_as"];
+        let by = (plain(&by["from"]), plain(&by["route"]));
+        same.entry(by).or_default().push(plain(&route["from"]));
+    }
+    for route in items(json).filter(|route| !route["same_as"].is_object()) {
+        let mut from = vec![plain(&route["from"])];
+        let own = (plain(&route["from"]), plain(&route["name"]));
+        for other in same.remove(&own).unwrap_or_default() {
+            // Replicas share a name.
+            if !from.contains(&other) {
+                from.push(other);
+            }
+        }
         table.row([
             plain(&route["name"]),
             matched(route),
             shares(route),
             items(&route["policies"]).map(plain).collect::<Vec<_>>().join(" "),
-            plain(&route["from"]),
+            from.join(", "),
             state(route),
         ]);
     }
@@ -142,10 +142,6 @@ fn state(route: &Json) -> String {
     if by.is_object() {
         return format!("overruled by {} (from {})", plain(&by["route"]), plain(&by["from"]));
     }
-    let same = &route["same_as"];
-    if same.is_object() {
-        return format!("same as {} (from {})", plain(&same["route"]), plain(&same["from"]));
-    }
     if route["waits_for"].is_array() {
         let reasons: Vec<String> = items(&route["waits_for"]).map(plain).collect();
         return format!("waiting: {}", reasons.join("; "));
@@ -155,14 +151,39 @@ fn state(route: &Json) -> String {
         return told.join("; ");
     }
     let shares: Vec<&Json> = items(&route["serving"]).collect();
-    let unserved = shares.iter().filter(|share| share["served"] == Json::Bool(false));
-    let unserved: Vec<String> = unserved.map(|share| plain(&share["tunnel"])).collect();
-    let names = unserved.join(", ");
-    match unserved.len() {
-        0 => "in force".to_owned(),
-        count if count < shares.len() => format!("in force, but not served: {names}"),
-        _ => format!("not served: {names}"),
+    let (unserved, others): (Vec<&Json>, Vec<&Json>) =
+        shares.iter().copied().partition(|share| share["served"] == Json::Bool(false));
+    let names = unserved.into_iter().map(unserved_share).collect::<Vec<_>>().join(", ");
+    if names.is_empty() {
+        return "in force".to_owned();
     }
+    // The weight is 0 for what is there to serve where nothing else does.
+    let is_fallback = |share: &&Json| share["weight"] == 0;
+    if others.is_empty() {
+        format!("not served: {names}")
+    } else if others.iter().all(is_fallback) {
+        let by: Vec<String> =
+            others.iter().map(|share| format!("{} (weight 0)", plain(&share["tunnel"]))).collect();
+        format!("served by {}; not served: {names}", by.join(", "))
+    } else {
+        format!("in force, but not served: {names}")
+    }
+}
+
+/// `web`, `web (unavailable at laptop: waiting for the service)`.
+fn unserved_share(share: &Json) -> String {
+    let tunnel = plain(&share["tunnel"]);
+    match unavailable(&share["unavailable"]) {
+        reason if reason.is_empty() => tunnel,
+        reason => format!("{tunnel} ({reason})"),
+    }
+}
+
+/// `unavailable at laptop: waiting for the service; at ci: HTTP 500`; empty: it is nowhere so.
+fn unavailable(sidecars: &Json) -> String {
+    let at = |told: &Json| format!("at {}: {}", plain(&told["sidecar"]), plain(&told["reason"]));
+    let told: Vec<String> = items(sidecars).map(at).collect();
+    if told.is_empty() { String::new() } else { format!("unavailable {}", told.join("; ")) }
 }
 
 /// What a relay said of a sidecar's route, where it did not simply accept it.
@@ -197,8 +218,15 @@ fn tunnels(json: &Json, width: Option<usize>) -> String {
     }
     let mut text = table.render(width);
     if json["sessions"].is_array() {
-        let mut table =
-            Table::new(&["SIDECAR", "PEER", "UP FOR", "LANES", "IN FLIGHT", "TUNNELS", "DOCUMENT"]);
+        let mut table = Table::new(&[
+            "SIDECAR",
+            "PEER",
+            "UP FOR",
+            "LANES",
+            "IN FLIGHT",
+            "TUNNELS",
+            "ANNOUNCEMENT",
+        ]);
         for session in items(&json["sessions"]) {
             let tunnels: Vec<String> = items(&session["tunnels"]).map(plain).collect();
             table.row([
@@ -208,13 +236,14 @@ fn tunnels(json: &Json, width: Option<usize>) -> String {
                 lanes(session),
                 in_flight(session),
                 tunnels.join(", "),
-                session_document(session),
+                session_announcement(session),
             ]);
         }
         text = text + "\n" + &table.render(width);
     }
     if json["relays"].is_array() {
-        let mut table = Table::new(&["RELAY", "STATE", "UP FOR", "LANES", "IN FLIGHT", "DOCUMENT"]);
+        let mut table =
+            Table::new(&["RELAY", "STATE", "UP FOR", "LANES", "IN FLIGHT", "ANNOUNCEMENT"]);
         for relay in items(&json["relays"]) {
             table.row([
                 relay_name(relay),
@@ -222,7 +251,7 @@ fn tunnels(json: &Json, width: Option<usize>) -> String {
                 up_for(relay),
                 lanes(relay),
                 in_flight(relay),
-                document(relay),
+                relay_announcement(relay),
             ]);
         }
         text = text + "\n" + &table.render(width);
@@ -238,15 +267,13 @@ fn tunnels(json: &Json, width: Option<usize>) -> String {
 /// What the sidecar of this process has found out, or what a relay was told.
 fn health(tunnel: &Json, services: &Json) -> String {
     let service = items(services).find(|service| service["tunnel"] == tunnel["name"]);
-    let text = |key: &str| {
-        let told = service.map(|service| plain(&service[key])).unwrap_or_default();
-        if told.is_empty() { plain(&tunnel[key]) } else { told }
-    };
-    let (health, unavailable) = (text("health"), text("unavailable"));
-    match (health.is_empty(), unavailable.is_empty()) {
+    let text = |key: &str| service.map(|service| plain(&service[key])).unwrap_or_default();
+    let (health, reason) = (text("health"), text("unavailable"));
+    match (health.is_empty(), reason.is_empty()) {
+        (true, true) => unavailable(&tunnel["unavailable"]),
         (_, true) => health,
-        (true, false) => unavailable,
-        (false, false) => format!("{health}: {unavailable}"),
+        (true, false) => reason,
+        (false, false) => format!("{health}: {reason}"),
     }
 }
 
@@ -258,7 +285,7 @@ fn relay_name(relay: &Json) -> String {
     }
 }
 
-fn session_document(session: &Json) -> String {
+fn session_announcement(session: &Json) -> String {
     let waiting = &session["waiting"];
     if waiting.is_object() {
         let reasons: Vec<String> = items(&waiting["reasons"]).map(plain).collect();
@@ -277,7 +304,7 @@ fn relay_state(relay: &Json) -> String {
     }
 }
 
-fn document(relay: &Json) -> String {
+fn relay_announcement(relay: &Json) -> String {
     let refused: Vec<String> = items(&relay["announcement_refused"]).map(plain).collect();
     let accepted = plain(&relay["announcement_accepted"]);
     match (refused.is_empty(), accepted.is_empty()) {
@@ -363,8 +390,15 @@ mod tests {
             },
             { "name": "a", "urls": [], "subdomain": "a", "tunnel": "t",
               "overruled_by": { "from": "file", "route": "own" } },
-            { "name": "c", "subdomain": "c", "same_as": { "from": "ci", "route": "c" } },
+            { "name": "c", "subdomain": "c", "from": "ci" },
+            { "name": "c", "subdomain": "c", "from": "vm", "same_as": { "from": "ci", "route": "c" } },
+            { "name": "x", "subdomain": "c", "from": "qa", "same_as": { "from": "ci", "route": "c" } },
             { "name": "d", "subdomain": "d", "serving": [share("d", 1, false)] },
+            { "name": "e", "subdomain": "e", "serving": [share("e1", 1, false), share("e2", 0, true)] },
+            { "name": "f", "subdomain": "f", "serving": [{
+                "tunnel": "f", "weight": 1, "served": false,
+                "unavailable": [{ "sidecar": "laptop", "reason": "waiting for the service" }],
+            }] },
             { "name": "b", "listener": "lines", "waits_for": ["route b: taken by sidecar x"] },
             { "name": "old", "host": "old.example.org", "serving": [], "policies": ["redirect"] },
         ])
@@ -410,8 +444,10 @@ mod tests {
         shop   http://shop.localhost:9080/api/ (+1)  web 90, canary 10  limits timeouts  file        in force, but not served: canary
         rpc    http://rpc.localhost:9080/ GRPC       rpc                -                laptop?[2J  in force
         a      a                                     t                  -                -           overruled by own (from file)
-        c      c                                     -                  -                -           same as c (from ci)
+        c      c                                     -                  -                ci, vm, qa  in force
         d      d                                     d                  -                -           not served: d
+        e      e                                     e1 1, e2 0         -                -           served by e2 (weight 0); not served: e1
+        f      f                                     f                  -                -           not served: f (unavailable at laptop: waiting for the service)
         b      lines                                 -                  -                -           waiting: route b: taken by sidecar x
         old    old.example.org                       -                  redirect         -           in force
         "#);
@@ -453,6 +489,10 @@ mod tests {
                     "sessions": 2, "lanes": 4, "in_flight": 7,
                 },
                 { "name": "rpc", "service": "unix:/run/rpc.sock" },
+                { "name": "shop", "unavailable": [
+                    { "sidecar": "shop", "reason": "waiting for the service" },
+                    { "sidecar": "ci", "reason": "HTTP 500" },
+                ] },
             ],
             "services": [
                 { "tunnel": "web", "health": "unhealthy", "unavailable": "connection refused" },
@@ -476,14 +516,15 @@ mod tests {
             ],
         });
         insta::assert_snapshot!(render(Page::Tunnels, &json, None), @r#"
-        TUNNEL  SERVICE             HEALTH                         SIDECARS    SESSIONS  LANES  IN FLIGHT
-        web     127.0.0.1:3000      unhealthy: connection refused  laptop, ci  2         4      7
-        rpc     unix:/run/rpc.sock  healthy                        -           -         -      -
+        TUNNEL  SERVICE             HEALTH                                                         SIDECARS    SESSIONS  LANES  IN FLIGHT
+        web     127.0.0.1:3000      unhealthy: connection refused                                  laptop, ci  2         4      7
+        rpc     unix:/run/rpc.sock  healthy                                                        -           -         -      -
+        shop    -                   unavailable at shop: waiting for the service; at ci: HTTP 500  -           -         -      -
 
-        SIDECAR  PEER            UP FOR  LANES  IN FLIGHT  TUNNELS  DOCUMENT
+        SIDECAR  PEER            UP FOR  LANES  IN FLIGHT  TUNNELS  ANNOUNCEMENT
         laptop   192.0.2.1:4711  1h1m    2      7          web      3
 
-        RELAY                     STATE                     UP FOR  LANES  IN FLIGHT  DOCUMENT
+        RELAY                     STATE                     UP FOR  LANES  IN FLIGHT  ANNOUNCEMENT
         r:9081                    connected                 12s     0      0          accepted 2
         s:9081 at 192.0.2.7:9081  not connected: no answer  -       0      0          refused: route a: taken
         t:9081 cannot be resolved: no such name
@@ -522,11 +563,12 @@ mod tests {
         # not in force, the last edit: c.yaml:1:1: bad
         # not in force, the last edit: c.yaml:2:1: worse
         # only after a restart: relay.threads
+        # secrets stand as ***
+        version: 1
         relay:
           base_domains:
           - localhost
           token: "***"
-        version: 1
         "#);
     }
 

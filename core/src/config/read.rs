@@ -249,13 +249,15 @@ pub(super) fn read(
     let mut reader = Reader { env, files, plugins_mistyped: false };
     let mut config = reader.config(&Field::new(&root, "", &sink));
     let plugins_whole = !sink.borrow().has_errors_at("plugins") && !reader.plugins_mistyped;
+    // Of more errors than are told, one may be there.
+    let admin_whole = !sink.borrow().is_full() && !sink.borrow().has_errors_at("admin");
     let (errors, warnings) = sink.into_inner().into_parts(&texts);
     config.warnings = warnings;
     config.files = reader.files.read;
     config.files.sort();
     config.files.dedup();
     config.origin = Origin { files: names, root: Arc::new(root) };
-    Ok(Draft { config, errors, source: source.clone(), plugins_whole })
+    Ok(Draft { config, errors, source: source.clone(), plugins_whole, admin_whole })
 }
 
 /// Reads policies as an announcement carries them: JSON with the keys of a route in a file.

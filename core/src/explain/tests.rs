@@ -13,11 +13,18 @@ impl Facts for Nothing {
     fn from(&self, _: &Route) -> String {
         "file".to_owned()
     }
+    fn protocol_types(&self) -> Option<Vec<Arc<str>>> {
+        Some(vec!["HTTP".into(), "GRPC".into()])
+    }
     fn service(&self, tunnel: &str) -> Option<String> {
         (tunnel == "web").then(|| "127.0.0.1:3000".to_owned())
     }
     fn is_served(&self, _: &str, _: Option<&str>) -> Option<bool> {
         None
+    }
+    fn unavailable(&self, tunnel: &str) -> Vec<(String, String)> {
+        let sidecars = if tunnel == "canary" { 0..20 } else { 0..0 };
+        sidecars.map(|index| (format!("s{index}"), "waiting for the service".to_owned())).collect()
     }
     fn carries(&self, tunnel: &str, protocol_type: &str) -> Option<bool> {
         (tunnel == "web").then_some(protocol_type == "HTTP")
@@ -52,7 +59,43 @@ fn route(spec: &MatchSpec<'_>, policies: Policies) -> Route {
 fn ask(policies: Policies, prefix: Option<&str>, url: &str) -> Json {
     let spec = MatchSpec { subdomain: Some("shop"), path_prefix: prefix, ..MatchSpec::default() };
     let routes = [Arc::new(route(&spec, policies))];
-    answer(&routes, &public(), &Question::parse(url, None, None).unwrap(), &Nothing)
+    answer(&routes, &public(), &Question::parse(url, None, None).unwrap(), &Nothing).unwrap()
+}
+
+#[test]
+fn what_is_not_there_is_refused() {
+    let ask = |url: &str, protocol_type, listener| {
+        let question = Question::parse(url, protocol_type, listener)?;
+        answer(&[], &public(), &question, &Nothing)
+    };
+    assert_eq!(
+        ask("x", None, Some("wbe")).unwrap_err(),
+        "there is no listener \"wbe\" (those are web, plain, lines); did you mean \"web\"?"
+    );
+    assert_eq!(
+        ask("x", Some("LINE"), None).unwrap_err(),
+        "no plugin serves protocol type \"LINE\" (served: HTTP, GRPC)"
+    );
+    assert!(ask("ws://x", None, None).unwrap_err().contains("\"WEBSOCKET\" (served"));
+    let error = ask("x", Some("http"), None).unwrap_err();
+    assert!(error.starts_with("\"http\" is not a protocol type"), "{error}");
+    assert!(error.ends_with("did you mean \"HTTP\"?"), "{error}");
+    ask("", Some("GRPC"), Some("lines")).unwrap();
+}
+
+#[test]
+fn a_port_that_no_listener_has_is_noted() {
+    let notes = |url: &str, listener: Option<&str>| {
+        let question = Question::parse(url, None, listener).unwrap();
+        answer(&[], &public(), &question, &Nothing).unwrap()["notes"].clone()
+    };
+    let note = "no listener for HTTP has port 9090 (those are web 9080, plain 80); taken for web";
+    assert_eq!(notes("x:9090", None), json!([note]));
+    for (url, listener) in
+        [("x:9080", None), ("x", None), ("https://x", None), ("x:1", Some("web"))]
+    {
+        assert_eq!(notes(url, listener), json!([]), "{url}");
+    }
 }
 
 #[test]
@@ -148,6 +191,10 @@ fn an_answer_says_where_the_request_goes_and_what_the_service_sees() {
     assert_eq!(answer["tunnels"][0]["carries"], true);
     assert_eq!(answer["tunnels"][1]["weight"], 10);
     assert_eq!(answer["tunnels"][1]["carries"], Json::Null);
+    assert_eq!(answer["tunnels"][0]["unavailable"], Json::Null);
+    let unavailable = answer["tunnels"][1]["unavailable"].as_array().unwrap();
+    assert_eq!(unavailable.len(), UNAVAILABLE_MAX);
+    assert_eq!(unavailable[0], json!({ "sidecar": "s0", "reason": "waiting for the service" }));
     assert_eq!(answer["service_sees"], json!({ "host": "app.internal", "path": "/v1/x?y=/api" }));
     let sees = |prefix: &str, own: Option<&str>, url: &str| {
         let rewrite = Rewrite { host: None, path_prefix: Some(prefix.into()) };
@@ -171,6 +218,10 @@ fn an_answer_says_where_the_client_is_sent() {
     };
     let policies = Policies { redirect: Some(redirect), ..Policies::default() };
     let answer = ask(policies, Some("/old"), "http://shop.localhost/old/a?b");
+    assert_eq!(
+        answer["policies"][0]["says"],
+        "status 308; scheme https; host new.example.org; path_prefix /x"
+    );
     assert_eq!(answer["client_sees"], "308 to https://new.example.org/x/a?b");
     assert_eq!(answer["service_sees"], Json::Null);
     let sent = |scheme: Option<&str>, url: &str| {
@@ -240,4 +291,40 @@ fn every_policy_has_its_line() {
     compression: gzip level 5, from 1KiB
     "#);
     assert!(!answer.to_string().contains("secret") && !answer.to_string().contains("hash"));
+}
+
+#[test]
+fn a_sidecar_tells_addresses_of_the_route_that_they_are_of() {
+    let file = "\
+version: 1
+sidecar: { relays: ['127.0.0.1:9081'] }
+tunnels: [{ name: web, service: '127.0.0.1:3000' }]
+routes:
+  - { name: a, subdomain: a, tunnel: web }
+  - { name: api, subdomain: a, path_prefix: /api, tunnel: web }
+  - { name: apps, wildcard: '*.apps', tunnel: web }
+  - { name: own, host: own.org, tunnel: web }
+  - { name: six, host: '::1', tunnel: web }
+  - { name: twice, host: twice.org, tunnel: web }
+  - { name: twice-rpc, host: twice.org, protocol_type: GRPC, tunnel: web }
+";
+    let source = config::Source::from_text("c.yaml".as_ref(), file);
+    let config = config::parse(&source, &|_| None).unwrap_or_else(|errors| panic!("{errors}"));
+    let public = public();
+    let answer = RelayAnswer {
+        relay: "r".to_owned(),
+        is_connected: true,
+        accepted: Some(1),
+        refused: Vec::new(),
+        notes: Vec::new(),
+        addresses: config.routes.iter().flat_map(|route| public.urls(route)).collect(),
+        last_error: None,
+    };
+    let described = announced(&config, &[answer.clone(), answer]);
+    for (index, route) in config.routes.iter().enumerate() {
+        // Of two with the same address it is not known whose it is.
+        let is_told = !route.name.starts_with("twice");
+        let expected = if is_told { public.urls(route) } else { Vec::new() };
+        assert_eq!(described[index]["urls"], json!(expected), "{}", route.name);
+    }
 }

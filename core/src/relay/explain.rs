@@ -20,11 +20,14 @@ const ADDRESSES_MAX: usize = 32;
 /// Where routes come from, and who serves their tunnels.
 struct Known<'a> {
     from: HashMap<*const Route, &'a str>,
+    /// Sidecars that do not serve a tunnel of theirs now, and why.
+    unavailable: HashMap<&'a str, Vec<(&'a str, &'a str)>>,
     routing: &'a Routing,
+    protocol_types: Vec<Arc<str>>,
 }
 
 impl<'a> Known<'a> {
-    fn of(sources: &'a Sources, routing: &'a Routing) -> Self {
+    fn of(relay: &Relay, sources: &'a Sources, routing: &'a Routing) -> Self {
         let own = sources.own.iter().map(|route| (route, "file"));
         let lost = sources.lost.iter().map(|(_, lost)| lost);
         let documents = sources.documents.values().chain(sources.waiting.values()).chain(lost);
@@ -32,13 +35,18 @@ impl<'a> Known<'a> {
             document.routes.iter().map(|route| (route, &*document.session.name))
         });
         let from = own.chain(announced).map(|(route, from)| (Arc::as_ptr(route), from)).collect();
-        Self { from, routing }
+        let protocol_types = relay.plugins.types();
+        Self { from, unavailable: unavailable(sources), routing, protocol_types }
     }
 }
 
 impl Facts for Known<'_> {
     fn from(&self, route: &Route) -> String {
         self.from.get(&std::ptr::from_ref(route)).copied().unwrap_or_default().to_owned()
+    }
+
+    fn protocol_types(&self) -> Option<Vec<Arc<str>>> {
+        Some(self.protocol_types.clone())
     }
 
     fn service(&self, _: &str) -> Option<String> {
@@ -54,19 +62,41 @@ impl Facts for Known<'_> {
         Some(tunnel.is_some_and(|tunnel| tunnel.in_turn().any(carries)))
     }
 
+    fn unavailable(&self, tunnel: &str) -> Vec<(String, String)> {
+        owned(self.unavailable.get(tunnel))
+    }
+
     fn carries(&self, _: &str, _: &str) -> Option<bool> {
         // The sidecar's business too.
         None
     }
 }
 
+/// Returns, by tunnel, the sidecars that do not serve it now, and why.
+fn unavailable(sources: &Sources) -> HashMap<&str, Vec<(&str, &str)>> {
+    let mut all: HashMap<&str, Vec<(&str, &str)>> = HashMap::new();
+    for document in sources.documents.values() {
+        for (tunnel, reason) in document.unavailable() {
+            all.entry(tunnel).or_default().push((&*document.session.name, reason));
+        }
+    }
+    all
+}
+
+fn owned(sidecars: Option<&Vec<(&str, &str)>>) -> Vec<(String, String)> {
+    let sidecars = sidecars.into_iter().flatten();
+    sidecars.map(|(sidecar, reason)| ((*sidecar).to_owned(), (*reason).to_owned())).collect()
+}
+
 impl Relay {
     /// Says what would become of a request.
-    #[must_use]
-    pub fn explain(&self, question: &Question) -> Json {
+    ///
+    /// # Errors
+    /// A listener that is not there, or a protocol type that no plugin serves.
+    pub fn explain(&self, question: &Question) -> Result<Json, String> {
         let sources = self.lock_sources();
         let routing = self.routing.load();
-        let known = Known::of(&sources, &routing);
+        let known = Known::of(self, &sources, &routing);
         explain::answer(routing.table.routes(), &self.public(&sources), question, &known)
     }
 
@@ -77,7 +107,7 @@ impl Relay {
     pub fn describe_routes(&self) -> Json {
         let sources = self.lock_sources();
         let routing = self.routing.load();
-        let known = Known::of(&sources, &routing);
+        let known = Known::of(self, &sources, &routing);
         let public = self.public(&sources);
         // The first to take something has it.
         let mut taken: HashMap<&Match, &Arc<Route>> = HashMap::new();
@@ -115,6 +145,7 @@ impl Relay {
                 tunnels.entry(name).or_default().push(&document.session);
             }
         }
+        let unavailable = unavailable(&sources);
         let describe = |(name, sessions): (&str, Vec<&Arc<Session>>)| {
             let lanes: Vec<_> =
                 sessions.iter().flat_map(|session| session.lanes().to_vec()).collect();
@@ -123,6 +154,7 @@ impl Relay {
                 "sidecars": sessions.iter().map(|session| &*session.name).collect::<Vec<_>>(),
                 "sessions": sessions.len(),
                 "lanes": lanes.len(),
+                "unavailable": explain::unavailable(owned(unavailable.get(name))),
                 "in_flight": lanes.iter().map(|link| link.load()).sum::<usize>(),
             })
         };

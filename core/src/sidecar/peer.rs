@@ -11,6 +11,9 @@ use tokio::sync::watch;
 
 use crate::tunnel::Link;
 
+/// Addresses of an accepted announcement that the log tells.
+const ADDRESSES_TOLD_MAX: usize = 3;
+
 /// One relay, or one of the addresses that a relay's name stands for.
 pub struct Peer {
     /// As configured.
@@ -149,7 +152,8 @@ impl Peer {
         let reasons = announced.reasons.join("; ");
         match keeps {
             _ if announced.accepted => {
-                tracing::info!(relay, version, "announcement accepted");
+                let addresses = told(&announced.addresses);
+                tracing::info!(relay, version, addresses, "announcement accepted");
             }
             _ if announced.waiting => tracing::warn!(
                 relay,
@@ -221,6 +225,17 @@ impl Peer {
     }
 }
 
+/// `http://a.example.org/, http://b.example.org/ and 3 more`; `None`: there are none.
+fn told(addresses: &[String]) -> Option<String> {
+    let shown = addresses.get(..ADDRESSES_TOLD_MAX).unwrap_or(addresses);
+    let text = shown.join(", ");
+    match addresses.len() - shown.len() {
+        _ if shown.is_empty() => None,
+        0 => Some(text),
+        more => Some(format!("{text} and {more} more")),
+    }
+}
+
 impl PeerState {
     fn forget_answers(&mut self) {
         self.accepted = None;
@@ -266,6 +281,15 @@ mod tests {
         assert_eq!(peer.refusal().as_deref(), Some("the relay gave no reason"));
         peer.session_ended();
         assert_eq!(peer.refusal(), None);
+    }
+
+    #[test]
+    fn the_log_tells_the_first_addresses() {
+        let addresses: Vec<String> = (0..5).map(|index| format!("http://{index}/")).collect();
+        assert_eq!(told(&[]), None);
+        assert_eq!(told(&addresses[..1]).as_deref(), Some("http://0/"));
+        let text = "http://0/, http://1/, http://2/ and 2 more";
+        assert_eq!(told(&addresses).as_deref(), Some(text));
     }
 
     #[test]

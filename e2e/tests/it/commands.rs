@@ -109,6 +109,13 @@ fn explain_asks_the_running_process() {
     assert_eq!(json["tunnels"][0]["served"], true);
     assert_eq!(json["tunnels"][0]["service"], stage.service.address().to_string());
     check_output(&explain(&["ftp://x"]), 1, &["has an unknown scheme"]);
+    let nowhere = explain(&["api.localhost", "--listener", "nope"]);
+    check_output(&nowhere, 1, &["there is no listener \"nope\" (those are web)"]);
+    let strange = explain(&["api.localhost", "--protocol", "http"]);
+    check_output(&strange, 1, &["not a protocol type", "did you mean \"HTTP\"?"]);
+    let unserved = explain(&["api.localhost", "--protocol", "LINE"]);
+    check_output(&unserved, 1, &["no plugin serves protocol type \"LINE\" (served: HTTP)"]);
+    check_output(&explain(&["api.localhost:1"]), 0, &["no listener for HTTP has port 1 ("]);
 }
 
 #[test]
@@ -160,7 +167,15 @@ fn a_bad_edit_shows_in_the_configuration_page() {
     stage
         .sidelane
         .until_metric("sidelane_config_last_reload_successful", &[], |value| value == 0.0);
-    check(&["config", "--admin", &admin], 0, &["# not in force, the last edit: sidecar.yaml:2"]);
+    let config = check(
+        &["config", "--admin", &admin],
+        0,
+        &["# not in force, the last edit: sidecar.yaml:2"],
+    );
+    // What is in force is a file.
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    fs::write(directory.path().join("shown.yaml"), config).expect("a file is written");
+    check_output(&run_in(directory.path(), &["check", "shown.yaml"]), 0, &["valid"]);
 }
 
 #[test]
@@ -181,8 +196,43 @@ fn a_sidecar_shows_what_relays_said() {
         });
     };
     until(&first, "in force");
+    // The relay has said where clients reach the route.
+    let url = format!("http://api.localhost:{}/", relay.web().port());
+    until(&first, &url);
+    wait::until("the address in the log", || {
+        let log = first.log();
+        let told = |line: &str| line.contains("announcement accepted") && line.contains(&url);
+        log.lines().any(told).then_some(())
+    });
     until(&second, "refused: route api: taken by sidecar e2e for tunnel api");
     until(&relay, "in force");
+}
+
+#[test]
+fn a_relay_says_why_a_sidecar_does_not_serve_a_tunnel() {
+    let service = Service::ok();
+    let setup = Setup::of(service.address());
+    let relay = Sidelane::spawn("relay", &setup.relay());
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let there = format!("service: \"{}\"", service.address());
+    let missing = format!("service: \"unix:{}/s\", wait: 10m", directory.path().display());
+    let yaml = setup.sidecar(relay.tunnel());
+    assert!(yaml.contains(&there), "{yaml}");
+    let sidecar = Sidelane::spawn("sidecar", &yaml.replace(&there, &missing));
+    let admin = relay.admin().to_string();
+    let ask = |command: &[&str]| {
+        let output = run(&[command, &["--admin", &admin]].concat());
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    let reason = "not served: api (unavailable at e2e: waiting for the service";
+    wait::until(reason, || ask(&["routes"]).contains(reason).then_some(()));
+    let tunnels = ask(&["tunnels"]);
+    assert!(tunnels.contains("unavailable at e2e: waiting for the service"), "{tunnels}");
+    let explained = ask(&["explain", "api.localhost"]);
+    let reason = "unavailable at sidecar e2e: waiting for the service";
+    assert!(explained.contains(reason), "{explained}");
+    assert!(explained.contains("client    sees 503"), "{explained}");
+    drop(sidecar);
 }
 
 #[test]
@@ -200,7 +250,18 @@ fn a_file_says_which_process_is_asked() {
     check_output(&run(&["routes", "--file", "other.yaml"]), 0, &["in force"]);
     let silent = yaml.replace(&bound, "");
     fs::write(directory.path().join("other.yaml"), silent).expect("a file is written");
-    check_output(&run(&["routes", "--file", "other.yaml"]), 1, &["has no `admin` section"]);
+    let parts = ["has no `admin` section", "--admin ADDRESS"];
+    check_output(&run(&["routes", "--file", "other.yaml"]), 1, &parts);
+    // A faulty file still says whom to ask where it can.
+    let faulty = yaml.replace("relay:\n", "relay:\n  strange: 1\n");
+    fs::write(directory.path().join("sidecar.yaml"), faulty).expect("a file is written");
+    let parts = ["sidecar.yaml does not hold", "asking its `admin.address`", "in force"];
+    check_output(&run(&["routes"]), 0, &parts);
+    fs::write(directory.path().join("sidecar.yaml"), "relay: [\n").expect("a file is written");
+    for command in ["routes", "config"] {
+        check_output(&run(&[command]), 1, &["sidecar.yaml does not hold", "--admin ADDRESS"]);
+    }
+    check_output(&run(&["routes", "--admin", "21083"]), 1, &["\"21083\" is not an address"]);
 }
 
 #[test]
@@ -379,6 +440,7 @@ fn expose_takes_a_subdomain_of_a_relay_elsewhere() {
     assert_eq!(code, Some(1), "{wrote}");
     assert!(wrote.contains("does not give the address mine: route mine: taken"), "{wrote}");
     assert!(wrote.contains("try another --subdomain"), "{wrote}");
+    assert!(!wrote.contains("document waits"), "it does not, it has ended: {wrote}");
     assert_eq!(ask(relay.web(), "mine.localhost", "/"), 200, "the first one keeps it");
 
     let (code, wrote) = first.interrupt();

@@ -17,6 +17,9 @@ use crate::sidecar::RelayAnswer;
 /// Longest path of a line; what is longer wraps on most terminals.
 const TARGET_CHARS_MAX: usize = 80;
 
+/// How a relay goes on where it tells that another session holds a route. This process ends instead.
+const WAITS: &str = ", and this document waits";
+
 /// For a relay's first answer before it is said that there is none.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -157,7 +160,10 @@ impl View {
     fn refused(&self, relay: &str, reasons: &[String]) -> String {
         let hint =
             if self.is_named { "another --subdomain" } else { "--subdomain, or run it again" };
-        let reasons: Vec<String> = reasons.iter().map(|reason| printable(reason)).collect();
+        let told = |reason: &String| {
+            printable(reason.split_once(WAITS).map_or(&**reason, |(reason, _)| reason))
+        };
+        let reasons: Vec<String> = reasons.iter().map(told).collect();
         format!(
             "the relay {relay} does not give the address {}: {} (try {hint})",
             self.subdomain,
@@ -305,6 +311,9 @@ mod tests {
         let part = "does not give the address calm-otter-42: taken; ?[2J (try --subdomain, or";
         check(Stage::Waiting, &refused(&["taken", "\x1b[2J"]), part, Stage::Waiting);
         check(Stage::Lost, &refused(&["taken"]), "taken", Stage::Lost);
+        let waits = "taken; the older session keeps it, and this document waits until it ends";
+        let part = "calm-otter-42: taken; the older session keeps it (try --subdomain";
+        check(Stage::Waiting, &refused(&[waits]), part, Stage::Waiting);
         let overruled =
             RelayAnswer { addresses: Vec::new(), notes: vec!["the relay's".into()], ..accepted() };
         check(Stage::Waiting, &overruled, "the relay's", Stage::Waiting);
