@@ -680,6 +680,15 @@ impl Block {
     }
 }
 
+impl Block {
+    /// Returns what a plugin says of the block, or what is left of it where it quotes the value of a key that
+    /// calls it a secret.
+    #[must_use]
+    pub fn without_secrets(&self, message: String) -> String {
+        raw::Node::from(self.value.clone()).without_secrets(message)
+    }
+}
+
 /// Returns the value for people, where any text in it may be a secret: sizes and durations are shown.
 fn masked(value: &Json) -> Json {
     match value {

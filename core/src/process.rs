@@ -340,11 +340,17 @@ impl Process {
                 }
                 Some(request) = requests.recv() => {
                     asked.retain(|(_, request)| !request.reply.is_closed());
-                    if let Some(number) = trigger() {
-                        asked.push((number, request));
-                    } else {
-                        // Whoever asked may have gone.
-                        let _ = request.reply.send(Err("there is no file to read again".to_owned()));
+                    let mut next = Some(request);
+                    // All that wait: one look answers them.
+                    while let Some(request) = next {
+                        if let Some(number) = trigger() {
+                            asked.push((number, request));
+                        } else {
+                            // Whoever asked may have gone.
+                            let _ =
+                                request.reply.send(Err("there is no file to read again".to_owned()));
+                        }
+                        next = requests.try_recv().ok();
                     }
                 }
             }

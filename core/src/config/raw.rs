@@ -15,12 +15,16 @@ use serde_saphyr::options::DuplicateKeyPolicy;
 use serde_saphyr::{Location, Spanned};
 
 use super::error::{Position, Sink, did_you_mean, list, nearest};
+use super::value::size_text;
 
 /// Most nodes of a configuration: about 20,000 routes. Bounds what a hostile file can make us allocate.
 pub(crate) const NODES_MAX: usize = 250_000;
 
 /// Deepest nesting; the language itself needs 6, plugin blocks may go deeper.
 const DEPTH_MAX: usize = 32;
+
+/// Most bytes of text, those of an alias counted at each use: more than the largest files hold by themselves.
+const SCALAR_BYTES_MAX: usize = 16 * 1024 * 1024;
 
 /// A node of the document.
 #[derive(Clone, Debug)]
@@ -261,6 +265,7 @@ pub(crate) fn parse(text: &str, file: u16) -> Result<Node, (Position, String)> {
             max_nodes: NODES_MAX,
             max_depth: DEPTH_MAX,
             max_documents: 1,
+            max_total_scalar_bytes: SCALAR_BYTES_MAX,
         },
         // Told by `once`, which names both places and goes on.
         duplicate_keys: DuplicateKeyPolicy::PassThrough,
@@ -312,6 +317,15 @@ pub(crate) fn once(node: &mut Node, path: &str, sink: &mut Sink) {
     }
 }
 
+/// Aliases count as often as they are used, so that a small file can be too large.
+fn too_large() -> String {
+    format!(
+        "is too large from here on (accepted: {NODES_MAX} values, those of aliases counted at each use, \
+         nested {DEPTH_MAX} deep, with {} of text)",
+        size_text(SCALAR_BYTES_MAX as u64)
+    )
+}
+
 /// Our words where the crate's speak to programmers; its own texts end in the place, which stands
 /// in front of ours.
 fn message(error: &serde_saphyr::Error) -> String {
@@ -329,10 +343,19 @@ fn message(error: &serde_saphyr::Error) -> String {
         | serde_saphyr::Error::Budget { breach: BudgetBreach::Documents { .. }, .. } => {
             "a second document begins here (accepted: one)".to_owned()
         }
-        serde_saphyr::Error::Budget { breach, .. } => format!(
-            "is too large (accepted: {NODES_MAX} values, nested {DEPTH_MAX} deep): {breach:?}"
-        ),
-        _ => format!("not valid YAML: {text}"),
+        serde_saphyr::Error::Budget { .. } => too_large(),
+        // Through an alias, the breach is told as a text; the parser's own bound on depth as well.
+        _ if text.starts_with("budget breached") || text.contains("recursion limit") => too_large(),
+        _ => match text {
+            "expected string scalar" => "a key that is no text (accepted: text)".to_owned(),
+            _ if text.starts_with("cannot deserialize null into string") => {
+                "a key without text (accepted: text; in quotes where it is null)".to_owned()
+            }
+            _ if text.starts_with("recursive references") => {
+                "an alias of what it stands in (accepted: one of what stands before it)".to_owned()
+            }
+            _ => format!("not valid YAML: {text}"),
+        },
     }
 }
 
@@ -819,4 +842,40 @@ fn accepted(message: &str) -> Option<&str> {
 
 fn join(path: &str, key: &str) -> String {
     if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_too_much_is_told_in_our_words_wherever_it_is_noticed() {
+        let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n".to_owned();
+        for level in 1..8 {
+            let aliases = vec![format!("*a{}", level - 1); 10].join(", ");
+            bomb.push_str(&format!("a{level}: &a{level} [{aliases}]\n"));
+        }
+        let text = "x".repeat(3_000_000);
+        let long = format!("a: &a {text}\nb:\n{}", "- *a\n".repeat(1000));
+        for yaml in [
+            bomb,
+            long,
+            "[".repeat(5000),
+            "{a: ".repeat(5000),
+            format!("a:\n  {}x", "- ".repeat(50)),
+        ] {
+            let (position, message) = parse(&yaml, 0).expect_err("too large");
+            assert!(message.starts_with("is too large from here on (accepted: "), "{message}");
+            assert!(position.line > 0);
+        }
+        for (yaml, line, expected) in [
+            ("a: 1\nnull: 2\n", 2, "a key without text"),
+            ("a: 1\n? [a]\n: 2\n", 2, "a key that is no text"),
+            ("a: &a\n  b: *a\n", 2, "an alias of what it stands in"),
+        ] {
+            let (position, message) = parse(yaml, 0).expect_err("no configuration");
+            assert!(message.starts_with(expected), "{message}");
+            assert_eq!(position.line, line, "{message}");
+        }
+    }
 }

@@ -203,6 +203,7 @@ pub(super) fn refused_options(
         .filter_map(|(route, protocol_type, block)| {
             let ConfigFault { message, path } = asked(protocol_type, &block.text).err()?;
             let dot = if path.is_empty() { "" } else { "." };
+            let message = block.without_secrets(message);
             Some(format!("route {}: options.{protocol_type}{dot}{path}: {message}", route.name))
         })
         .take(REASONS_MAX)
@@ -293,6 +294,13 @@ mod tests {
             }),
         });
         assert_eq!(reasons, ["route bad: options.WEBSOCKET.max: WEBSOCKET wants a size"]);
+        // Both ends log a reason.
+        let routes = [route("bad", r#"{"api_token":"hunter2"}"#)];
+        let reasons = refused_options(&routes, |_, options| {
+            let (message, path) = (format!("{options} is not accepted"), String::new());
+            Err(ConfigFault { message, path })
+        });
+        assert_eq!(reasons, ["route bad: options.WEBSOCKET: \"***\" is not accepted"]);
     }
 
     fn route(name: &str, tunnels: &[(&str, u32)], policies: Policies) -> Arc<Route> {

@@ -146,9 +146,6 @@ fn all_who_ask_for_a_reload_at_once_are_answered_by_what_the_file_says() {
     let service = Service::ok();
     let setup = Setup::of(service.address());
     let sidelane = Sidelane::start("sidelane", &yaml(&setup, "begin"));
-    let reloads =
-        || sidelane.metric("sidelane_config_reloads_total", &["result=\"success\""]).unwrap_or(0.0);
-    let before = reloads();
     std::thread::scope(|scope| {
         for _ in 0..ASKING {
             scope.spawn(|| {
@@ -158,8 +155,6 @@ fn all_who_ask_for_a_reload_at_once_are_answered_by_what_the_file_says() {
             });
         }
     });
-    let done = reloads() - before;
-    assert!(done < (ASKING * EACH / 2) as f64, "{done} reloads for {} requests", ASKING * EACH);
     // Whoever asks after an edit hears of that edit, not of a look before it.
     for index in 0..20 {
         let name = format!("edit-{index}");
