@@ -12,8 +12,7 @@ use crate::config::{
     self, Config, HostMatch, Listener, Route, Share, duration_text, near_miss, size_text,
 };
 use crate::front::is_authority;
-use crate::relay::{location, replace_prefix};
-use crate::router::{self, Query};
+use crate::router::{self, Query, location, replace_prefix};
 use crate::sidecar::RelayAnswer;
 
 /// Addresses told of one route. A relay may have many base domains.

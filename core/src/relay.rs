@@ -38,7 +38,6 @@ mod tunnels;
 
 pub use listen::bind;
 pub use listeners::{BindError, Prepared, Settings as EntrySettings};
-pub(crate) use policy::{location, replace_prefix};
 
 use bounds::{handshake_bounds, millis, session_settings};
 use document::{Document, refused_options};

@@ -240,7 +240,7 @@ impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
         let mut responder = responder.shape(Shaping::new(&state, &head));
         let answer = state.policies.redirect.as_ref().and_then(|redirect| {
             let prefix = &state.route.matches.path_prefix;
-            let location = policy::location(redirect, prefix, &head.authority, &head.target)?;
+            let location = router::location(redirect, prefix, &head.authority, &head.target)?;
             Some((StatusCode::from_u16(redirect.status).ok()?, location))
         });
         let Some((status, location)) = answer else {

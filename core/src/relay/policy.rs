@@ -30,7 +30,6 @@ mod watch;
 
 pub(super) use auth::{Checked, Question, Verdict};
 pub(super) use edit::{change, end_hop, rewrite};
-pub(crate) use edit::{location, replace_prefix};
 pub(super) use respond::{LimitedBody, Shaped, Shaping};
 pub(super) use watch::{Held, Watch, watch_stream};
 
