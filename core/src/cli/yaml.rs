@@ -4,9 +4,7 @@
 use serde::ser::{Serialize, SerializeMap as _, SerializeSeq as _, Serializer};
 use serde_json::Value as Json;
 
-/// Keys of a file, in the order in which people write them.
-const ROOT_KEYS: &[&str] =
-    &["version", "relay", "sidecar", "tunnels", "routes", "plugins", "health", "admin", "log"];
+use crate::config::ROOT_KEYS;
 
 /// Keys that stand first in whatever has them: what it is, before what it does.
 const FIRST_KEYS: &[&str] = &[

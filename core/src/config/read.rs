@@ -20,7 +20,7 @@ use super::{
 
 mod meaning;
 mod plugins;
-mod policies;
+pub(super) mod policies;
 mod relay;
 mod routes;
 mod sidecar;

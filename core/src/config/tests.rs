@@ -63,7 +63,7 @@ fn broken_files_are_told_with_place_value_and_what_is_accepted() {
         cases += 1;
     }
     assert!(vague.is_empty(), "no place, or nothing accepted:\n{}", vague.join("\n"));
-    assert!(cases >= 110, "{cases} cases");
+    assert!(cases >= 150, "{cases} cases");
     if std::env::var_os("SIDELANE_BLESS").is_some() {
         std::fs::write(&path, blessed).unwrap();
     }
@@ -221,6 +221,19 @@ plugins: { panics: 9 }
     assert_eq!(changes.tunnels.removed, [old.tunnels[0].clone()]);
     assert!(changes.base_domains && changes.log && changes.drain_timeout && changes.health);
     assert!(!changes.plugins && !changes.admin && changes.relay.is_empty());
+}
+
+/// A key that a file knows and an announcement does not would have whole documents refused.
+#[test]
+fn a_route_has_every_policy_that_is_announced() {
+    let missing: Vec<_> =
+        read::policies::POLICY_KEYS.iter().filter(|key| !read::ROUTE_KEYS.contains(key)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+    let others = read::ROUTE_KEYS.len() - read::policies::POLICY_KEYS.len();
+    assert_eq!(
+        others, 10,
+        "what a route has beside: match, tunnels, options; else a policy is missing"
+    );
 }
 
 #[test]
