@@ -5,6 +5,7 @@
 //! of a [`PluginCheck`]. Does no I/O but to read the file and those it names.
 
 mod ask;
+pub mod credentials;
 mod diff;
 mod error;
 mod merge;
@@ -15,6 +16,7 @@ mod schema;
 mod show;
 mod source;
 mod substitute;
+pub mod tls;
 mod tunnel;
 pub(crate) mod value;
 pub mod watch;
@@ -40,7 +42,9 @@ pub use value::{HostPort, Secret, duration_text, network_text, size_text};
 pub(crate) use error::did_you_mean as near_miss;
 pub(crate) use value::protocol_type as parse_protocol_type;
 
+use credentials::Credentials;
 use policy::Policies;
+use tls::{Acme, ClientTls, ServerTls};
 
 /// Reads and parses the file or directory, with the process's environment.
 ///
@@ -164,6 +168,10 @@ pub struct Relay {
     pub max_connection_age: Option<Duration>,
     /// The tunnel's public end.
     pub tunnel: RelayTunnel,
+    /// Who sidecars are, and what they may claim.
+    pub credentials: Credentials,
+    /// Certificates by ACME; there where a listener, or the tunnel, asks for one.
+    pub acme: Option<Acme>,
     /// Data-path threads; 0: one per core.
     pub threads: usize,
     /// Limits.
@@ -185,6 +193,10 @@ pub struct Listener {
     pub proxy_protocol: bool,
     /// How connections are spread over data-path threads.
     pub balance: Balance,
+    /// TLS; `None`: connections are plain.
+    pub tls: Option<ServerTls>,
+    /// Every request is sent to `https` at this port; there is no TLS then.
+    pub https_redirect: Option<u16>,
 }
 
 /// What the connections of a listener are.
@@ -219,12 +231,20 @@ pub enum Balance {
     Exact,
 }
 
-/// Where sidecars come in. Without a token the address is loopback.
+/// Where sidecars come in: at an address of their own, on a listener that clients come to as well, or
+/// both. Where nobody is asked who they are the address is loopback and there is no listener.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RelayTunnel {
-    /// Address.
-    pub address: SocketAddr,
-    /// What sidecars must present.
+    /// Address of their own.
+    pub address: Option<SocketAddr>,
+    /// Name of a listener with TLS, on which they are known by their ALPN.
+    pub listener: Option<Arc<str>>,
+    /// TLS at `address`; on `listener` only its client certificates count, and what is shown is the
+    /// listener's. `None`: plain, on loopback or with `insecure`.
+    pub tls: Option<ServerTls>,
+    /// Plain beyond loopback: anybody on the way reads and changes everything.
+    pub insecure: bool,
+    /// A token with which everything may be claimed.
     pub token: Option<Secret>,
 }
 
@@ -253,6 +273,12 @@ pub struct RelayLimits {
     pub handshakes_per_second: u32,
     /// The same, from one address.
     pub handshakes_per_second_per_address: u32,
+    /// Handshakes of sidecars from one address that may fail in a minute; beyond, it is turned away.
+    pub failed_handshakes_per_minute_per_address: u32,
+    /// TLS handshakes of clients and sidecars under way at once; beyond, connections are closed.
+    pub tls_handshakes: usize,
+    /// The same, from one address that is no trusted proxy's.
+    pub tls_handshakes_per_address: usize,
 }
 
 impl Default for RelayLimits {
@@ -269,6 +295,9 @@ impl Default for RelayLimits {
             window: 4 << 20,
             handshakes_per_second: 200,
             handshakes_per_second_per_address: 20,
+            failed_handshakes_per_minute_per_address: 60,
+            tls_handshakes: 1_024,
+            tls_handshakes_per_address: 128,
         }
     }
 }
@@ -284,6 +313,8 @@ pub struct RelayTimeouts {
     pub open_wait: Duration,
     /// For a sidecar to send its hello.
     pub handshake: Duration,
+    /// For a TLS handshake, from the connection's begin.
+    pub tls_handshake: Duration,
 }
 
 impl Default for RelayTimeouts {
@@ -293,6 +324,7 @@ impl Default for RelayTimeouts {
             idle: Duration::from_secs(75),
             open_wait: Duration::from_secs(1),
             handshake: Duration::from_secs(10),
+            tls_handshake: Duration::from_secs(10),
         }
     }
 }
@@ -306,8 +338,10 @@ pub struct Sidecar {
     pub relays: Relays,
     /// How often the relays' names are resolved anew.
     pub resolve_interval: Duration,
-    /// Credential; with the embedded relay that relay's own.
+    /// What is presented to relays; `None`: nothing, and to the embedded relay what that made for it.
     pub token: Option<Secret>,
+    /// Where `token` came from, to be read anew at each dial.
+    pub token_file: Option<PathBuf>,
     /// Connections per session.
     pub lanes: usize,
     /// Data-path threads; 0: one per core.
@@ -323,8 +357,29 @@ pub struct Sidecar {
 pub enum Relays {
     /// The relay of this process, at the address it is bound to.
     Embedded,
-    /// Never empty. Without a token all are loopback.
-    Listed(Vec<HostPort>),
+    /// Never empty.
+    Listed(Vec<RelayAddress>),
+}
+
+/// A relay that is dialled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RelayAddress {
+    /// Where.
+    pub address: HostPort,
+    /// TLS; `None`: plain, which is dialled on loopback only, or with `insecure`.
+    pub tls: Option<Arc<ClientTls>>,
+    /// Plain beyond loopback: anybody on the way reads and changes everything.
+    pub insecure: bool,
+}
+
+impl RelayAddress {
+    /// Returns a relay as it is where the file gives no more than its address: plain on loopback, by TLS
+    /// elsewhere.
+    #[must_use]
+    pub fn new(address: HostPort) -> Self {
+        let tls = (!address.is_loopback()).then(Arc::default);
+        Self { address, tls, insecure: false }
+    }
 }
 
 /// Bounds of a sidecar.

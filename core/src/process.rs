@@ -137,7 +137,7 @@ pub fn run_config(
     }
     let sidecar = config.sidecar.as_ref().map(|section| {
         let sidecar = Sidecar::new(
-            sidecar_settings(section),
+            sidecar_settings(section, relay.as_deref()),
             relay_addresses(section, &sockets.addresses),
             Arc::clone(&plugins),
             Arc::clone(&metrics),
@@ -247,7 +247,7 @@ impl Process {
         let listening = admin::start(state, health, admin).map_err(RunError::Start)?;
         // The process starts once.
         let _ = self.admin.set(listening);
-        if let (Some(relay), Some(listeners), Some(tunnel)) = (&self.relay, listeners, tunnel) {
+        if let (Some(relay), Some(listeners)) = (&self.relay, listeners) {
             relay.start(&relay_shards.all, listeners, tunnel);
             relay.tell_addresses();
         }
@@ -503,10 +503,12 @@ fn threads(configured: usize) -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-fn sidecar_settings(section: &config::Sidecar) -> sidecar::Settings {
+fn sidecar_settings(section: &config::Sidecar, relay: Option<&Relay>) -> sidecar::Settings {
+    let is_embedded = section.relays == Relays::Embedded;
+    let own = relay.filter(|_| is_embedded).map(Relay::embedded_token);
     sidecar::Settings {
         name: section.name.to_string(),
-        token: section.token.as_ref().map(|token| token.expose().as_bytes().into()),
+        token: section.token.as_ref().or(own).map(|token| token.expose().as_bytes().into()),
         lanes: u32::try_from(section.lanes).unwrap_or(u32::MAX),
         lane: LaneConfig {
             exchanges_max: section.limits.exchanges_per_session,
@@ -529,7 +531,7 @@ fn windows(lane: LaneConfig, max: u64) -> LaneConfig {
 fn relay_addresses(section: &config::Sidecar, addresses: &Addresses) -> Vec<String> {
     match &section.relays {
         Relays::Embedded => addresses.tunnel.iter().map(ToString::to_string).collect(),
-        Relays::Listed(relays) => relays.iter().map(ToString::to_string).collect(),
+        Relays::Listed(relays) => relays.iter().map(|relay| relay.address.to_string()).collect(),
     }
 }
 

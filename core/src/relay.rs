@@ -13,10 +13,12 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::config::{self, Match, Route};
+use crate::credentials::Authenticator;
 use crate::metrics::{Flows, Metrics};
 use crate::plugin::lend::{Meta, Text};
 use crate::plugin::{Plugins, Protocol};
 use crate::shard::Shard;
+use crate::tls::Issued;
 use crate::tunnel::accept::Bounds;
 use crate::tunnel::pressure;
 use crate::tunnel::session::{Session, Sessions};
@@ -39,7 +41,7 @@ mod tunnels;
 pub use listen::bind;
 pub use listeners::{BindError, Prepared, Settings as EntrySettings};
 
-use bounds::{handshake_bounds, millis, session_settings};
+use bounds::{credential_rules, handshake_bounds, millis, session_settings};
 use document::{Document, refused_options};
 use entry::HttpEntry;
 use listeners::Listeners;
@@ -69,6 +71,9 @@ pub struct Relay {
     /// The HTTP front's way in, made once.
     entry: OnceLock<Arc<HttpEntry>>,
     handshakes: ArcSwap<Bounds>,
+    authenticator: Authenticator,
+    /// What is obtained by ACME.
+    issued: Arc<Issued>,
     /// Of clients, on all listeners.
     connections: AtomicUsize,
     flows: Flows,
@@ -176,6 +181,8 @@ impl Relay {
             listeners: Listeners::new(EntrySettings::of(section)),
             entry: OnceLock::new(),
             handshakes: ArcSwap::from_pointee(handshake_bounds(section)),
+            authenticator: Authenticator::new(credential_rules(section)),
+            issued: Arc::default(),
             connections: AtomicUsize::new(0),
             flows: Flows::new("relay"),
         })
@@ -198,6 +205,7 @@ impl Relay {
         self.listeners.set_settings(EntrySettings::of(section));
         self.sessions.set(session_settings(section, &self.plugins));
         self.handshakes.store(Arc::new(handshake_bounds(section)));
+        self.authenticator.set(credential_rules(section));
         self.open_wait_ms.store(millis(section.timeouts.open_wait), Ordering::Relaxed);
     }
 
@@ -220,15 +228,16 @@ impl Relay {
         self.listeners.apply(self, prepared);
     }
 
-    /// Serves clients on `listeners` and sidecars on `tunnel`.
+    /// Serves clients on `listeners`, and sidecars on `tunnel` where they have an address of their own.
     pub fn start(
         self: &Arc<Self>,
         shards: &Arc<[Shard]>,
         listeners: Prepared,
-        tunnel: std::net::TcpListener,
+        tunnel: Option<std::net::TcpListener>,
     ) {
         self.listeners.set_threads(shards);
         self.listen(listeners);
+        let Some(tunnel) = tunnel else { return };
         let (relay, threads) = (Arc::clone(self), Arc::clone(shards));
         shards[0].spawn(async move {
             match TcpListener::from_std(tunnel) {
@@ -239,6 +248,16 @@ impl Relay {
                 Err(error) => tracing::error!(%error, "the tunnel's listener is lost"),
             }
         });
+    }
+
+    /// Certificates that are obtained meanwhile.
+    pub fn issued(&self) -> &Arc<Issued> {
+        &self.issued
+    }
+
+    /// What this process's own sidecar presents.
+    pub fn embedded_token(&self) -> &config::Secret {
+        self.authenticator.embedded_token()
     }
 
     /// Tells in the log where clients reach the file's routes.

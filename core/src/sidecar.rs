@@ -539,7 +539,7 @@ impl Sidecar {
             Event::Announce(_) => {
                 tracing::warn!(relay = peer.name, "the relay sent an announcement; ignored");
             }
-            Event::Rtt(_) => {}
+            Event::Authenticate(_) | Event::Rtt(_) => {}
         }
     }
 

@@ -322,6 +322,8 @@ struct sidelane_timer_vt {
 #define SIDELANE_FAILURE_CLIENT_TIMEOUT 21u
 /* The client did not say who it is, or not truly. */
 #define SIDELANE_FAILURE_UNAUTHORIZED 22u
+/* The connection is not for the host that was asked for: TLS was agreed on for another name. */
+#define SIDELANE_FAILURE_MISDIRECTED 23u
 
 /* A failure with what a client may be told of it. */
 struct sidelane_failure {

@@ -212,6 +212,8 @@ pub enum Event {
     Announce(proto::Announce),
     /// The answer to what we announced.
     Announced(proto::Announced),
+    /// The sidecar presents another credential.
+    Authenticate(proto::Authenticate),
     /// No new exchanges on this lane.
     GoAway(proto::GoAway),
     /// The smoothed round-trip time was measured again.
@@ -604,6 +606,11 @@ impl Lane {
     /// Answers an announcement. False: it is longer than the peer accepts, and is not sent.
     pub fn announced(&mut self, announced: proto::Announced) -> bool {
         self.push_document(field::ANNOUNCED, &announced)
+    }
+
+    /// Presents another credential. False: it is longer than the peer accepts, and is not sent.
+    pub fn authenticate(&mut self, authenticate: proto::Authenticate) -> bool {
+        self.push_document(field::AUTHENTICATE, &authenticate)
     }
 
     /// Says that no new exchanges are to come on this lane: the peer's are refused with `DRAINING`

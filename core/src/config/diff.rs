@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Config, Listener, Relay, Relays, Route, Tunnel};
+use super::{Config, Listener, Route, Tunnel};
 
 /// What differs between two configurations.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -103,15 +103,6 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
 /// paths of what differed, in the file's order.
 pub fn hold_back(new: &mut Config, started: &Config) -> Vec<&'static str> {
     let mut held = Held(Vec::new());
-    // Left out beside a relay, the sidecar's token is that of the relay: one change, told once.
-    let is_relays_own = |config: &Config| {
-        let token = |relay: &Relay| relay.tunnel.token.clone();
-        config.sidecar.as_ref().map(|sidecar| {
-            sidecar.relays == Relays::Embedded
-                && sidecar.token == config.relay.as_ref().and_then(token)
-        }) == Some(true)
-    };
-    let is_token_shared = is_relays_own(new) && is_relays_own(started);
     match (&mut new.relay, &started.relay) {
         (Some(new), Some(old)) => {
             held.keep("relay.tunnel.address", &mut new.tunnel.address, &old.tunnel.address);
@@ -126,11 +117,7 @@ pub fn hold_back(new: &mut Config, started: &Config) -> Vec<&'static str> {
             held.keep("sidecar.relays", &mut new.relays, &old.relays);
             let (interval, old_interval) = (&mut new.resolve_interval, &old.resolve_interval);
             held.keep("sidecar.resolve_interval", interval, old_interval);
-            if is_token_shared {
-                new.token.clone_from(&old.token);
-            } else {
-                held.keep("sidecar.token", &mut new.token, &old.token);
-            }
+            held.keep("sidecar.token", &mut new.token, &old.token);
             held.keep("sidecar.lanes", &mut new.lanes, &old.lanes);
             held.keep("sidecar.threads", &mut new.threads, &old.threads);
             held.keep("sidecar.limits", &mut new.limits, &old.limits);

@@ -31,6 +31,19 @@ pub struct Policies {
     pub limits: RouteLimits,
     /// Compression of responses; `None`: they pass as they are.
     pub compression: Option<Compression>,
+    /// Clients are told to come by TLS only; `None`: they are not.
+    pub hsts: Option<Hsts>,
+}
+
+/// `Strict-Transport-Security` (RFC 6797), on responses over TLS.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hsts {
+    /// For how long a client remembers it; zero: it forgets.
+    pub max_age: Duration,
+    /// Subdomains too.
+    pub include_subdomains: bool,
+    /// It may be put on the lists that come with browsers.
+    pub preload: bool,
 }
 
 impl Policies {

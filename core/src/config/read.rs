@@ -333,9 +333,7 @@ impl Reader<'_> {
         }
         config.relay = root.field("relay").and_then(|field| self.relay(&field));
         let has_relay = root.field("relay").is_some();
-        config.sidecar = root
-            .field("sidecar")
-            .and_then(|field| self.sidecar(&field, has_relay, config.relay.as_ref()));
+        config.sidecar = root.field("sidecar").and_then(|field| self.sidecar(&field, has_relay));
         let tunnels_field = root.field("tunnels");
         if let Some(field) = &tunnels_field {
             let tunnels = items(field, tunnels::tunnel);
@@ -460,7 +458,9 @@ impl Reader<'_> {
             }
             let tunnel = field.and_then(|field| field.child("tunnel"));
             let tunnel = tunnel.and_then(|tunnel| tunnel.child("address"));
-            places.push((relay.tunnel.address, "relay.tunnel.address".to_owned(), tunnel));
+            if let Some(address) = relay.tunnel.address {
+                places.push((address, "relay.tunnel.address".to_owned(), tunnel));
+            }
         }
         for (key, address) in [("health", config.health), ("admin", config.admin)] {
             if let Some(address) = address {

@@ -9,9 +9,8 @@ use serde_json::{Value as Json, json};
 
 use super::policy::{HeaderChanges, Policies, Rate};
 use super::{
-    Balance, Carries, Config, HealthCheck, HostPort, HttpVersion, LogFormat, Plugins, Probe,
-    ProxyVersion, Relay, Relays, Route, Secret, Share, Sidecar, Tunnel, duration_text,
-    network_text, size_text,
+    Balance, Carries, Config, HealthCheck, HttpVersion, LogFormat, Plugins, Probe, ProxyVersion,
+    Relay, Relays, Route, Secret, Share, Sidecar, Tunnel, duration_text, network_text, size_text,
 };
 
 type Map = serde_json::Map<String, Json>;
@@ -104,7 +103,7 @@ impl Sidecar {
             "name": self.name.as_ref(),
             "relays": match &self.relays {
                 Relays::Embedded => Json::Null,
-                Relays::Listed(relays) => relays.iter().map(HostPort::to_string).collect(),
+                Relays::Listed(relays) => relays.iter().map(|relay| relay.address.to_string()).collect(),
             },
             "resolve_interval": duration_text(self.resolve_interval),
             "token": masked(self.token.as_ref()),
@@ -137,6 +136,7 @@ impl Tunnel {
             "http_version": match self.http_version {
                 HttpVersion::Http1 => 1,
                 HttpVersion::Http2 => 2,
+                HttpVersion::Auto => 0,
             },
             "pool": {
                 "idle_timeout": self.pool.idle_timeout.map(duration_text),

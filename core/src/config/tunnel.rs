@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::HostPort;
+use super::tls::ClientTls;
 
 /// A name for a service's end.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -18,6 +19,8 @@ pub struct Tunnel {
     pub protocols: Option<Vec<Arc<str>>>,
     /// For a connection to the service.
     pub connect_timeout: Duration,
+    /// TLS to the service; `None`: plain.
+    pub tls: Option<Arc<ClientTls>>,
     /// What HTTP requests are sent by.
     pub http_version: HttpVersion,
     /// Connections to the service that plugins keep.
@@ -57,8 +60,10 @@ pub enum HttpVersion {
     /// HTTP/1.1.
     #[default]
     Http1,
-    /// HTTP/2 by prior knowledge (RFC 9113 §3.3).
+    /// HTTP/2; without TLS by prior knowledge (RFC 9113 §3.3).
     Http2,
+    /// What the service chooses by ALPN, HTTP/2 before HTTP/1.1; with TLS only.
+    Auto,
 }
 
 /// Connections to a service that plugins keep; `None`: as the plugin's own block says.

@@ -254,6 +254,7 @@ fn every_policy_has_its_line() {
         response_headers: HeaderChanges { remove: vec![name("server")], ..Default::default() },
         rewrite: Rewrite { host: Some("app".into()), path_prefix: Some("".into()) },
         redirect: None,
+        hsts: None,
         basic_auth: Some(BasicAuth {
             realm: "Shop".into(),
             users: vec![("alice".into(), "$2y$05$hash".into())],

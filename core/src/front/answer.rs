@@ -68,6 +68,9 @@ impl Refusal {
             failure::UNSUPPORTED => (StatusCode::NOT_IMPLEMENTED, "not supported"),
             failure::CLIENT_TIMEOUT => (StatusCode::REQUEST_TIMEOUT, "the client was too slow"),
             failure::UNAUTHORIZED => (StatusCode::UNAUTHORIZED, "who asks is not known here"),
+            failure::MISDIRECTED => {
+                (StatusCode::MISDIRECTED_REQUEST, "this connection is for another host")
+            }
             // Whatever else ended it lies beyond this relay.
             _ => (StatusCode::BAD_GATEWAY, "the exchange ended without a response"),
         };
@@ -133,7 +136,7 @@ mod tests {
 
     #[test]
     fn every_code_has_an_error_status() {
-        for code in failure::CANCELLED..=failure::UNAUTHORIZED {
+        for code in failure::CANCELLED..=failure::MISDIRECTED {
             let answer = Refusal::of_code(code);
             assert!(answer.status.as_u16() >= 400, "{}", failure::name(code));
             assert_eq!(answer.headers()[X_SIDELANE_ERROR], failure::name(code));

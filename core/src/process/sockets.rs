@@ -31,7 +31,7 @@ impl Sockets {
         let mut tunnel = None;
         if let (Some(section), Some(relay)) = (&config.relay, relay) {
             listeners = Some(bind_listeners(config, relay, threads)?);
-            tunnel = Some(bind_one(config, "relay.tunnel", section.tunnel.address)?);
+            tunnel = bind_some(config, "relay.tunnel", section.tunnel.address)?;
         }
         let health = bind_some(config, "health", config.health)?;
         let admin = bind_some(config, "admin", config.admin)?;

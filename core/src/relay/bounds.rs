@@ -5,6 +5,7 @@ use std::time::Duration;
 use sidelane_tunnel::{LaneConfig, Side};
 
 use crate::config;
+use crate::credentials::Rules;
 use crate::plugin::Plugins;
 use crate::tunnel::accept::Bounds;
 use crate::tunnel::session::Settings;
@@ -20,7 +21,6 @@ pub(super) fn session_settings(section: &config::Relay, plugins: &Plugins) -> Se
     let lane = LaneConfig::new(Side::Relay);
     let window_max = limits.window;
     Settings {
-        token: section.tunnel.token.as_ref().map(|token| token.expose().as_bytes().into()),
         sessions_max: limits.sessions,
         lanes_max: u32::try_from(limits.lanes_per_session).unwrap_or(u32::MAX),
         lane: LaneConfig {
@@ -31,6 +31,16 @@ pub(super) fn session_settings(section: &config::Relay, plugins: &Plugins) -> Se
             ..lane
         },
         protocols: plugins.types(),
+    }
+}
+
+/// Who is let in.
+pub(super) fn credential_rules(section: &config::Relay) -> Rules {
+    let clients = section.tunnel.tls.as_ref().and_then(|tls| tls.clients.as_ref());
+    Rules {
+        token: section.tunnel.token.clone(),
+        credentials: section.credentials.clone(),
+        authorities: clients.map(|clients| clients.authorities.clone()),
     }
 }
 

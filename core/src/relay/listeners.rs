@@ -339,6 +339,8 @@ mod tests {
             carries: Carries::Http,
             proxy_protocol: false,
             balance: Balance::Kernel,
+            tls: None,
+            https_redirect: None,
         })
     }
 

@@ -14,6 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 
 use super::Relay;
+use crate::credentials::Presented;
 use crate::error::chain;
 use crate::plugin::lend::Reset;
 use crate::shard::Shard;
@@ -121,8 +122,12 @@ async fn shake_hands(
     let local =
         stream.local_addr().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |address| address.ip());
     let shard_of = |id: &SessionId, lane: u32| (usize::from(id[0]) + lane as usize) % shards.len();
-    let admitted =
-        relay.sessions.admit(&hello, peer, local, |id, lane| shards[shard_of(id, lane)].index);
+    let presented = Presented { credential: &hello.credential, chain: &[], peer: peer.ip(), local };
+    let authenticated = relay.authenticator.authenticate(presented).await;
+    let admitted = authenticated.map_err(|error| error.refusal()).and_then(|authenticated| {
+        let shard_index = |id: &SessionId, lane| shards[shard_of(id, lane)].index;
+        relay.sessions.admit(&hello, authenticated, peer, shard_index)
+    });
     let admitted = match admitted {
         Ok(admitted) => admitted,
         Err(refuse) => {
@@ -228,6 +233,6 @@ fn handle_event(relay: &Arc<Relay>, session: &Arc<Session>, link: &Arc<Link>, ev
         }
         // Exchanges opened by a sidecar are reserved.
         Event::Opened { key, .. } => link.refuse(key, Reset::new(failure::UNSUPPORTED)),
-        Event::Announced(_) | Event::Rtt(_) => {}
+        Event::Announced(_) | Event::Authenticate(_) | Event::Rtt(_) => {}
     }
 }

@@ -391,6 +391,7 @@ mod tests {
             service: ServiceAddress::Tcp(HostPort { host: "127.0.0.1".into(), port: 1 }),
             protocols: None,
             connect_timeout: Duration::from_secs(1),
+            tls: None,
             http_version: HttpVersion::Http1,
             pool: Pool::default(),
             proxy_protocol: None,

@@ -171,7 +171,7 @@ impl Service for ServiceHandle {
         ServiceSettings {
             shared: tunnel.proxy_protocol.is_none(),
             http_version: match tunnel.http_version {
-                HttpVersion::Http1 => 1,
+                HttpVersion::Http1 | HttpVersion::Auto => 1,
                 HttpVersion::Http2 => 2,
             },
             retries: self.asked.retries.as_ref().map_or(0, |retries| retries.attempts),

@@ -1,8 +1,8 @@
 //! The relay's registry of sessions: who is connected, with which lanes, serving what.
 //!
-//! Knows credentials and bounds; what an announcement means is the relay's business.
+//! Knows bounds and who was let in; what an announcement means is the relay's business.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -15,6 +15,7 @@ use sidelane_abi::failure;
 use sidelane_tunnel::{Lane, LaneConfig, OpenError, ProtocolTable, RequestId, proto};
 
 use super::{Link, RecvHalf, SendHalf};
+use crate::credentials::{Authenticated, Grant};
 use crate::metrics::Flow;
 use crate::random;
 
@@ -33,8 +34,6 @@ const RETRY_AFTER_FULL_MS: u32 = 5_000;
 /// What the registry is bounded by, and how lanes are set up.
 #[derive(Clone)]
 pub struct Settings {
-    /// Accepted credential; `None`: only peers on loopback, and only on a loopback listener.
-    pub token: Option<Arc<[u8]>>,
     /// Sessions at once.
     pub sessions_max: usize,
     /// Lanes of one session.
@@ -59,6 +58,8 @@ pub struct Session {
     pub since: Instant,
     /// Where its first lane came from.
     pub peer: SocketAddr,
+    /// Who it is, by what its last hello presented.
+    authenticated: ArcSwap<Authenticated>,
     /// Numbers of the protocol types that both ends carry.
     pub protocols: ProtocolTable,
     secret: [u8; 32],
@@ -81,6 +82,12 @@ impl std::fmt::Debug for Session {
 }
 
 impl Session {
+    /// Who the sidecar is, and what it may claim.
+    #[must_use]
+    pub fn grant(&self) -> Arc<Grant> {
+        Arc::clone(&self.authenticated.load().grant)
+    }
+
     /// Lanes that are up.
     #[must_use]
     pub fn lanes(&self) -> Arc<Vec<Arc<Link>>> {
@@ -232,23 +239,22 @@ impl Sessions {
         self.by_id.iter().map(|entry| Arc::clone(&entry)).collect()
     }
 
-    /// Decides on a hello. `shard_of` says which thread drives the given lane number.
+    /// Decides on the hello of a sidecar that is known. `shard_of` says which thread drives the given lane number.
     ///
     /// # Errors
     /// The refusal to send.
     pub fn admit(
         &self,
         hello: &proto::Hello,
+        authenticated: Authenticated,
         peer: SocketAddr,
-        local: IpAddr,
         shard_of: impl FnOnce(&SessionId, u32) -> usize,
     ) -> Result<Admitted, proto::Refuse> {
         let settings = self.settings.load();
-        check_credential(&settings, &hello.credential, peer.ip(), local)?;
         if hello.session.is_empty() {
-            self.begin(&settings, hello, peer, shard_of)
+            self.begin(&settings, hello, authenticated, peer, shard_of)
         } else {
-            self.join(&settings, hello, shard_of)
+            self.join(&settings, hello, authenticated, shard_of)
         }
     }
 
@@ -256,6 +262,7 @@ impl Sessions {
         &self,
         settings: &Settings,
         hello: &proto::Hello,
+        authenticated: Authenticated,
         peer: SocketAddr,
         shard_of: impl FnOnce(&SessionId, u32) -> usize,
     ) -> Result<Admitted, proto::Refuse> {
@@ -284,6 +291,7 @@ impl Sessions {
             epoch: self.epochs.fetch_add(1, Ordering::Relaxed) + 1,
             since: Instant::now(),
             peer,
+            authenticated: ArcSwap::from_pointee(authenticated),
             protocols: ProtocolTable::parse(&hello.protocols)
                 .map_err(|error| refuse(proto::RefuseReason::Malformed, error.to_string(), 0))?,
             secret: random::bytes(),
@@ -316,6 +324,7 @@ impl Sessions {
         &self,
         settings: &Settings,
         hello: &proto::Hello,
+        authenticated: Authenticated,
         shard_of: impl FnOnce(&SessionId, u32) -> usize,
     ) -> Result<Admitted, proto::Refuse> {
         let unknown = || {
@@ -328,9 +337,11 @@ impl Sessions {
         let id: SessionId = hello.session.as_ref().try_into().map_err(|_| unknown())?;
         let session =
             self.by_id.get(&id).map(|session| Arc::clone(&session)).ok_or_else(unknown)?;
-        if !same_secret(&session.secret, &hello.secret) {
+        let is_same_principal = session.grant().principal == authenticated.grant.principal;
+        if !same_secret(&session.secret, &hello.secret) || !is_same_principal {
             return Err(unknown());
         }
+        session.authenticated.store(Arc::new(authenticated));
         let protocols = answer_protocols(settings, &session)?;
         let link = self.add_lane(settings, &session, shard_of)?;
         let welcome = self.welcome(settings, &session, &link, &protocols);
@@ -416,29 +427,6 @@ fn answer_protocols(
         .map_err(|error| refuse(proto::RefuseReason::Malformed, error.to_string(), 0))
 }
 
-fn check_credential(
-    settings: &Settings,
-    credential: &[u8],
-    peer: IpAddr,
-    local: IpAddr,
-) -> Result<(), proto::Refuse> {
-    let accepted = match &settings.token {
-        Some(token) => same_secret(token, credential),
-        None => peer.to_canonical().is_loopback() && local.to_canonical().is_loopback(),
-    };
-    if accepted {
-        return Ok(());
-    }
-    let detail = match (&settings.token, credential.is_empty()) {
-        (Some(_), true) => "this relay wants a token and the hello has none; set sidecar.token",
-        (Some(_), false) => "the token is not the one this relay accepts",
-        (None, _) => {
-            "this relay has no relay.tunnel.token, so it accepts sidecars over loopback only"
-        }
-    };
-    Err(refuse(proto::RefuseReason::Credential, detail.to_owned(), 0))
-}
-
 /// Compares by digest: the time it takes says nothing of where the two differ.
 fn same_secret(ours: &[u8], theirs: &[u8]) -> bool {
     Sha256::digest(ours) == Sha256::digest(theirs)
@@ -446,16 +434,16 @@ fn same_secret(ours: &[u8], theirs: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
+    use std::net::{IpAddr, Ipv4Addr};
 
     use super::*;
+    use crate::config::credentials::Claims;
+    use crate::credentials::Proof;
 
     const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-    const OUTSIDE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 7));
 
-    fn settings(token: Option<&str>) -> Settings {
+    fn settings() -> Settings {
         Settings {
-            token: token.map(|token| token.as_bytes().into()),
             sessions_max: 2,
             lanes_max: 2,
             lane: LaneConfig::default(),
@@ -478,7 +466,9 @@ mod tests {
         hello: &proto::Hello,
         peer: IpAddr,
     ) -> Result<Admitted, proto::Refuse> {
-        sessions.admit(hello, SocketAddr::new(peer, 4711), LOOPBACK, |_, lane| lane as usize)
+        let grant = Grant { principal: "p".into(), claims: Claims::everything(), expires: None };
+        let known = Authenticated { grant: Arc::new(grant), proof: Proof::Loopback };
+        sessions.admit(hello, known, SocketAddr::new(peer, 4711), |_, lane| lane as usize)
     }
 
     fn reason(result: Result<Admitted, proto::Refuse>) -> proto::RefuseReason {
@@ -486,26 +476,8 @@ mod tests {
     }
 
     #[test]
-    fn without_a_token_only_loopback_is_let_in() {
-        let sessions = Sessions::new(settings(None));
-        assert!(admit(&sessions, &hello(1), LOOPBACK).is_ok());
-        assert_eq!(reason(admit(&sessions, &hello(2), OUTSIDE)), proto::RefuseReason::Credential);
-    }
-
-    #[test]
-    fn only_the_token_opens() {
-        let sessions = Sessions::new(settings(Some("open sesame")));
-        let mut hello = hello(1);
-        assert_eq!(reason(admit(&sessions, &hello, LOOPBACK)), proto::RefuseReason::Credential);
-        hello.credential = b"open sesam"[..].into();
-        assert_eq!(reason(admit(&sessions, &hello, LOOPBACK)), proto::RefuseReason::Credential);
-        hello.credential = b"open sesame"[..].into();
-        assert!(admit(&sessions, &hello, OUTSIDE).is_ok());
-    }
-
-    #[test]
     fn a_further_lane_needs_the_sessions_secret() {
-        let sessions = Sessions::new(settings(None));
+        let sessions = Sessions::new(settings());
         let first = admit(&sessions, &hello(1), LOOPBACK).unwrap();
         let mut further = hello(1);
         further.session = first.welcome.session.clone();
@@ -523,7 +495,7 @@ mod tests {
 
     #[test]
     fn a_newer_session_replaces_the_instances_older_one() {
-        let sessions = Sessions::new(settings(None));
+        let sessions = Sessions::new(settings());
         let old = admit(&sessions, &hello(1), LOOPBACK).unwrap();
         let new = admit(&sessions, &hello(1), LOOPBACK).unwrap();
         assert!(Arc::ptr_eq(&new.replaced.expect("replaced"), &old.session));
@@ -537,7 +509,7 @@ mod tests {
 
     #[test]
     fn a_session_has_no_more_exchanges_than_its_limit_over_all_lanes() {
-        let mut settings = settings(None);
+        let mut settings = settings();
         settings.lane.exchanges_max = 2;
         let sessions = Sessions::new(settings);
         let first = admit(&sessions, &hello(1), LOOPBACK).unwrap();
@@ -558,7 +530,7 @@ mod tests {
 
     #[test]
     fn a_refused_hello_leaves_no_session_behind() {
-        let mut settings = settings(None);
+        let mut settings = settings();
         settings.protocols = vec!["HTTP".into(), "no name".into()];
         let sessions = Sessions::new(settings);
         assert_eq!(reason(admit(&sessions, &hello(1), LOOPBACK)), proto::RefuseReason::Malformed);
@@ -567,7 +539,7 @@ mod tests {
 
     #[test]
     fn sessions_are_bounded() {
-        let sessions = Sessions::new(settings(None));
+        let sessions = Sessions::new(settings());
         let _held = (admit(&sessions, &hello(1), LOOPBACK), admit(&sessions, &hello(2), LOOPBACK));
         assert_eq!(reason(admit(&sessions, &hello(3), LOOPBACK)), proto::RefuseReason::Overloaded);
     }

@@ -55,6 +55,8 @@ const TABLE: &[Row] = &[
     row(failure::UNSUPPORTED, UNIMPLEMENTED, "not supported"),
     row(failure::CLIENT_TIMEOUT, DEADLINE_EXCEEDED, "the client took too long"),
     row(failure::UNAUTHORIZED, UNAUTHENTICATED, "who asks is not known here"),
+    // On a connection of its own the call may go through.
+    row(failure::MISDIRECTED, UNAVAILABLE, "this connection is for another host"),
 ];
 
 /// Returns the status of a stream that was reset with `code` (PROTOCOL-HTTP2.md, "Errors").

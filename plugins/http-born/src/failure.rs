@@ -53,6 +53,7 @@ const TABLE: &[Row] = &[
     row(failure::UNSUPPORTED, 501, "not supported"),
     row(failure::CLIENT_TIMEOUT, 408, "the client took too long"),
     row(failure::UNAUTHORIZED, 401, "who asks is not known here"),
+    row(failure::MISDIRECTED, 421, "this connection is for another host"),
 ];
 
 /// A failure in HTTP's words.

@@ -297,6 +297,8 @@ pub mod failure {
     pub const CLIENT_TIMEOUT: u32 = 21;
     /// The client did not say who it is, or not truly.
     pub const UNAUTHORIZED: u32 = 22;
+    /// The connection is not for the host that was asked for: TLS was agreed on for another name.
+    pub const MISDIRECTED: u32 = 23;
 
     /// Returns the code's name as it stands in logs, metrics and `x-sidelane-error`.
     #[must_use]
@@ -325,6 +327,7 @@ pub mod failure {
             UNSUPPORTED => "unsupported",
             CLIENT_TIMEOUT => "client-timeout",
             UNAUTHORIZED => "unauthorized",
+            MISDIRECTED => "misdirected",
             _ => "unknown",
         }
     }

@@ -202,6 +202,7 @@ fn http_status(code: u32) -> u16 {
         failure::TOO_LARGE => 413,
         failure::BAD_REQUEST => 400,
         failure::UNAUTHORIZED => 401,
+        failure::MISDIRECTED => 421,
         failure::FORBIDDEN => 403,
         failure::CLIENT_TIMEOUT => 408,
         failure::INTERNAL => 500,

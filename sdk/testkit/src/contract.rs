@@ -377,7 +377,7 @@ fn check_refusing_service(kit: &mut Kit, protocol: u32) -> Result<(), String> {
 }
 
 fn check_refuse(kit: &mut Kit, protocol: u32, born: u32) -> Result<(), String> {
-    for code in failure::CANCELLED..=failure::UNAUTHORIZED {
+    for code in failure::CANCELLED..=failure::MISDIRECTED {
         let failure = TestFailure::new(code);
         if born == abi::born::HTTP {
             for method in ["GET", "HEAD"] {

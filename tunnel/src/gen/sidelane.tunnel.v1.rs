@@ -19,7 +19,7 @@ pub struct TunnelMessage {
     pub open: ::core::option::Option<Open>,
     #[prost(
         oneof = "tunnel_message::Payload",
-        tags = "9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 48, 49, 50, 51"
+        tags = "9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 48, 49, 50, 51"
     )]
     pub payload: ::core::option::Option<tunnel_message::Payload>,
 }
@@ -78,6 +78,8 @@ pub mod tunnel_message {
         Announce(super::Announce),
         #[prost(message, tag = "42")]
         Announced(super::Announced),
+        #[prost(message, tag = "43")]
+        Authenticate(super::Authenticate),
         /// Control of an exchange (request_id set).
         #[prost(message, tag = "48")]
         Window(super::Window),
@@ -346,6 +348,13 @@ pub struct GoAway {
     pub code: u32,
     #[prost(string, tag = "2")]
     pub detail: ::prost::alloc::string::String,
+}
+/// A fresh credential for the session, which the relay takes in place of the one of the last hello: a
+/// signed token that ends soon is renewed by it. One that is not accepted changes nothing.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Authenticate {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub credential: ::prost::bytes::Bytes,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Announce {

@@ -41,7 +41,9 @@ impl Lane {
     fn handle(&mut self, envelope: Envelope) -> Result<(), LaneError> {
         let number = envelope.field;
         match (envelope.request_id, number) {
-            (None, field::HELLO..=field::ANNOUNCED) => self.handle_lane(number, &envelope.payload),
+            (None, field::HELLO..=field::AUTHENTICATE) => {
+                self.handle_lane(number, &envelope.payload)
+            }
             (Some(id), 0..=field::CUSTOM) => {
                 // Reserved, and never negotiated: may be dropped, and is not counted.
                 if envelope.flags & FLAG_DATAGRAM != 0 {
@@ -92,6 +94,10 @@ impl Lane {
             field::ANNOUNCED => {
                 self.received += 1;
                 self.push_event(Event::Announced(decode(number, payload)?))?;
+            }
+            field::AUTHENTICATE => {
+                self.received += 1;
+                self.push_event(Event::Authenticate(decode(number, payload)?))?;
             }
             field => return Err(LaneError::Unexpected { field }),
         }

@@ -291,7 +291,7 @@ pub(super) fn unlikely(
     }
     if let (Some(Sidecar { relays: Relays::Listed(relays), .. }), Some(field)) =
         (&config.sidecar, sidecar.and_then(|field| field.child("resolve_interval")))
-        && relays.iter().all(|relay| relay.host.parse::<std::net::IpAddr>().is_ok())
+        && relays.iter().all(|relay| relay.address.host.parse::<std::net::IpAddr>().is_ok())
     {
         field.warn("has no effect: no relay is given by a name");
     }

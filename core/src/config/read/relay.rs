@@ -8,6 +8,7 @@ use super::{
     RELAY_TUNNEL_KEYS, Reader, THREADS_MAX, TUNNEL_ADDRESS, WEB_ADDRESS, arcs, items, networks,
     size, timeout, twice, unique,
 };
+use crate::config::credentials::Credentials;
 use crate::config::raw::{Field, Section};
 use crate::config::{
     Balance, Carries, Listener, Relay, RelayLimits, RelayTimeouts, RelayTunnel, value,
@@ -26,11 +27,21 @@ impl Reader<'_> {
                 carries: Carries::Http,
                 proxy_protocol: false,
                 balance: Balance::Kernel,
+                tls: None,
+                https_redirect: None,
             })],
             base_domains: vec!["localhost".into()],
             trusted_proxies: Vec::new(),
             max_connection_age: None,
-            tunnel: RelayTunnel { address: TUNNEL_ADDRESS, token: None },
+            tunnel: RelayTunnel {
+                address: Some(TUNNEL_ADDRESS),
+                listener: None,
+                tls: None,
+                insecure: false,
+                token: None,
+            },
+            credentials: Credentials::default(),
+            acme: None,
             threads: 0,
             limits: RelayLimits::default(),
             timeouts: RelayTimeouts::default(),
@@ -79,17 +90,17 @@ impl Reader<'_> {
     }
 
     fn relay_tunnel(&mut self, section: &Section<'_>, tunnel: &mut RelayTunnel) {
-        section.set("address", &mut tunnel.address, |f| f.parse(value::socket_address));
+        section.set("address", &mut tunnel.address, |f| f.parse(value::socket_address).map(Some));
         let as_written = self.token(section, &mut tunnel.token);
         if as_written
             && tunnel.token.is_none()
-            && !tunnel.address.ip().is_loopback()
+            && let Some(address) = tunnel.address.filter(|address| !address.ip().is_loopback())
             && let Some(field) = section.field("address")
         {
             field.fail(format!(
                 "{} is open to others and asks for no token (accepted: a loopback address, or one \
                  of token, token_file, token_env beside it)",
-                tunnel.address
+                address
             ));
         }
     }
@@ -140,7 +151,15 @@ fn listener(field: &Field<'_>) -> Option<Listener> {
     section.set("balance", &mut balance, |f| {
         f.one_of(&[("kernel", Balance::Kernel), ("exact", Balance::Exact)])
     });
-    Some(Listener { name: name?, address: address?, carries, proxy_protocol, balance })
+    Some(Listener {
+        name: name?,
+        address: address?,
+        carries,
+        proxy_protocol,
+        balance,
+        tls: None,
+        https_redirect: None,
+    })
 }
 
 fn relay_limits(field: &Field<'_>, limits: &mut RelayLimits) {

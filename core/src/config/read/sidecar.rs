@@ -7,24 +7,20 @@ use super::{
     SIDECAR_TIMEOUTS_KEYS, THREADS_MAX, host_name, size, timeout,
 };
 use crate::config::raw::Field;
-use crate::config::{Relay, Relays, Sidecar, SidecarLimits, SidecarTimeouts, value};
+use crate::config::{RelayAddress, Relays, Sidecar, SidecarLimits, SidecarTimeouts, value};
 
 /// Shortest time between two look-ups: a name service is asked by all sidecars.
 const RESOLVE_INTERVAL_MIN: Duration = Duration::from_secs(1);
 
 impl Reader<'_> {
-    pub(super) fn sidecar(
-        &mut self,
-        field: &Field<'_>,
-        has_relay: bool,
-        relay: Option<&Relay>,
-    ) -> Option<Sidecar> {
+    pub(super) fn sidecar(&mut self, field: &Field<'_>, has_relay: bool) -> Option<Sidecar> {
         let section = field.section(SIDECAR_KEYS)?;
         let mut sidecar = Sidecar {
             name: host_name(),
             relays: Relays::Embedded,
             resolve_interval: RESOLVE_INTERVAL,
             token: None,
+            token_file: None,
             lanes: LANES,
             threads: 1,
             limits: SidecarLimits::default(),
@@ -47,7 +43,8 @@ impl Reader<'_> {
                              addresses, or one of token, token_file, token_env)"
                         ));
                     }
-                    sidecar.relays = Relays::Listed(listed);
+                    let listed = listed.into_iter().map(RelayAddress::new);
+                    sidecar.relays = Relays::Listed(listed.collect());
                 }
             }
             None if section.is_mistyped("relays") => {}
@@ -55,11 +52,7 @@ impl Reader<'_> {
                 "`relays` is missing (accepted: a list of host:port; only beside a `relay` section \
                  it may be left out)",
             ),
-            None => {
-                if sidecar.token.is_none() {
-                    sidecar.token = relay.and_then(|relay| relay.tunnel.token.clone());
-                }
-            }
+            None => {}
         }
         section.set("resolve_interval", &mut sidecar.resolve_interval, |f| {
             timeout(f, RESOLVE_INTERVAL_MIN)

@@ -59,6 +59,7 @@ pub(super) fn tunnel(field: &Field<'_>) -> Option<Tunnel> {
         service: service?,
         protocols,
         connect_timeout,
+        tls: None,
         http_version,
         pool,
         proxy_protocol,

@@ -52,7 +52,7 @@ async fn ask(tunnel: &Tunnel, probe: &Probe) -> Result<(), String> {
         Probe::Http { path, host } => {
             let host = host.as_deref().map_or_else(|| authority(tunnel), ToOwned::to_owned);
             let status = match tunnel.http_version {
-                HttpVersion::Http1 => http1_status(stream, path, &host).await?,
+                HttpVersion::Http1 | HttpVersion::Auto => http1_status(stream, path, &host).await?,
                 HttpVersion::Http2 => http2_status(stream, path, &host).await?,
             };
             let is_good = status.is_success() || status.is_redirection();
@@ -290,6 +290,7 @@ mod tests {
             service,
             protocols: None,
             connect_timeout: Duration::from_secs(5),
+            tls: None,
             http_version: HttpVersion::Http1,
             pool: Pool::default(),
             proxy_protocol: None,

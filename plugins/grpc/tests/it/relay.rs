@@ -199,7 +199,7 @@ fn codes() -> Vec<u32> {
     (1..).take_while(|code| failure::name(*code) != "unknown").collect()
 }
 
-const STATUSES: [(u32, &str); 22] = [
+const STATUSES: [(u32, &str); 23] = [
     (failure::CANCELLED, "1"),
     (failure::NO_ROUTE, "12"),
     (failure::NO_SIDECAR, "14"),
@@ -222,6 +222,7 @@ const STATUSES: [(u32, &str); 22] = [
     (failure::UNSUPPORTED, "12"),
     (failure::CLIENT_TIMEOUT, "4"),
     (failure::UNAUTHORIZED, "16"),
+    (failure::MISDIRECTED, "14"),
 ];
 
 #[test]
