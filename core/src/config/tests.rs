@@ -237,13 +237,17 @@ fn a_route_has_every_policy_that_is_announced() {
 }
 
 #[test]
-fn a_token_waits_for_a_restart() {
+fn a_token_waits_for_nothing() {
     let both = |token: &str| {
-        good(&format!("version: 1\nrelay: {{ tunnel: {{ token: {token} }} }}\nsidecar: {{}}\n"))
+        good(&format!(
+            "version: 1\nrelay: {{ tunnel: {{ token: {token} }} }}\nsidecar: {{ token: {token} }}\n"
+        ))
     };
     let (old, mut new) = (both("a-token-of-the-tests"), both("another-token-of-tests"));
-    assert_eq!(hold_back(&mut new, &old), ["relay.tunnel.token"]);
-    assert_eq!(new.sidecar, old.sidecar);
+    assert_eq!(hold_back(&mut new, &old), [""; 0]);
+    let changes = diff(&old, &new);
+    assert_eq!(changes.relay, ["relay.tunnel.token"]);
+    assert_eq!(changes.sidecar, ["sidecar.token"]);
 }
 
 #[test]
@@ -337,7 +341,7 @@ fn secrets_are_masked_everywhere() {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("secret"), "f1le-s3cret-0123456\n").unwrap();
     let text = "version: 1
-relay: { tunnel: { address: \"0.0.0.0:1\", token: \"${TOKEN}\" } }
+relay: { tunnel: { address: \"0.0.0.0:1\", insecure: true, token: \"${TOKEN}\" } }
 sidecar: { token_file: secret }
 routes:
   - { subdomain: a, tunnel: t, options: { HTTP: { x: \"${file:secret}\", password: pl4in } } }
