@@ -5,6 +5,8 @@ use serde_json::json;
 
 use super::*;
 
+mod files;
+
 const FILE: &str = "/etc/sidelane/test.yaml";
 
 fn source(text: &str) -> Source {
@@ -43,10 +45,12 @@ fn broken_files_are_told_with_place_value_and_what_is_accepted() {
     let mut blessed = String::new();
     let mut vague = Vec::new();
     let mut cases = 0;
+    let directory = files::directory();
     for case in text.split("=== ").skip(1) {
         let (title, rest) = case.split_once('\n').unwrap();
         let (file, expected) = rest.split_once("---\n").unwrap();
-        let Err(errors) = parse(&source(file), &env) else { panic!("no error: {title}") };
+        let source = Source::from_text(&directory.path().join("test.yaml"), file);
+        let Err(errors) = parse(&source, &env) else { panic!("no error: {title}") };
         for error in errors.errors() {
             let told = error.message.contains("accepted: ");
             let said = NOT_ASKED.iter().any(|text| error.message.contains(text));
@@ -55,7 +59,7 @@ fn broken_files_are_told_with_place_value_and_what_is_accepted() {
                 vague.push(format!("{title}: {error}"));
             }
         }
-        let report = errors.report().replace("/etc/sidelane/", "");
+        let report = errors.report().replace(&format!("{}/", directory.path().display()), "");
         write!(blessed, "=== {title}\n{file}---\n{report}\n").unwrap();
         if std::env::var_os("SIDELANE_BLESS").is_none() {
             assert_eq!(report.trim_end(), expected.trim_end(), "case: {title}");
