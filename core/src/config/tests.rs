@@ -6,6 +6,7 @@ use serde_json::json;
 use super::*;
 
 mod files;
+mod tls;
 
 const FILE: &str = "/etc/sidelane/test.yaml";
 
