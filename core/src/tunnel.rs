@@ -11,6 +11,7 @@ mod exchange;
 mod link;
 pub mod pressure;
 pub mod session;
+pub mod transport;
 
 pub use drive::{LaneEnd, drive};
 pub use exchange::{RecvHalf, SendHalf};
