@@ -288,12 +288,12 @@ impl Transport {
 
     /// The other end's certificates, its own first; empty: it has shown none.
     #[must_use]
-    pub fn chain(&self) -> &[CertificateDer<'static>] {
+    pub fn peer_chain(&self) -> &[CertificateDer<'static>] {
         &self.chain
     }
 
     /// Forgets the other end's certificates: a lane has no use for them.
-    pub fn forget_chain(&mut self) {
+    pub fn forget_peer_chain(&mut self) {
         self.chain = Vec::new();
     }
 
