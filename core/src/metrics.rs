@@ -28,6 +28,7 @@ mod plugins;
 mod process;
 mod routes;
 mod sidecar;
+mod tls;
 
 pub use ended::Ended;
 
@@ -37,6 +38,7 @@ use plugins::PluginMetrics;
 pub use routes::RouteMetrics;
 use routes::{RouteFamilies, RouteLabel, StatusLabels, TIMED_ROUTES_MAX};
 pub use sidecar::SidecarMetrics;
+pub use tls::TlsMetrics;
 
 /// Most names of routes, and of tunnels, that have rows of their own; later ones share [`OTHER`].
 /// Sidecars announce names, and announce others later: bounds the memory they can take in a relay.
@@ -166,6 +168,8 @@ pub struct Metrics {
     quarantined: Family<PluginLabels, Gauge>,
     /// What the sidecar's end counts beside exchanges.
     pub sidecar: SidecarMetrics,
+    /// What is counted of TLS.
+    pub tls: TlsMetrics,
     /// Set where somebody follows what ends.
     followed: OnceLock<broadcast::Sender<Arc<Ended>>>,
 }
@@ -220,6 +224,7 @@ impl Metrics {
             generations: Family::default(),
             quarantined: Family::default(),
             sidecar: SidecarMetrics::default(),
+            tls: TlsMetrics::default(),
             followed: OnceLock::new(),
             registry,
         };
@@ -332,6 +337,7 @@ impl Metrics {
             self.quarantined.clone(),
         );
         self.sidecar.register(r);
+        self.tls.register(r);
     }
 
     /// Makes the rows of what is known beforehand, so that a rate over the first event is seen.

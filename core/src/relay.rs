@@ -30,12 +30,14 @@ mod explain;
 mod listen;
 mod listeners;
 mod open;
+mod plain;
 mod policy;
 mod proxy_header;
 mod public;
 mod routing;
 mod stream;
 mod summary;
+mod tls;
 mod tunnels;
 
 pub use listen::bind;
@@ -47,6 +49,7 @@ use door::Door;
 use entry::HttpEntry;
 use listeners::Listeners;
 use routing::Routing;
+use tls::Handshakes;
 
 /// How long a name that a lost sidecar announced answers 503 (come back) before it answers 404
 /// (never heard of it). Longer than a rollout of a Deployment with its images to pull.
@@ -76,6 +79,8 @@ pub struct Relay {
     authenticator: Authenticator,
     /// What is obtained by ACME.
     issued: Arc<Issued>,
+    /// Under way, on listeners of clients.
+    tls_handshakes: Arc<Handshakes>,
     /// Of clients, on all listeners.
     connections: AtomicUsize,
     flows: Flows,
@@ -186,6 +191,7 @@ impl Relay {
             door: Door::new(section, &issued),
             authenticator: Authenticator::new(credential_rules(section)),
             issued,
+            tls_handshakes: Arc::default(),
             connections: AtomicUsize::new(0),
             flows: Flows::new("relay"),
         })
@@ -206,6 +212,7 @@ impl Relay {
     /// limit is on what runs, for that at once.
     pub fn limit(&self, section: &config::Relay) {
         self.listeners.set_settings(EntrySettings::of(section));
+        self.listeners.set_tunnel(&section.tunnel, &self.issued);
         self.sessions.set(session_settings(section, &self.plugins));
         self.door.set(section, &self.issued);
         self.authenticator.set(credential_rules(section));
@@ -216,13 +223,9 @@ impl Relay {
     /// accepted before [`Relay::listen`].
     ///
     /// # Errors
-    /// The first that cannot be bound.
-    pub fn prepare(
-        &self,
-        listeners: &[Arc<config::Listener>],
-        threads: usize,
-    ) -> Result<Prepared, BindError> {
-        self.listeners.prepare(listeners, threads)
+    /// The first that cannot be bound, or whose TLS cannot be had.
+    pub fn prepare(&self, section: &config::Relay, threads: usize) -> Result<Prepared, BindError> {
+        self.listeners.prepare(&section.listeners, &section.tunnel, &self.issued, threads)
     }
 
     /// Puts listeners in force: new ones accept before those that are gone stop. Connections of these
