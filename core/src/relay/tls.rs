@@ -355,3 +355,6 @@ async fn say_https(socket: &mut Socket) {
     // Whoever does not take it learns by the closed connection.
     let _ = timeout(LINGER, told).await;
 }
+
+#[cfg(test)]
+mod tests;
