@@ -8,6 +8,7 @@ pub mod backoff;
 pub mod dial;
 mod drive;
 mod exchange;
+pub mod fault;
 pub mod gate;
 mod link;
 pub mod pressure;
