@@ -15,6 +15,9 @@ pub mod pressure;
 pub mod session;
 pub mod transport;
 
+#[cfg(test)]
+pub(crate) mod test_tls;
+
 pub use drive::{LaneEnd, drive};
 pub use exchange::{RecvHalf, SendHalf};
 pub use link::Link;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -119,7 +120,7 @@ pub enum DialError {
         /// Its address as configured.
         relay: String,
         /// Where it is.
-        address: std::net::IpAddr,
+        address: IpAddr,
     },
     /// Plain beyond loopback.
     #[error(
@@ -130,7 +131,7 @@ pub enum DialError {
         /// Its address as configured.
         relay: String,
         /// Where it is.
-        address: std::net::IpAddr,
+        address: IpAddr,
     },
     /// TLS came to nothing.
     #[error("no TLS with relay {relay}: {reason}")]
@@ -203,15 +204,7 @@ pub async fn dial(
     }
     let stream = connect(relay, target, timeouts.connect).await?;
     let peer = stream.peer_addr().map_err(|source| io_error(relay, source))?.ip();
-    if !peer.to_canonical().is_loopback() {
-        let (relay, address) = (relay.to_owned(), peer);
-        if matches!(carrier, Carrier::Plain { insecure: false }) {
-            return Err(DialError::NoTls { relay, address });
-        }
-        if hello.credential.is_empty() && !carrier.has_certificate() {
-            return Err(DialError::NoToken { relay, address });
-        }
-    }
+    check_place(relay, peer, carrier, hello.credential.is_empty())?;
     let mut input = BytesMut::with_capacity(4096);
     let answer = timeout(timeouts.answer, async {
         let mut transport = secure(relay, stream, carrier).await?;
@@ -223,6 +216,26 @@ pub async fn dial(
         .map_err(|_| DialError::Timeout { relay: relay.to_owned(), after: timeouts.answer })??;
     transport.forget_peer_chain();
     Ok((transport, welcome, input))
+}
+
+/// Holds back from another machine what is for this one only.
+fn check_place(
+    relay: &str,
+    address: IpAddr,
+    carrier: &Carrier,
+    is_bare: bool,
+) -> Result<(), DialError> {
+    if address.to_canonical().is_loopback() {
+        return Ok(());
+    }
+    let relay = relay.to_owned();
+    match carrier {
+        Carrier::Plain { insecure: false } => Err(DialError::NoTls { relay, address }),
+        carrier if is_bare && !carrier.has_certificate() => {
+            Err(DialError::NoToken { relay, address })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Does the TLS handshake, where there is TLS.
@@ -303,3 +316,6 @@ fn io_error(relay: &str, source: io::Error) -> DialError {
         None => DialError::Io { relay, source },
     }
 }
+
+#[cfg(test)]
+mod tests;
