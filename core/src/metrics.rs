@@ -44,8 +44,17 @@ const NAMES_MAX: usize = 10_000;
 
 /// Why handshakes are refused: by the relay's bounds, and by the tunnel's protocol
 /// (`RefuseReason`).
-const HANDSHAKE_REASONS: [&str; 7] =
-    ["rate", "hello", "VERSION", "CREDENTIAL", "UNKNOWN_SESSION", "OVERLOADED", "MALFORMED"];
+const HANDSHAKE_REASONS: [&str; 9] = [
+    "rate",
+    "failures",
+    "tls",
+    "hello",
+    "VERSION",
+    "CREDENTIAL",
+    "UNKNOWN_SESSION",
+    "OVERLOADED",
+    "MALFORMED",
+];
 
 /// Stands for names beyond the bound.
 const OTHER: &str = "other";
