@@ -131,7 +131,9 @@ impl Authorities {
 fn certificates(text: &str, max: usize) -> Result<Vec<CertificateDer<'static>>, String> {
     let accepted = "(accepted: PEM, as in -----BEGIN CERTIFICATE-----)";
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text.as_bytes()).collect();
-    let certificates = certificates.map_err(|error| format!("is not PEM: {error} {accepted}"))?;
+    // The error of the crate lists bytes.
+    let certificates =
+        certificates.map_err(|_| format!("is PEM that is cut short or garbled {accepted}"))?;
     match certificates.len() {
         0 => Err(format!("holds no certificate {accepted}")),
         count if count > max => {

@@ -370,3 +370,6 @@ impl AsyncWrite for Transport {
         self.io_mut().poll_shutdown(cx)
     }
 }
+
+#[cfg(test)]
+mod tests;
