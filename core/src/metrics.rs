@@ -22,6 +22,7 @@ use tokio::sync::broadcast;
 
 use crate::plugin::MetricSink;
 
+mod acme;
 mod cell;
 mod ended;
 mod plugins;
@@ -29,6 +30,7 @@ mod process;
 mod routes;
 mod sidecar;
 
+pub use acme::AcmeMetrics;
 pub use ended::Ended;
 
 use cell::Timing;
@@ -157,6 +159,8 @@ pub struct Metrics {
     quarantined: Family<PluginLabels, Gauge>,
     /// What the sidecar's end counts beside exchanges.
     pub sidecar: SidecarMetrics,
+    /// Certificates by ACME.
+    pub acme: AcmeMetrics,
     /// Set where somebody follows what ends.
     followed: OnceLock<broadcast::Sender<Arc<Ended>>>,
 }
@@ -211,6 +215,7 @@ impl Metrics {
             generations: Family::default(),
             quarantined: Family::default(),
             sidecar: SidecarMetrics::default(),
+            acme: AcmeMetrics::default(),
             followed: OnceLock::new(),
             registry,
         };
@@ -323,6 +328,7 @@ impl Metrics {
             self.quarantined.clone(),
         );
         self.sidecar.register(r);
+        self.acme.register(r);
     }
 
     /// Makes the rows of what is known beforehand, so that a rate over the first event is seen.
