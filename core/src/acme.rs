@@ -165,9 +165,21 @@ impl Met {
             State::Closed => false,
             State::Lost => true,
         };
-        let account = account::open(&self.acme, &self.storage, &self.client, is_lost).await?;
+        let open = |is_lost| account::open(&self.acme, &self.storage, &self.client, is_lost);
+        let account = match open(is_lost).await {
+            Err(failure) if failure.is_account_unknown && !is_lost => open(true).await?,
+            opened => opened?,
+        };
         *state = State::Open(account.clone());
         Ok(account)
+    }
+
+    /// The authority does not know this account; another order may have met the same before.
+    async fn forget(&self, account: &Account) {
+        let mut state = self.account.lock().await;
+        if matches!(&*state, State::Open(open) if open.id() == account.id()) {
+            *state = State::Lost;
+        }
     }
 
     async fn obtain(
@@ -187,11 +199,14 @@ impl Met {
             return Ok(Obtained { certificate, kind: None });
         }
         let account = self.account().await?;
-        let signed = order::order(&account, name, kind, &self.issued).await;
-        if signed.as_ref().is_err_and(|failure| failure.is_account_unknown) {
-            *self.account.lock().await = State::Lost;
-        }
-        let signed = signed?;
+        let order = async |account| order::order(account, name, kind, &self.issued).await;
+        let signed = match order(&account).await {
+            Err(failure) if failure.is_account_unknown => {
+                self.forget(&account).await;
+                order(&self.account().await?).await?
+            }
+            signed => signed?,
+        };
         let certificate = tls::Certificate::from_pem(name, &signed.chain, &signed.key);
         let certificate = certificate.map_err(|fault| match fault {
             tls::PemFault::Chain(why) => {
