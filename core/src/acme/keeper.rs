@@ -276,12 +276,6 @@ impl Keeper {
     fn obtained(&mut self, name: &Arc<str>, obtained: Obtained) {
         let now = Instant::now();
         self.retry = Retry::new(now);
-        if let Some(known) = self.names.get_mut(name) {
-            known.tried = 0;
-            known.retry = Retry::new(now);
-            // What went well goes first the next time.
-            known.kinds.sort_by_key(|kind| Some(*kind) != obtained.kind);
-        }
         let expires = httpdate::fmt_http_date(obtained.certificate.not_after);
         self.shelf.put(name, obtained.certificate);
         if let Some(kind) = obtained.kind {
@@ -294,10 +288,14 @@ impl Keeper {
                 "certificate obtained by another process that shares the storage"
             );
         }
-        // One that is due as soon as it is there would be ordered again and again.
-        if self.shelf.renew_at(name) <= SystemTime::now()
-            && let Some(known) = self.names.get_mut(name)
-        {
+        let Some(known) = self.names.get_mut(name) else { return };
+        known.tried = 0;
+        // What went well goes first the next time.
+        known.kinds.sort_by_key(|kind| Some(*kind) != obtained.kind);
+        if self.shelf.renew_at(name) > SystemTime::now() {
+            known.retry = Retry::new(now);
+        } else {
+            // It would be ordered again and again.
             let delay = known.retry.failed(now, None);
             tracing::warn!(
                 name = &**name,

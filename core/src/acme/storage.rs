@@ -120,7 +120,11 @@ impl Storage {
     /// Puts an account that cannot be used aside: its key may be wanted by people yet.
     pub(super) fn set_account_aside(&self) -> Result<(), StorageError> {
         let path = self.account_path();
-        fs::rename(&path, path.with_extension("json.unusable")).map_err(self.io("rename", &path))
+        match fs::rename(&path, path.with_extension("json.unusable")) {
+            // It is aside already.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            renamed => renamed.map_err(self.io("rename", &path)),
+        }
     }
 
     fn account_path(&self) -> PathBuf {
@@ -294,6 +298,7 @@ mod tests {
         fs::write(storage.account_path(), "{\"key_pkcs8\": \"secret").unwrap();
         let error = storage.account::<serde_json::Value>().unwrap_err().to_string();
         assert!(error.ends_with("account.json holds no account"), "{error}");
+        storage.set_account_aside().unwrap();
         storage.set_account_aside().unwrap();
         assert!(storage.account::<serde_json::Value>().unwrap().is_none());
         assert!(storage.directory.join("account.json.unusable").exists());
