@@ -9,7 +9,7 @@ use bytes::Bytes;
 use h2::server::{self, SendResponse};
 use h2::{Reason, RecvStream};
 use http::{HeaderMap, HeaderValue, Request, Response};
-use sidelane_plugin::{Reset, ServiceSettings, failure};
+use sidelane_plugin::{HttpVersion, Reset, ServiceSettings, failure};
 use sidelane_testkit::{Kit, Outcome, TestService, TestStream};
 
 use crate::wire::{HttpRequest, pairs, read_data, read_response, read_trailers, send_data, texts};
@@ -19,7 +19,8 @@ const WELL: Outcome = Outcome::Ended(failure::NONE);
 
 fn service() -> TestService {
     let mut service = TestService::default();
-    service.settings = ServiceSettings { http_version: 2, ..ServiceSettings::default() };
+    service.settings =
+        ServiceSettings { http_version: HttpVersion::Http2, ..ServiceSettings::default() };
     service
 }
 
