@@ -279,3 +279,64 @@ pub(crate) fn stream_from_outcome(
     // SAFETY: owned by the caller where `code` is 0 (`abi::IoOutcome`).
     Ok(unsafe { ByteStream::new(outcome.io) })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::c_void;
+    use std::task::Waker;
+
+    use super::*;
+
+    unsafe extern "C" fn nothing(_: *mut c_void) {}
+
+    unsafe extern "C" fn refused(_: *mut c_void, _: *const abi::Waker, out: *mut c_void) -> u32 {
+        let io = abi::Io { data: std::ptr::null_mut(), vt: std::ptr::null() };
+        let outcome = abi::IoOutcome { code: failure::SERVICE_UNREACHABLE, err: 111, io };
+        // SAFETY: `out` of the future that `connect` returned.
+        unsafe { out.cast::<abi::IoOutcome>().write(outcome) };
+        abi::poll::READY
+    }
+
+    unsafe extern "C" fn connect(_: *mut c_void) -> abi::Future {
+        static VT: abi::FutureVt =
+            abi::FutureVt { size: size_of::<abi::FutureVt>(), poll: refused, drop: nothing };
+        abi::Future { data: std::ptr::null_mut(), vt: &raw const VT }
+    }
+
+    unsafe extern "C" fn no_settings(_: *mut c_void) -> *const abi::ServiceSettings {
+        unreachable!("an older host has no such slot");
+    }
+
+    unsafe extern "C" fn no_retry(_: *mut c_void) -> u32 {
+        unreachable!("an older host has no such slot");
+    }
+
+    unsafe extern "C" fn no_alpn(_: *mut c_void, _: *const abi::Str, _: usize) -> abi::Future {
+        unreachable!("an older host has no such slot");
+    }
+
+    #[test]
+    fn a_host_before_0_3_is_asked_for_no_more_than_it_has() {
+        static VT: abi::ServiceVt = abi::ServiceVt {
+            size: offset_of!(abi::ServiceVt, settings),
+            connect,
+            drop: nothing,
+            settings: no_settings,
+            retry: no_retry,
+            connect_alpn: no_alpn,
+        };
+        let address = abi::Str { ptr: "a:1".as_ptr(), len: 3 };
+        let data = std::ptr::null_mut();
+        let raw = abi::Service { data, vt: &raw const VT, id: 1, version: 1, address };
+        // SAFETY: moved.
+        let service = unsafe { Service::new(raw) };
+        assert_eq!(service.settings(), ServiceSettings::default());
+        assert!(!service.retry());
+        let mut connect = service.connect_alpn(&["h2"]);
+        let mut cx = Context::from_waker(Waker::noop());
+        let Poll::Ready(Err(error)) = Pin::new(&mut connect).poll(&mut cx) else {
+            panic!("it refuses");
+        };
+        assert_eq!((error.code, error.errno), (failure::SERVICE_UNREACHABLE, Some(111)));
+    }
+}
