@@ -143,6 +143,12 @@ fn certificates(text: &str, max: usize) -> Result<Vec<CertificateDer<'static>>, 
     }
 }
 
+/// Returns the names that a certificate is for, as [`Certificate::names`]; none: it cannot be read.
+#[must_use]
+pub fn names(certificate: &CertificateDer<'_>) -> Arc<[Arc<str>]> {
+    facts(certificate).map(|(names, ..)| names).unwrap_or_default()
+}
+
 type Facts = (Arc<[Arc<str>]>, SystemTime, SystemTime);
 
 fn facts(certificate: &CertificateDer<'_>) -> Result<Facts, String> {
