@@ -91,6 +91,13 @@ fn with_comments_read(text: &str) -> String {
         "pool:",
         "proxy_protocol:",
         "health_check:",
+        "tls:",
+        "acme:",
+        "credentials:",
+        "principal:",
+        "tokens:",
+        "subdomains:",
+        "tunnels: [demo]",
     ];
     let mut example = false;
     let mut lines = Vec::new();
