@@ -22,6 +22,7 @@ use tokio::sync::broadcast;
 
 use crate::plugin::MetricSink;
 
+mod acme;
 mod cell;
 mod ended;
 mod plugins;
@@ -30,6 +31,7 @@ mod routes;
 mod sidecar;
 mod tls;
 
+pub use acme::AcmeMetrics;
 pub use ended::Ended;
 
 use cell::Timing;
@@ -170,6 +172,8 @@ pub struct Metrics {
     pub sidecar: SidecarMetrics,
     /// What is counted of TLS.
     pub tls: TlsMetrics,
+    /// Certificates by ACME.
+    pub acme: AcmeMetrics,
     /// Set where somebody follows what ends.
     followed: OnceLock<broadcast::Sender<Arc<Ended>>>,
 }
@@ -225,6 +229,7 @@ impl Metrics {
             quarantined: Family::default(),
             sidecar: SidecarMetrics::default(),
             tls: TlsMetrics::default(),
+            acme: AcmeMetrics::default(),
             followed: OnceLock::new(),
             registry,
         };
@@ -338,6 +343,7 @@ impl Metrics {
         );
         self.sidecar.register(r);
         self.tls.register(r);
+        self.acme.register(r);
     }
 
     /// Makes the rows of what is known beforehand, so that a rate over the first event is seen.
