@@ -171,6 +171,7 @@ impl Relay {
     pub fn new(section: &config::Relay, plugins: Arc<Plugins>, metrics: Arc<Metrics>) -> Arc<Self> {
         let settings = session_settings(section, &plugins);
         let issued = Arc::default();
+        let door = Door::new(section, &issued, &metrics);
         Arc::new(Self {
             plugins,
             metrics,
@@ -188,7 +189,7 @@ impl Relay {
             open_wait_ms: AtomicU64::new(millis(section.timeouts.open_wait)),
             listeners: Listeners::new(EntrySettings::of(section)),
             entry: OnceLock::new(),
-            door: Door::new(section, &issued),
+            door,
             authenticator: Authenticator::new(credential_rules(section)),
             issued,
             tls_handshakes: Arc::default(),
@@ -214,7 +215,7 @@ impl Relay {
         self.listeners.set_settings(EntrySettings::of(section));
         self.listeners.set_tunnel(&section.tunnel, &self.issued);
         self.sessions.set(session_settings(section, &self.plugins));
-        self.door.set(section, &self.issued);
+        self.door.set(section, &self.issued, &self.metrics);
         self.authenticator.set(credential_rules(section));
         self.open_wait_ms.store(millis(section.timeouts.open_wait), Ordering::Relaxed);
     }
