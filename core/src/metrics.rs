@@ -23,12 +23,14 @@ use tokio::sync::broadcast;
 use crate::plugin::MetricSink;
 
 mod cell;
+mod credentials;
 mod ended;
 mod plugins;
 mod process;
 mod routes;
 mod sidecar;
 
+pub use credentials::CredentialMetrics;
 pub use ended::Ended;
 
 use cell::Timing;
@@ -155,6 +157,8 @@ pub struct Metrics {
     panics: Family<PluginLabels, Gauge>,
     generations: Family<GenerationLabels, Gauge>,
     quarantined: Family<PluginLabels, Gauge>,
+    /// What is counted of sidecars' credentials.
+    pub credentials: CredentialMetrics,
     /// What the sidecar's end counts beside exchanges.
     pub sidecar: SidecarMetrics,
     /// Set where somebody follows what ends.
@@ -210,6 +214,7 @@ impl Metrics {
             panics: Family::default(),
             generations: Family::default(),
             quarantined: Family::default(),
+            credentials: CredentialMetrics::default(),
             sidecar: SidecarMetrics::default(),
             followed: OnceLock::new(),
             registry,
@@ -322,6 +327,7 @@ impl Metrics {
             "1 where a plugin panicked too often and takes nothing",
             self.quarantined.clone(),
         );
+        self.credentials.register(r);
         self.sidecar.register(r);
     }
 
@@ -341,6 +347,7 @@ impl Metrics {
         drop(self.lanes.get_or_create(&RoleLabel { role }));
         drop(self.lanes_lost.get_or_create(&RoleLabel { role }));
         if role == "relay" {
+            self.credentials.begin();
             for reason in HANDSHAKE_REASONS {
                 drop(self.handshakes_refused.get_or_create(&ReasonLabel { reason }));
             }

@@ -41,6 +41,7 @@ pub(super) fn credential_rules(section: &config::Relay) -> Rules {
         token: section.tunnel.token.clone(),
         credentials: section.credentials.clone(),
         authorities: clients.map(|clients| clients.authorities.clone()),
+        wait: section.timeouts.handshake,
     }
 }
 

@@ -198,6 +198,7 @@ async fn run_lane(
         old.close();
     }
     tracing::info!(sidecar = &*session.name, peer = %session.peer, lane = link.number, "lane up");
+    relay.confirm(&session);
     relay.notice();
     let lost = Reset::new(failure::TUNNEL_LOST);
     let end = match TcpStream::from_std(stream) {
@@ -233,6 +234,7 @@ fn handle_event(relay: &Arc<Relay>, session: &Arc<Session>, link: &Arc<Link>, ev
         }
         // Exchanges opened by a sidecar are reserved.
         Event::Opened { key, .. } => link.refuse(key, Reset::new(failure::UNSUPPORTED)),
-        Event::Announced(_) | Event::Authenticate(_) | Event::Rtt(_) => {}
+        Event::Authenticate(presented) => relay.renew(session, presented.credential),
+        Event::Announced(_) | Event::Rtt(_) => {}
     }
 }
