@@ -624,6 +624,38 @@ mod tests {
     }
 
     #[test]
+    fn an_instance_and_a_session_are_their_principals() {
+        let sessions = Sessions::new(settings());
+        let first = admit(&sessions, &hello(1), LOOPBACK).unwrap();
+        let by = |hello: &proto::Hello, principal: &str| {
+            let peer = SocketAddr::new(LOOPBACK, 4711);
+            sessions.admit(hello, authenticated(principal), peer, |_, lane| lane as usize)
+        };
+        assert_eq!(reason(by(&hello(1), "other")), proto::RefuseReason::Credential);
+        assert_eq!(sessions.len(), 1);
+        let mut further = hello(1);
+        further.session = first.welcome.session.clone();
+        further.secret = first.welcome.secret.clone();
+        assert_eq!(reason(by(&further, "other")), proto::RefuseReason::UnknownSession);
+        // A session that was revoked ends: nobody joins it, and it is in nobody's way.
+        let grant = first.session.grant();
+        assert!(first.session.is_granted(&grant));
+        first.session.regrant(|_| Err("withdrawn")).unwrap_err();
+        assert!(first.session.is_revoked() && !first.session.is_granted(&grant));
+        assert_eq!(first.session.grant().claims, Claims::default());
+        assert_eq!(reason(by(&further, "p")), proto::RefuseReason::UnknownSession);
+        by(&hello(1), "other").unwrap();
+    }
+
+    #[test]
+    fn names_are_shown_on_one_line() {
+        let forged = "x\n2026-01-01T00:00:00Z ERROR forged\u{1b}[2J";
+        assert!(!shown_name(forged).contains(char::is_control));
+        assert_eq!(&*shown_name("laptop"), "laptop");
+        assert!(shown_name(&"é".repeat(1000)).len() <= NAME_BYTES_MAX);
+    }
+
+    #[test]
     fn a_session_has_no_more_exchanges_than_its_limit_over_all_lanes() {
         let mut settings = settings();
         settings.lane.exchanges_max = 2;
