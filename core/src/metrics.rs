@@ -22,6 +22,7 @@ use tokio::sync::broadcast;
 
 use crate::plugin::MetricSink;
 
+mod acme;
 mod cell;
 mod credentials;
 mod ended;
@@ -29,7 +30,9 @@ mod plugins;
 mod process;
 mod routes;
 mod sidecar;
+mod tls;
 
+pub use acme::AcmeMetrics;
 pub use credentials::CredentialMetrics;
 pub use ended::Ended;
 
@@ -39,6 +42,7 @@ use plugins::PluginMetrics;
 pub use routes::RouteMetrics;
 use routes::{RouteFamilies, RouteLabel, StatusLabels, TIMED_ROUTES_MAX};
 pub use sidecar::SidecarMetrics;
+pub use tls::TlsMetrics;
 
 /// Most names of routes, and of tunnels, that have rows of their own; later ones share [`OTHER`].
 /// Sidecars announce names, and announce others later: bounds the memory they can take in a relay.
@@ -46,8 +50,17 @@ const NAMES_MAX: usize = 10_000;
 
 /// Why handshakes are refused: by the relay's bounds, and by the tunnel's protocol
 /// (`RefuseReason`).
-const HANDSHAKE_REASONS: [&str; 7] =
-    ["rate", "hello", "VERSION", "CREDENTIAL", "UNKNOWN_SESSION", "OVERLOADED", "MALFORMED"];
+const HANDSHAKE_REASONS: [&str; 9] = [
+    "rate",
+    "failures",
+    "tls",
+    "hello",
+    "VERSION",
+    "CREDENTIAL",
+    "UNKNOWN_SESSION",
+    "OVERLOADED",
+    "MALFORMED",
+];
 
 /// Stands for names beyond the bound.
 const OTHER: &str = "other";
@@ -161,6 +174,10 @@ pub struct Metrics {
     pub credentials: CredentialMetrics,
     /// What the sidecar's end counts beside exchanges.
     pub sidecar: SidecarMetrics,
+    /// What is counted of TLS.
+    pub tls: TlsMetrics,
+    /// Certificates by ACME.
+    pub acme: AcmeMetrics,
     /// Set where somebody follows what ends.
     followed: OnceLock<broadcast::Sender<Arc<Ended>>>,
 }
@@ -216,6 +233,8 @@ impl Metrics {
             quarantined: Family::default(),
             credentials: CredentialMetrics::default(),
             sidecar: SidecarMetrics::default(),
+            tls: TlsMetrics::default(),
+            acme: AcmeMetrics::default(),
             followed: OnceLock::new(),
             registry,
         };
@@ -329,6 +348,8 @@ impl Metrics {
         );
         self.credentials.register(r);
         self.sidecar.register(r);
+        self.tls.register(r);
+        self.acme.register(r);
     }
 
     /// Makes the rows of what is known beforehand, so that a rate over the first event is seen.

@@ -4,7 +4,7 @@
 #include "sidelane_plugin.h"
 
 _Static_assert(SIDELANE_ABI_MAJOR == 0u, "SIDELANE_ABI_MAJOR");
-_Static_assert(SIDELANE_ABI_MINOR == 3u, "SIDELANE_ABI_MINOR");
+_Static_assert(SIDELANE_ABI_MINOR == 4u, "SIDELANE_ABI_MINOR");
 _Static_assert(SIDELANE_ABI_MINOR_OLDEST == 2u, "SIDELANE_ABI_MINOR_OLDEST");
 _Static_assert(SIDELANE_PANIC_STRATEGY_UNWIND == 1u, "SIDELANE_PANIC_STRATEGY_UNWIND");
 _Static_assert(SIDELANE_PANIC_STRATEGY_ABORT == 2u, "SIDELANE_PANIC_STRATEGY_ABORT");
@@ -37,6 +37,7 @@ _Static_assert(SIDELANE_FAILURE_INTERNAL == 19u, "SIDELANE_FAILURE_INTERNAL");
 _Static_assert(SIDELANE_FAILURE_UNSUPPORTED == 20u, "SIDELANE_FAILURE_UNSUPPORTED");
 _Static_assert(SIDELANE_FAILURE_CLIENT_TIMEOUT == 21u, "SIDELANE_FAILURE_CLIENT_TIMEOUT");
 _Static_assert(SIDELANE_FAILURE_UNAUTHORIZED == 22u, "SIDELANE_FAILURE_UNAUTHORIZED");
+_Static_assert(SIDELANE_FAILURE_MISDIRECTED == 23u, "SIDELANE_FAILURE_MISDIRECTED");
 _Static_assert(SIDELANE_NO_PROTOCOL_CODE == 4294967295u, "SIDELANE_NO_PROTOCOL_CODE");
 _Static_assert(SIDELANE_LENGTH_UNKNOWN == 18446744073709551615u, "SIDELANE_LENGTH_UNKNOWN");
 _Static_assert(SIDELANE_REQUEST_END == 1u, "SIDELANE_REQUEST_END");
@@ -57,6 +58,9 @@ _Static_assert(SIDELANE_META_TRUSTED_PROXY == 1u, "SIDELANE_META_TRUSTED_PROXY")
 _Static_assert(SIDELANE_ROUTE_KEY_LISTENER == 0u, "SIDELANE_ROUTE_KEY_LISTENER");
 _Static_assert(SIDELANE_ROUTE_KEY_HOST == 1u, "SIDELANE_ROUTE_KEY_HOST");
 _Static_assert(SIDELANE_SERVICE_UNSHARED == 1u, "SIDELANE_SERVICE_UNSHARED");
+_Static_assert(SIDELANE_SERVICE_TLS == 2u, "SIDELANE_SERVICE_TLS");
+_Static_assert(SIDELANE_SERVICE_BY_ALPN == 4u, "SIDELANE_SERVICE_BY_ALPN");
+_Static_assert(SIDELANE_ALPN_MAX == 8u, "SIDELANE_ALPN_MAX");
 _Static_assert(SIDELANE_UNSET == 4294967295u, "SIDELANE_UNSET");
 _Static_assert(SIDELANE_UNSET_NS == 18446744073709551615u, "SIDELANE_UNSET_NS");
 _Static_assert(SIDELANE_LEVEL_ERROR == 1u, "SIDELANE_LEVEL_ERROR");
@@ -341,6 +345,17 @@ _Static_assert(_Generic(((sidelane_io_outcome_t *)0)->err, int32_t: 1, default: 
 _Static_assert(offsetof(sidelane_io_outcome_t, io) == 8, "offset of sidelane_io_outcome_t.io");
 _Static_assert(_Generic(((sidelane_io_outcome_t *)0)->io, sidelane_owned_io_t: 1, default: 0), "type of sidelane_io_outcome_t.io");
 
+_Static_assert(sizeof(sidelane_alpn_outcome_t) == 32, "size of sidelane_alpn_outcome_t");
+_Static_assert(_Alignof(sidelane_alpn_outcome_t) == 8, "alignment of sidelane_alpn_outcome_t");
+_Static_assert(offsetof(sidelane_alpn_outcome_t, code) == 0, "offset of sidelane_alpn_outcome_t.code");
+_Static_assert(_Generic(((sidelane_alpn_outcome_t *)0)->code, uint32_t: 1, default: 0), "type of sidelane_alpn_outcome_t.code");
+_Static_assert(offsetof(sidelane_alpn_outcome_t, err) == 4, "offset of sidelane_alpn_outcome_t.err");
+_Static_assert(_Generic(((sidelane_alpn_outcome_t *)0)->err, int32_t: 1, default: 0), "type of sidelane_alpn_outcome_t.err");
+_Static_assert(offsetof(sidelane_alpn_outcome_t, io) == 8, "offset of sidelane_alpn_outcome_t.io");
+_Static_assert(_Generic(((sidelane_alpn_outcome_t *)0)->io, sidelane_owned_io_t: 1, default: 0), "type of sidelane_alpn_outcome_t.io");
+_Static_assert(offsetof(sidelane_alpn_outcome_t, protocol) == 24, "offset of sidelane_alpn_outcome_t.protocol");
+_Static_assert(_Generic(((sidelane_alpn_outcome_t *)0)->protocol, uint32_t: 1, default: 0), "type of sidelane_alpn_outcome_t.protocol");
+
 _Static_assert(sizeof(sidelane_owned_msg_t) == 72, "size of sidelane_owned_msg_t");
 _Static_assert(_Alignof(sidelane_owned_msg_t) == 8, "alignment of sidelane_owned_msg_t");
 _Static_assert(offsetof(sidelane_owned_msg_t, field) == 0, "offset of sidelane_owned_msg_t.field");
@@ -487,7 +502,7 @@ _Static_assert(_Generic(((sidelane_owned_service_t *)0)->version, uint64_t: 1, d
 _Static_assert(offsetof(sidelane_owned_service_t, address) == 32, "offset of sidelane_owned_service_t.address");
 _Static_assert(_Generic(((sidelane_owned_service_t *)0)->address, sidelane_borrowed_bytes_t: 1, default: 0), "type of sidelane_owned_service_t.address");
 
-_Static_assert(sizeof(sidelane_service_vt_t) == 40, "size of sidelane_service_vt_t");
+_Static_assert(sizeof(sidelane_service_vt_t) == 48, "size of sidelane_service_vt_t");
 _Static_assert(_Alignof(sidelane_service_vt_t) == 8, "alignment of sidelane_service_vt_t");
 _Static_assert(offsetof(sidelane_service_vt_t, size) == 0, "offset of sidelane_service_vt_t.size");
 _Static_assert(_Generic(((sidelane_service_vt_t *)0)->size, size_t: 1, default: 0), "type of sidelane_service_vt_t.size");
@@ -499,6 +514,8 @@ _Static_assert(offsetof(sidelane_service_vt_t, settings) == 24, "offset of sidel
 _Static_assert(_Generic(((sidelane_service_vt_t *)0)->settings, const sidelane_service_settings_t * (*)(void *): 1, default: 0), "type of sidelane_service_vt_t.settings");
 _Static_assert(offsetof(sidelane_service_vt_t, retry) == 32, "offset of sidelane_service_vt_t.retry");
 _Static_assert(_Generic(((sidelane_service_vt_t *)0)->retry, uint32_t (*)(void *): 1, default: 0), "type of sidelane_service_vt_t.retry");
+_Static_assert(offsetof(sidelane_service_vt_t, connect_alpn) == 40, "offset of sidelane_service_vt_t.connect_alpn");
+_Static_assert(_Generic(((sidelane_service_vt_t *)0)->connect_alpn, sidelane_owned_future_t (*)(void *, const sidelane_borrowed_bytes_t *, size_t): 1, default: 0), "type of sidelane_service_vt_t.connect_alpn");
 
 _Static_assert(sizeof(sidelane_service_settings_t) == 40, "size of sidelane_service_settings_t");
 _Static_assert(_Alignof(sidelane_service_settings_t) == 8, "alignment of sidelane_service_settings_t");

@@ -62,6 +62,7 @@ typedef struct sidelane_body_vt sidelane_body_vt_t;
 typedef struct sidelane_owned_responder sidelane_owned_responder_t;
 typedef struct sidelane_responder_vt sidelane_responder_vt_t;
 typedef struct sidelane_io_outcome sidelane_io_outcome_t;
+typedef struct sidelane_alpn_outcome sidelane_alpn_outcome_t;
 typedef struct sidelane_owned_msg sidelane_owned_msg_t;
 typedef struct sidelane_owned_send_half sidelane_owned_send_half_t;
 typedef struct sidelane_send_vt sidelane_send_vt_t;
@@ -87,7 +88,7 @@ typedef struct sidelane_plugin_vt sidelane_plugin_vt_t;
 #define SIDELANE_ABI_MAJOR 0u
 
 /* Minor version. A plugin's may not exceed its host's. */
-#define SIDELANE_ABI_MINOR 3u
+#define SIDELANE_ABI_MINOR 4u
 
 /* Oldest minor version that a host of this one takes: what came since was only appended. */
 #define SIDELANE_ABI_MINOR_OLDEST 2u
@@ -716,7 +717,8 @@ struct sidelane_owned_service {
 struct sidelane_service_vt {
     /* `sizeof(sidelane_service_vt_t)`. */
     size_t size;
-    /* Dials; resolves to a sidelane_io_outcome_t. The host bounds it by the connect timeout. */
+    /* Dials; resolves to a sidelane_io_outcome_t. The host bounds it by the connect timeout, TLS
+     * included. Where the service is spoken to by TLS, `http/1.1` is offered (ALPN). */
     sidelane_owned_future_t (*connect)(void *data);
     /* Ends it. */
     void (*drop)(void *data);
@@ -727,6 +729,27 @@ struct sidelane_service_vt {
      * route's budget. Asked only where the service cannot have processed it, or may twice. 1, or 0:
      * what the client gets is what the last try gave. Since 0.3. */
     uint32_t (*retry)(void *data);
+    /* As `connect`, with the application protocols that are offered where the service is spoken to by
+     * TLS (RFC 7301), the best first; resolves to a sidelane_alpn_outcome_t. They are borrowed for the
+     * call; at most SIDELANE_ALPN_MAX, each of 1 to 255 bytes. None: none is offered. Since 0.4. */
+    sidelane_owned_future_t (*connect_alpn)(
+        void *data, const sidelane_borrowed_bytes_t *protocols, size_t protocols_len);
+};
+
+/* Most protocols that `connect_alpn` takes. Since 0.4. */
+#define SIDELANE_ALPN_MAX 8u
+
+/* `out` of sidelane_service_vt_t.connect_alpn. Since 0.4. */
+struct sidelane_alpn_outcome {
+    /* 0: `io` is valid. Else one of SIDELANE_FAILURE_*. */
+    uint32_t code;
+    /* `errno` where there is one. */
+    int32_t err;
+    /* The stream, owned by the caller where `code` is 0. */
+    sidelane_owned_io_t io;
+    /* Which of the protocols was agreed on, counted from 0; SIDELANE_UNSET: none, since the service is
+     * not spoken to by TLS, or knows nothing of ALPN. */
+    uint32_t protocol;
 };
 
 /* What a tunnel and a route ask of whoever talks to a service. Since 0.3. */
@@ -735,7 +758,8 @@ struct sidelane_service_settings {
     size_t size;
     /* Bits of SIDELANE_SERVICE_*. */
     uint32_t flags;
-    /* HTTP's major version to the service: 1, or 2 by prior knowledge. */
+    /* HTTP's major version to the service: 1, or 2 by prior knowledge, or with SIDELANE_SERVICE_TLS by
+     * ALPN. 1 with SIDELANE_SERVICE_BY_ALPN: what the service chooses. */
     uint32_t http_version;
     /* Most times that this exchange may be sent again; 0: the route has no policy, and only what is
      * safe in any case is. */
@@ -752,6 +776,11 @@ struct sidelane_service_settings {
 /* Each connection tells the service of one client: it serves the exchange that asked for it, and no
  * other. */
 #define SIDELANE_SERVICE_UNSHARED 1u
+/* The service is spoken to by TLS. Since 0.4. */
+#define SIDELANE_SERVICE_TLS 2u
+/* The service chooses HTTP's version by ALPN, HTTP/2 before HTTP/1.1; whoever offers HTTP/1.1 alone gets
+ * that. Only with SIDELANE_SERVICE_TLS. Since 0.4. */
+#define SIDELANE_SERVICE_BY_ALPN 4u
 
 /* A count of sidelane_service_settings_t that says nothing. */
 #define SIDELANE_UNSET UINT32_MAX

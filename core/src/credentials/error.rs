@@ -127,10 +127,11 @@ impl AuthError {
     /// What the sidecar is told.
     #[must_use]
     pub fn refusal(&self) -> proto::Refuse {
-        proto::Refuse {
-            reason: proto::RefuseReason::Credential.into(),
-            detail: self.to_string(),
-            retry_after_ms: if *self == Self::KeysUnavailable { RETRY_AFTER_KEYS_MS } else { 0 },
-        }
+        let (reason, retry_after_ms) = match self {
+            // No fault of the sidecar's.
+            Self::KeysUnavailable => (proto::RefuseReason::Overloaded, RETRY_AFTER_KEYS_MS),
+            _ => (proto::RefuseReason::Credential, 0),
+        };
+        proto::Refuse { reason: reason.into(), detail: self.to_string(), retry_after_ms }
     }
 }

@@ -13,6 +13,7 @@ use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
 
+pub use crate::config::HttpVersion;
 pub use sidelane_tunnel::{Payload as Message, Received, Reset};
 
 /// A failure with what a client may be told of it.
@@ -169,6 +170,17 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for T {}
 pub type StreamFuture =
     Pin<Box<dyn Future<Output = Result<Box<dyn Stream>, (u32, io::Error)>> + Send>>;
 
+/// A connection to a service.
+pub struct Connected {
+    /// The bytes.
+    pub stream: Box<dyn Stream>,
+    /// Which of the protocols that were offered was agreed on; `None`: none was.
+    pub protocol: Option<usize>,
+}
+
+/// A connection to a service that is on its way. The error as in [`StreamFuture`].
+pub type ConnectFuture = Pin<Box<dyn Future<Output = Result<Connected, (u32, io::Error)>> + Send>>;
+
 /// Where a response goes. Dropped before its end: the exchange is aborted with `PLUGIN_FAILED`.
 pub trait Responder: Send + 'static {
     /// Sends an interim response; [`Closed`] where the transport cannot or the client is gone.
@@ -268,8 +280,10 @@ pub trait Opener: Send + 'static {
 pub struct ServiceSettings {
     /// A connection may serve exchanges of several clients.
     pub shared: bool,
-    /// HTTP's major version to the service: 1 or 2.
-    pub http_version: u32,
+    /// HTTP's version to the service.
+    pub http_version: HttpVersion,
+    /// The service is spoken to by TLS.
+    pub tls: bool,
     /// Most times that this exchange may be sent again; 0: only what is safe in any case.
     pub retries: u32,
     /// Unused connections to keep, per data-path thread; `None`: the plugin's own.
@@ -284,7 +298,8 @@ impl Default for ServiceSettings {
     fn default() -> Self {
         Self {
             shared: true,
-            http_version: 1,
+            http_version: HttpVersion::Http1,
+            tls: false,
             retries: 0,
             pool_idle: None,
             pool_connections: None,
@@ -301,8 +316,9 @@ pub trait Service: Send + 'static {
     fn version(&self) -> u64;
     /// Where it is.
     fn address(&self) -> &str;
-    /// Dials.
-    fn connect(&self) -> StreamFuture;
+    /// Dials; `offered` are the application protocols that are offered where the service is spoken to by
+    /// TLS (ALPN), the best first, each of 1 to 255 bytes.
+    fn connect(&self, offered: Vec<Vec<u8>>) -> ConnectFuture;
     /// What the tunnel and the route ask of whoever talks to it.
     fn settings(&self) -> ServiceSettings;
     /// Whether the exchange may be sent once more; takes that from the route's budget.

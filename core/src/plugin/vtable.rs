@@ -11,6 +11,7 @@ pub(super) mod future;
 pub(super) mod http;
 pub(super) mod instance;
 pub(super) mod io;
+pub(super) mod service;
 pub(super) mod waker;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -43,6 +44,8 @@ pub(super) enum Invalid {
     Field,
     #[error("a message is larger than the ABI allows")]
     MessageLarge,
+    #[error("application protocols are too many, or one has not 1 to 255 bytes")]
+    Protocols,
 }
 
 /// Most header fields that a plugin may pass at once. Bounds what a wrong count makes us read and

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use super::Sidecar;
+use super::service::dial::Dialer;
 use crate::config::{HealthCheck, Tunnel};
 use crate::metrics::SidecarMetrics;
 use crate::random;
@@ -274,13 +275,14 @@ pub(super) async fn run(sidecar: Arc<Sidecar>, task: Task) {
 
 async fn watch_service(sidecar: &Sidecar, task: &Task) {
     let tunnel = &*task.tunnel;
+    let dialer = Dialer::new(&task.tunnel);
     let change = |condition| {
         if sidecar.health.set(task, condition, &sidecar.metrics.sidecar) {
             sidecar.announce_health();
         }
     };
     if task.waits {
-        wait(tunnel).await;
+        wait(tunnel, &dialer).await;
         if tunnel.health_check.is_none() {
             change(Condition::Assumed);
         }
@@ -288,7 +290,7 @@ async fn watch_service(sidecar: &Sidecar, task: &Task) {
     let Some(check) = &tunnel.health_check else { return };
     let mut judge = Judge::new(check);
     loop {
-        let result = probe::probe(tunnel, check).await;
+        let result = probe::probe(tunnel, &dialer, check).await;
         sidecar.metrics.sidecar.checked(&tunnel.name, result.is_ok());
         let decides = judge.decides(result.is_ok());
         let (name, service) = (&*tunnel.name, tunnel.service.to_string());
@@ -316,10 +318,11 @@ async fn watch_service(sidecar: &Sidecar, task: &Task) {
     }
 }
 
-/// Waits until the service accepts a connection, no longer than the tunnel says.
-async fn wait(tunnel: &Tunnel) {
+/// Waits until the service accepts a connection, no longer than the tunnel says. TLS is not waited for: what
+/// is wrong with that does not pass.
+async fn wait(tunnel: &Tunnel, dialer: &Dialer) {
     let accepts = async {
-        while !probe::accepts(tunnel).await {
+        while !probe::accepts(tunnel, dialer).await {
             sleep(WAIT_INTERVAL).await;
         }
     };

@@ -1,21 +1,22 @@
 //! The services behind this sidecar's tunnels, as plugins get them.
 
 use std::collections::HashMap;
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use sidelane_abi::failure;
-use tokio::io::AsyncWriteExt as _;
-use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
-use super::proxy_header::{self, Origin};
+use self::dial::{DialError, Dialer};
+use super::proxy_header::Origin;
 use super::retry::Budget;
-use crate::config::{self, HttpVersion, ServiceAddress};
+use crate::config;
 use crate::metrics::Metrics;
-use crate::plugin::lend::{Service, ServiceSettings, Stream, StreamFuture, Text};
+use crate::plugin::lend::{ConnectFuture, Service, ServiceSettings, Text};
+
+pub(super) mod dial;
+mod tls;
 
 /// Services by tunnel.
 #[derive(Default)]
@@ -30,6 +31,19 @@ struct Entry {
     version: u64,
     tunnel: Arc<config::Tunnel>,
     address: String,
+    dialer: Dialer,
+}
+
+impl Entry {
+    fn new(id: u64, version: u64, tunnel: &Arc<config::Tunnel>) -> Arc<Self> {
+        Arc::new(Self {
+            id,
+            version,
+            tunnel: Arc::clone(tunnel),
+            address: tunnel.service.to_string(),
+            dialer: Dialer::new(tunnel),
+        })
+    }
 }
 
 impl Services {
@@ -41,20 +55,10 @@ impl Services {
         for tunnel in tunnels {
             let entry = match self.by_tunnel.get(&tunnel.name) {
                 Some(entry) if entry.tunnel == *tunnel => Arc::clone(entry),
-                Some(entry) => Arc::new(Entry {
-                    id: entry.id,
-                    version: entry.version + 1,
-                    tunnel: Arc::clone(tunnel),
-                    address: tunnel.service.to_string(),
-                }),
+                Some(entry) => Entry::new(entry.id, entry.version + 1, tunnel),
                 None => {
                     next.last_id += 1;
-                    Arc::new(Entry {
-                        id: next.last_id,
-                        version: 1,
-                        tunnel: Arc::clone(tunnel),
-                        address: tunnel.service.to_string(),
-                    })
+                    Entry::new(next.last_id, 1, tunnel)
                 }
             };
             next.by_tunnel.insert(Arc::clone(&tunnel.name), entry);
@@ -151,17 +155,23 @@ impl Service for ServiceHandle {
         &self.entry.address
     }
 
-    fn connect(&self) -> StreamFuture {
+    fn connect(&self, offered: Vec<Vec<u8>>) -> ConnectFuture {
         let entry = Arc::clone(&self.entry);
         let limit = self.asked.connect_timeout.unwrap_or(entry.tunnel.connect_timeout);
         let client = self.asked.client_address.clone();
         Box::pin(async move {
-            let result = connect(&entry.tunnel, &entry.address, &client, limit).await;
-            if let Err((_, error)) = &result {
-                tracing::warn!(tunnel = &*entry.tunnel.name, service = entry.address,
-                    %error, "cannot connect to the service");
-            }
-            result
+            let dial = entry.dialer.dial(Origin::of(&client), offered);
+            let error = match timeout(limit, dial).await {
+                Ok(Ok(connected)) => return Ok(connected),
+                Ok(Err(error)) => error,
+                Err(_) => DialError::late(),
+            };
+            tracing::warn!(tunnel = &*entry.tunnel.name, service = entry.address,
+                error = %error.reason(), "cannot connect to the service");
+            let is_late = error.is_late();
+            let code =
+                if is_late { failure::SERVICE_TIMEOUT } else { failure::SERVICE_UNREACHABLE };
+            Err((code, error.into()))
         })
     }
 
@@ -170,10 +180,8 @@ impl Service for ServiceHandle {
         let count = |count: usize| u32::try_from(count).unwrap_or(u32::MAX - 1);
         ServiceSettings {
             shared: tunnel.proxy_protocol.is_none(),
-            http_version: match tunnel.http_version {
-                HttpVersion::Http1 | HttpVersion::Auto => 1,
-                HttpVersion::Http2 => 2,
-            },
+            http_version: tunnel.http_version,
+            tls: tunnel.tls.is_some(),
             retries: self.asked.retries.as_ref().map_or(0, |retries| retries.attempts),
             pool_idle: tunnel.pool.idle.map(count),
             pool_connections: tunnel.pool.connections.map(count),
@@ -184,62 +192,4 @@ impl Service for ServiceHandle {
     fn retry(&self) -> bool {
         self.asked.retries.as_ref().is_some_and(|retries| retries.take(&self.tunnel))
     }
-}
-
-async fn connect(
-    tunnel: &config::Tunnel,
-    address: &str,
-    client: &str,
-    limit: Duration,
-) -> Result<Box<dyn Stream>, (u32, io::Error)> {
-    let dial = async {
-        match &tunnel.service {
-            ServiceAddress::Tcp(_) => {
-                tcp(tunnel, address, Origin::of(client)).await.map(|s| Box::new(s) as Box<_>)
-            }
-            ServiceAddress::Unix(_) => {
-                unix(tunnel, Origin::of(client)).await.map(|s| Box::new(s) as Box<_>)
-            }
-        }
-    };
-    match timeout(limit, dial).await {
-        Ok(Ok(stream)) => Ok(stream),
-        Ok(Err(error)) => Err((failure::SERVICE_UNREACHABLE, error)),
-        Err(_) => Err((failure::SERVICE_TIMEOUT, io::ErrorKind::TimedOut.into())),
-    }
-}
-
-/// Dials a tunnel's service for this program's own ends.
-///
-/// # Errors
-/// The system's.
-pub(super) async fn connect_own(tunnel: &config::Tunnel) -> io::Result<Box<dyn Stream>> {
-    match &tunnel.service {
-        ServiceAddress::Tcp(_) => {
-            let address = tunnel.service.to_string();
-            Ok(Box::new(tcp(tunnel, &address, Origin::Own).await?))
-        }
-        ServiceAddress::Unix(_) => Ok(Box::new(unix(tunnel, Origin::Own).await?)),
-    }
-}
-
-async fn tcp(tunnel: &config::Tunnel, address: &str, origin: Origin) -> io::Result<TcpStream> {
-    let mut stream = TcpStream::connect(address).await?;
-    stream.set_nodelay(true)?;
-    if let Some(version) = tunnel.proxy_protocol {
-        let service = stream.peer_addr().ok();
-        stream.write_all(&proxy_header::encode(version, origin, service)).await?;
-    }
-    Ok(stream)
-}
-
-async fn unix(tunnel: &config::Tunnel, origin: Origin) -> io::Result<UnixStream> {
-    let ServiceAddress::Unix(path) = &tunnel.service else {
-        return Err(io::ErrorKind::InvalidInput.into());
-    };
-    let mut stream = UnixStream::connect(path).await?;
-    if let Some(version) = tunnel.proxy_protocol {
-        stream.write_all(&proxy_header::encode(version, origin, None)).await?;
-    }
-    Ok(stream)
 }

@@ -123,7 +123,8 @@ async fn run(
     let mut retried = false;
     let mut ticket = Ticket::default();
     loop {
-        let head = request(&payload_bytes, &chunk, meta)?;
+        let scheme = if settings.tls { Scheme::HTTPS } else { Scheme::HTTP };
+        let head = request(&payload_bytes, &chunk, meta, scheme)?;
         let place = match place(shared, service, &user, send, &mut limits, &mut ticket).await? {
             Ok(place) => place,
             Err(PoolError::Connect(_) | PoolError::Closed)
@@ -309,11 +310,12 @@ fn request(
     payload: &Bytes,
     chunk: &RequestChunk<'_>,
     meta: &Meta<'_>,
+    scheme: Scheme,
 ) -> Result<Request<()>, Stop> {
     let invalid = |what: &str| Stop::failed(failure::BAD_REQUEST, format!("{what} is invalid"));
     let authority = value(payload, chunk.authority.as_bytes())?;
     let mut uri = http::uri::Parts::default();
-    uri.scheme = Some(Scheme::HTTP);
+    uri.scheme = Some(scheme);
     uri.authority = Some(
         Authority::from_maybe_shared(payload.slice_ref(chunk.authority.as_bytes()))
             .map_err(|_| invalid("the authority"))?,

@@ -219,6 +219,7 @@ mod tests {
                 "unsupported 501",
                 "client-timeout 408",
                 "unauthorized 401",
+                "misdirected 421",
             ]
         );
     }

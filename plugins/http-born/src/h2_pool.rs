@@ -16,8 +16,8 @@ use bytes::Bytes;
 use h2::client::{self, SendRequest};
 use h2::{Ping, PingPong};
 use sidelane_plugin::{
-    ByteStream, Connect, Counter, Gauge, Host, Instant, PerShard, Service, ServiceError,
-    ServiceSettings, Timer, failure,
+    ByteStream, ConnectAlpn, Connected, Counter, Gauge, Host, Instant, PerShard, Service,
+    ServiceError, ServiceSettings, Timer, failure,
 };
 
 /// What a service may send on one stream before it has gone on through the tunnel. The way to it is
@@ -50,6 +50,15 @@ const UNSHARED_MAX: usize = 1024;
 /// Looks at whether a connection is used, in one idle timeout.
 const IDLE_LOOKS: u32 = 4;
 
+/// What is offered by ALPN to a service that is spoken to by TLS (RFC 9113 §3.2).
+const H2: &str = "h2";
+
+/// Offers HTTP/2 alone.
+const OFFER_H2: &[&str] = &[H2];
+
+/// Offers both, for who can speak both.
+const OFFER_BOTH: &[&str] = &[H2, "http/1.1"];
+
 /// How a pool is kept; a tunnel's settings go before the first two.
 #[derive(Clone, Copy, Debug)]
 pub struct PoolConfig {
@@ -74,6 +83,8 @@ pub enum PoolError {
     Closed,
     /// It does not speak HTTP/2.
     Handshake,
+    /// It did not agree on HTTP/2 by ALPN.
+    NotAgreed,
     /// It did not say its settings in time.
     Slow,
 }
@@ -86,7 +97,7 @@ impl PoolError {
             Self::Full => failure::OVERLOADED,
             Self::Connect(error) => error.code,
             Self::Closed => failure::SERVICE_UNREACHABLE,
-            Self::Handshake => failure::SERVICE_INVALID,
+            Self::Handshake | Self::NotAgreed => failure::SERVICE_INVALID,
             Self::Slow => failure::SERVICE_TIMEOUT,
         }
     }
@@ -99,6 +110,7 @@ impl std::fmt::Display for PoolError {
             Self::Connect(error) => error.fmt(f),
             Self::Closed => f.write_str("the service closed the connection at once"),
             Self::Handshake => f.write_str("the service does not speak HTTP/2"),
+            Self::NotAgreed => f.write_str("the service did not agree on HTTP/2 (ALPN)"),
             Self::Slow => f.write_str("the service did not send its HTTP/2 settings in time"),
         }
     }
@@ -149,6 +161,8 @@ struct Connections {
     dials: u64,
     /// How the last of them did.
     failed: Option<PoolError>,
+    /// The connection that ended as [`PoolError::NotAgreed`], for who offered HTTP/1.1 too.
+    other: Option<ByteStream>,
     waiting: Vec<Waker>,
 }
 
@@ -203,6 +217,23 @@ pub struct User<'a> {
     pool: &'a Pool,
     key: Key,
     settings: ServiceSettings,
+    offer: &'static [&'static str],
+}
+
+impl User<'_> {
+    /// Offers HTTP/1.1 as well. Where the service takes that, the end is [`PoolError::NotAgreed`], and one of
+    /// those who waited gets the connection by [`Self::take_other`].
+    #[must_use]
+    pub const fn or_http1(mut self) -> Self {
+        self.offer = OFFER_BOTH;
+        self
+    }
+
+    /// Takes the connection on which the service did not agree on HTTP/2.
+    #[must_use]
+    pub fn take_other(&self) -> Option<ByteStream> {
+        self.pool.shards.with(|shard| shard.get_mut(&self.key)?.other.take())
+    }
 }
 
 impl Drop for User<'_> {
@@ -271,7 +302,7 @@ impl Pool {
         let rpc =
             if settings.shared { 0 } else { self.unshared.fetch_add(1, Ordering::Relaxed) + 1 };
         let key = Key { id: service.id(), version: service.version(), rpc };
-        User { pool: self, key, settings }
+        User { pool: self, key, settings, offer: OFFER_H2 }
     }
 
     /// Counts what is sent again.
@@ -321,9 +352,11 @@ impl Pool {
                         .pool_idle_timeout
                         .filter(|timeout| !timeout.is_zero())
                         .unwrap_or(self.config.idle_timeout);
-                    let dial = dial(Arc::clone(self), key, service.connect(), idle_timeout);
+                    let connect = service.connect_alpn(user.offer);
+                    let dialled = Dialled { key, idle_timeout, must_agree: settings.tls };
+                    let dial = dial(Arc::clone(self), connect, dialled);
                     if !Host::current().try_spawn(dial) {
-                        self.dialled(key, Err(PoolError::Full));
+                        self.dialled(key, Err(PoolError::Full), None);
                     }
                 }
             }
@@ -333,11 +366,12 @@ impl Pool {
     /// Closes what is unused; what is used closes with its last stream.
     pub fn drain(&self) {
         self.draining.store(true, Ordering::Relaxed);
-        let mut closing = Vec::new();
+        let (mut closing, mut others) = (Vec::new(), Vec::new());
         self.shards.each(|shard| {
             for connections in shard.values_mut() {
                 let unused = |pooled: &mut Pooled| pooled.link.active.load(Ordering::Relaxed) == 0;
                 closing.extend(connections.open.extract_if(.., unused));
+                others.extend(connections.other.take());
             }
         });
     }
@@ -351,8 +385,9 @@ impl Pool {
     }
 
     /// A dial has ended; who waits looks again.
-    fn dialled(&self, key: Key, result: Result<Pooled, PoolError>) {
+    fn dialled(&self, key: Key, result: Result<Pooled, PoolError>, mut other: Option<ByteStream>) {
         let mut result = Some(result);
+        let mut unused = Vec::new();
         let waiting = self.shards.with(|shard| {
             if key.rpc > 0 && !shard.contains_key(&key) {
                 // The RPC is over; nobody else may use its connection, which ends without a sender.
@@ -362,6 +397,10 @@ impl Pool {
             connections.dialling = false;
             connections.dials += 1;
             connections.failed = None;
+            // Where nobody waits any more, nobody takes it.
+            let taken = if connections.waiting.is_empty() { None } else { other.take() };
+            let before = std::mem::replace(&mut connections.other, taken);
+            unused.extend(before.into_iter().chain(other.take()));
             match result.take() {
                 Some(Ok(pooled)) => connections.open.push(pooled),
                 Some(Err(error)) => connections.failed = Some(error),
@@ -370,7 +409,7 @@ impl Pool {
             std::mem::take(&mut connections.waiting)
         });
         // Outside the lock, as in `remove`.
-        drop(result);
+        drop((result, unused));
         self.waiting.fetch_sub(waiting.len(), Ordering::Relaxed);
         waiting.into_iter().for_each(Waker::wake);
     }
@@ -476,7 +515,13 @@ struct Dialling {
 impl Dialling {
     fn end(&mut self, result: Result<Pooled, PoolError>) {
         if !std::mem::replace(&mut self.ended, true) {
-            self.pool.dialled(self.key, result);
+            self.pool.dialled(self.key, result, None);
+        }
+    }
+
+    fn not_agreed(&mut self, other: ByteStream) {
+        if !std::mem::replace(&mut self.ended, true) {
+            self.pool.dialled(self.key, Err(PoolError::NotAgreed), Some(other));
         }
     }
 }
@@ -499,12 +544,24 @@ impl Drop for Counted {
     }
 }
 
+/// What a connection is dialled for.
+struct Dialled {
+    key: Key,
+    idle_timeout: Duration,
+    /// The service is to agree on HTTP/2, not only to speak it.
+    must_agree: bool,
+}
+
 /// Dials a service, and then drives the connection to its end.
-async fn dial(pool: Arc<Pool>, key: Key, connect: Connect, idle_timeout: Duration) {
+async fn dial(pool: Arc<Pool>, connect: ConnectAlpn, dialled: Dialled) {
+    let Dialled { key, idle_timeout, must_agree } = dialled;
     let config = PoolConfig { idle_timeout, ..pool.config };
     let mut dialling = Dialling { pool: Arc::clone(&pool), key, ended: false };
     let stream = match connect.await {
-        Ok(stream) => stream,
+        Ok(Connected { stream, protocol }) if must_agree && protocol != Some(H2) => {
+            return dialling.not_agreed(stream);
+        }
+        Ok(Connected { stream, .. }) => stream,
         Err(error) => return dialling.end(Err(PoolError::Connect(error))),
     };
     pool.metrics.opened.add(1);
@@ -559,9 +616,9 @@ fn broken(error: &h2::Error) -> PoolError {
     if error.is_io() { PoolError::Closed } else { PoolError::Handshake }
 }
 
-type Connected = (SendRequest<Bytes>, client::Connection<ByteStream, Bytes>);
+type Spoken = (SendRequest<Bytes>, client::Connection<ByteStream, Bytes>);
 
-async fn handshake(stream: ByteStream) -> Result<Connected, h2::Error> {
+async fn handshake(stream: ByteStream) -> Result<Spoken, h2::Error> {
     client::Builder::new()
         .enable_push(false)
         // No stream is opened before the service has said how many it takes.

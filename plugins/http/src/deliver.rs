@@ -20,8 +20,8 @@ use http_body::Body;
 use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
 use sidelane_plugin::{
-    Buf, Error, Exchange, Host, Message, Meta, OPEN_BYTES_MAX, RecvHalf, Reset, SendHalf, Service,
-    ServiceSettings, Timer, failure,
+    Buf, ByteStream, Error, Exchange, Host, HttpVersion, Message, Meta, OPEN_BYTES_MAX, RecvHalf,
+    Reset, SendHalf, Service, ServiceSettings, Timer, failure,
 };
 
 use sidelane_http_born::body::{self, BODY_BYTES_MAX, FIELD_TRAILERS, data_message};
@@ -32,7 +32,7 @@ use sidelane_http_born::wire::FieldsSize;
 
 use crate::config::Config;
 use crate::payload::{self, FIELD_REQUEST, FIELD_RESPONSE, RequestPayload};
-use crate::pool::{Connecting, Connection, Deadline, Pool, PoolError};
+use crate::pool::{Chosen, Connecting, Connection, Deadline, Pool, PoolError};
 use crate::upload::{SharedSource, Upload};
 
 mod h2;
@@ -41,6 +41,9 @@ mod h2;
 /// closed. A client that only reads once it has sent everything gets its answer; one that never ends
 /// is cut off (nginx's `lingering_time`).
 const LINGER: Duration = Duration::from_secs(30);
+
+/// How often one exchange follows a service that agrees on another version of HTTP than it did last.
+const CHANGES_MAX: usize = 3;
 
 /// Fields added to those that came: host, connection, length, five that tell of the client.
 const FIELDS_ADDED: usize = 10;
@@ -130,6 +133,15 @@ struct Delivery<'a> {
     method: Method,
     expects_continue: bool,
     dispatched: bool,
+}
+
+/// How one try ended that did not fail.
+enum Turn {
+    /// The exchange is through.
+    Ended,
+    /// The service agreed on the other version of HTTP. Nothing was sent; the connection, where it is at
+    /// hand.
+    Other { request: Request<Upload>, stream: Option<ByteStream> },
 }
 
 /// Why there is no response head.
@@ -230,24 +242,61 @@ impl<'a> Delivery<'a> {
         deadline: &mut Deadline,
     ) -> Result<(), Stop> {
         let settings = service.settings();
-        if settings.http_version == 2 {
-            return self.run_h2(pool, send, service, settings, request, deadline).await;
+        let mut is_h2 = match settings.http_version {
+            HttpVersion::Http1 => false,
+            HttpVersion::Http2 => true,
+            HttpVersion::ByAlpn => pool.chosen(service) != Some(Chosen::Http1),
+        };
+        let mut dialled = None;
+        for _ in 0..=CHANGES_MAX {
+            let turn = if is_h2 {
+                self.run_h2(pool, send, service, settings, request, deadline).await?
+            } else {
+                self.run_http1(pool, send, service, settings, request, dialled, deadline).await?
+            };
+            match turn {
+                Turn::Ended => return Ok(()),
+                Turn::Other { request: back, stream } => (request, dialled) = (back, stream),
+            }
+            // From here on exchanges go the other way at once.
+            is_h2 = !is_h2;
+            pool.choose(service, if is_h2 { Chosen::Http2 } else { Chosen::Http1 });
         }
+        let text = "the service agrees on another version of HTTP each time (ALPN)";
+        Err(Failed::new(failure::SERVICE_INVALID, text).into())
+    }
+
+    /// As `run`, over HTTP/1.1. `dialled`: a connection that there is already.
+    #[allow(clippy::too_many_arguments, reason = "an exchange has that many parts")]
+    async fn run_http1(
+        &mut self,
+        pool: &Arc<Pool>,
+        send: &mut SendHalf,
+        service: &Service,
+        settings: ServiceSettings,
+        mut request: Request<Upload>,
+        mut dialled: Option<ByteStream>,
+        deadline: &mut Deadline,
+    ) -> Result<Turn, Stop> {
         let mut retry =
             Retry { service, allowed: settings.retries > 0, backoff: Backoff::default() };
-        let mut kept = if settings.shared { pool.take(service) } else { None };
+        let reuses = settings.shared && dialled.is_none();
+        let mut kept = if reuses { pool.take(service) } else { None };
         loop {
             let mut connection = match kept.take() {
                 Some(connection) => connection,
-                None => match pool.connect(service, &settings, send, deadline).await {
-                    Ok(connection) => connection,
-                    // Nothing was sent on it.
-                    Err(Connecting::Failed(PoolError::Connect(_))) if retry.granted() => {
-                        retry.wait(send, deadline).await?;
-                        continue;
+                None => {
+                    match pool.connect(service, &settings, dialled.take(), send, deadline).await {
+                        Ok(connection) => connection,
+                        Err(Connecting::Http2) => return Ok(Turn::Other { request, stream: None }),
+                        // Nothing was sent on it.
+                        Err(Connecting::Failed(PoolError::Connect(_))) if retry.granted() => {
+                            retry.wait(send, deadline).await?;
+                            continue;
+                        }
+                        Err(error) => return Err(connecting(error)),
                     }
-                    Err(error) => return Err(connecting(error)),
-                },
+                }
             };
             if !self.dispatched {
                 send.dispatched();
@@ -264,7 +313,7 @@ impl<'a> Delivery<'a> {
                     let connection = download.inflow.connection;
                     let parking = keep.then_some((service, &settings));
                     self.finish(pool, connection, send, parking, deadline).await;
-                    return Ok(());
+                    return Ok(Turn::Ended);
                 }
                 Err(NoHead::Repeat(back, stop)) => (back, stop),
                 Err(NoHead::Stop(stop)) => return Err(stop),
@@ -537,6 +586,10 @@ fn connecting(error: Connecting) -> Stop {
     match error {
         Connecting::Abandoned(reset) => Stop::Gone(reset),
         Connecting::Late => late(),
+        Connecting::Http2 => {
+            let text = "the service agreed on HTTP/2, which was not wanted (ALPN)";
+            Failed::new(failure::SERVICE_INVALID, text).into()
+        }
         Connecting::Failed(PoolError::Connect(error)) => {
             Failed::new(error.code, error.to_string()).into()
         }

@@ -6,25 +6,25 @@
 use std::collections::HashMap;
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
-use http::{Extensions, Request};
+use http::Extensions;
 use hyper::client::conn::http1;
-use hyper::rt::{Read, ReadBufCursor, Write};
+use sidelane_http_born::h2_pool::{self, PoolConfig};
 use sidelane_plugin::{
-    Buf, ByteStream, Counter, Gauge, Host, Instant, Message, PerShard, Reset, SendHalf, Service,
+    ByteStream, Counter, Gauge, Host, HttpVersion, Instant, PerShard, Reset, SendHalf, Service,
     ServiceError, ServiceSettings, Timer,
 };
 
+use self::watch::Counted;
+pub(crate) use self::watch::{Watch, encode_interim};
 use crate::config::Config;
-use crate::payload::{self, FIELD_RESPONSE};
 use crate::upload::Upload;
-use sidelane_http_born::fields::{self, Kind, Nominated};
-use sidelane_http_born::h2_pool::{self, PoolConfig};
-use sidelane_http_born::wire::FieldsSize;
+
+mod watch;
 
 /// Most fields in a response's head or trailers; one more is `service-invalid`. The same bound as the
 /// relay's fronts have.
@@ -38,9 +38,14 @@ pub(crate) const HEAD_BYTES_MAX: usize = 64 * 1024;
 /// above it, and a bulk response is read in large pieces.
 const READ_BYTES_MAX: usize = 2 * HEAD_BYTES_MAX;
 
-/// Interim responses kept of one read; what a service sends beyond is dropped. They are sent on
-/// before the next read, so this only bounds a flood.
-const INTERIM_MAX: usize = 32;
+/// What is offered by ALPN to a service that is spoken to by TLS.
+const OFFER_HTTP1: &[&str] = &["http/1.1"];
+
+/// What is offered to one that chooses.
+const OFFER_BOTH: &[&str] = &["h2", "http/1.1"];
+
+/// Services whose choice is remembered, per data-path thread.
+const CHOSEN_MAX: usize = 1024;
 
 /// How often the reaper looks at unused connections: often enough that a closed one does not hold its
 /// descriptor for long, seldom enough to cost nothing.
@@ -88,7 +93,18 @@ struct Shard {
     open: Arc<AtomicUsize>,
     /// Connections to services whose tunnel has a bound of its own, used and unused.
     open_of: HashMap<u64, Arc<AtomicUsize>>,
+    /// By a service's id: its version, and what that chose last.
+    chosen: HashMap<u64, (u64, Chosen)>,
     reaping: bool,
+}
+
+/// What a service chose by ALPN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Chosen {
+    /// HTTP/1.1, or nothing.
+    Http1,
+    /// HTTP/2.
+    Http2,
 }
 
 /// The unused connections of one service.
@@ -156,118 +172,6 @@ impl Connection {
     }
 }
 
-/// What is watched of a connection while hyper drives it.
-#[derive(Debug, Default)]
-pub(crate) struct Watch {
-    /// Reads that gave bytes or the end, since the request was begun.
-    reads: AtomicU32,
-    /// A read has failed.
-    failed: AtomicBool,
-    interim: Mutex<Vec<Message>>,
-}
-
-impl Watch {
-    /// Begins a request.
-    pub(crate) fn begin(&self) {
-        self.reads.store(0, Ordering::Relaxed);
-        self.take_interim();
-    }
-
-    /// Whether no byte can have come since [`Self::begin`], the connection having ended: its end is
-    /// one read, or a read that failed.
-    pub(crate) fn nothing_came(&self) -> bool {
-        let end = u32::from(!self.failed.load(Ordering::Relaxed));
-        self.reads.load(Ordering::Relaxed) <= end
-    }
-
-    /// Takes the interim responses that came.
-    pub(crate) fn take_interim(&self) -> Vec<Message> {
-        std::mem::take(&mut *self.interim.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Returns what has hyper hand over the interim responses to a request that carries it.
-    fn extensions(self: &Arc<Self>) -> Extensions {
-        let watch = Arc::clone(self);
-        let mut request = Request::new(());
-        hyper::ext::on_informational(&mut request, move |response| {
-            let mut interim = watch.interim.lock().unwrap_or_else(PoisonError::into_inner);
-            if interim.len() < INTERIM_MAX {
-                let head = encode_interim(response.status().as_u16(), response.headers());
-                interim.push(Message { field: FIELD_RESPONSE, end: false, head, body: Buf::new() });
-            }
-        });
-        std::mem::take(request.extensions_mut())
-    }
-}
-
-pub(crate) fn encode_interim(status: u16, headers: &http::HeaderMap) -> Buf {
-    let fields =
-        || headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
-    let nominated = Nominated::scan(fields());
-    let mut size = FieldsSize::default();
-    for (name, value) in fields() {
-        size.add(name.len(), value.len());
-    }
-    let passing = fields()
-        .filter(|(name, _)| fields::kind(name) == Kind::EndToEnd && !nominated.contains(name));
-    payload::encode_response(status, passing, size, None, 0)
-}
-
-/// A byte stream whose reads are counted.
-#[derive(Debug)]
-struct Counted {
-    stream: ByteStream,
-    watch: Arc<Watch>,
-}
-
-impl Read for Counted {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: ReadBufCursor<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        let read = Read::poll_read(Pin::new(&mut self.stream), cx, buf);
-        match &read {
-            Poll::Ready(Ok(())) => {
-                self.watch.reads.fetch_add(1, Ordering::Relaxed);
-            }
-            Poll::Ready(Err(_)) => self.watch.failed.store(true, Ordering::Relaxed),
-            Poll::Pending => {}
-        }
-        read
-    }
-}
-
-impl Write for Counted {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<std::io::Result<usize>> {
-        Write::poll_write(Pin::new(&mut self.stream), cx, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Write::poll_flush(Pin::new(&mut self.stream), cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Write::poll_shutdown(Pin::new(&mut self.stream), cx)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        Write::is_write_vectored(&self.stream)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        parts: &[std::io::IoSlice<'_>],
-    ) -> Poll<std::io::Result<usize>> {
-        Write::poll_write_vectored(Pin::new(&mut self.stream), cx, parts)
-    }
-}
-
 impl Pool {
     pub(crate) fn new(config: Arc<Config>, host: &Host) -> Self {
         let metrics = Metrics {
@@ -320,28 +224,37 @@ impl Pool {
         })
     }
 
-    /// Dials the service.
+    /// What this version of the service chose last by ALPN, on this thread.
+    pub(crate) fn chosen(&self, service: &Service) -> Option<Chosen> {
+        let chosen = self.shards.with(|shard| shard.chosen.get(&service.id()).copied());
+        chosen.filter(|(version, _)| *version == service.version()).map(|(_, chosen)| chosen)
+    }
+
+    /// Remembers what the service chose.
+    pub(crate) fn choose(&self, service: &Service, chosen: Chosen) {
+        self.shards.with(|shard| {
+            if shard.chosen.len() >= CHOSEN_MAX {
+                // Who asks next finds out anew.
+                shard.chosen.clear();
+            }
+            shard.chosen.insert(service.id(), (service.version(), chosen));
+        });
+    }
+
+    /// Dials the service, where no connection was `dialled` already.
     pub(crate) async fn connect(
         &self,
         service: &Service,
         settings: &ServiceSettings,
+        dialled: Option<ByteStream>,
         send: &mut SendHalf,
         deadline: &mut Deadline,
     ) -> Result<Box<Connection>, Connecting> {
         let slot = self.slot(service, settings).ok_or(Connecting::Failed(PoolError::Full))?;
-        let mut connect = service.connect();
-        let stream = poll_fn(|cx| {
-            if let Poll::Ready(stream) = Pin::new(&mut connect).poll(cx) {
-                return Poll::Ready(
-                    stream.map_err(|error| Connecting::Failed(PoolError::Connect(error))),
-                );
-            }
-            if let Poll::Ready(reset) = send.poll_closed(cx) {
-                return Poll::Ready(Err(Connecting::Abandoned(reset)));
-            }
-            deadline.poll(cx).map(|()| Err(Connecting::Late))
-        })
-        .await?;
+        let stream = match dialled {
+            Some(stream) => stream,
+            None => dial(service, settings, send, deadline).await?,
+        };
         let watch = Arc::new(Watch::default());
         let counted = Counted { stream, watch: Arc::clone(&watch) };
         let (sender, driver) = http1::Builder::new()
@@ -490,6 +403,33 @@ impl Pool {
     }
 }
 
+/// Dials the service, and lets it choose where it may.
+async fn dial(
+    service: &Service,
+    settings: &ServiceSettings,
+    send: &mut SendHalf,
+    deadline: &mut Deadline,
+) -> Result<ByteStream, Connecting> {
+    let by_alpn = settings.http_version == HttpVersion::ByAlpn;
+    let mut connect = service.connect_alpn(if by_alpn { OFFER_BOTH } else { OFFER_HTTP1 });
+    let connected = poll_fn(|cx| {
+        if let Poll::Ready(connected) = Pin::new(&mut connect).poll(cx) {
+            return Poll::Ready(
+                connected.map_err(|error| Connecting::Failed(PoolError::Connect(error))),
+            );
+        }
+        if let Poll::Ready(reset) = send.poll_closed(cx) {
+            return Poll::Ready(Err(Connecting::Abandoned(reset)));
+        }
+        deadline.poll(cx).map(|()| Err(Connecting::Late))
+    })
+    .await?;
+    if connected.protocol == Some("h2") {
+        return Err(Connecting::Http2);
+    }
+    Ok(connected.stream)
+}
+
 /// Why [`Pool::connect`] gave no connection.
 #[derive(Debug)]
 pub(crate) enum Connecting {
@@ -499,6 +439,8 @@ pub(crate) enum Connecting {
     Abandoned(Reset),
     /// Its deadline has passed.
     Late,
+    /// The service agreed on HTTP/2.
+    Http2,
 }
 
 /// The end of the time that an exchange has; none for most.

@@ -28,7 +28,7 @@ use core::ffi::c_void;
 /// Major version. Different majors do not load.
 pub const ABI_MAJOR: u32 = 0;
 /// Minor version. A plugin's may not exceed its host's.
-pub const ABI_MINOR: u32 = 3;
+pub const ABI_MINOR: u32 = 4;
 /// Oldest minor version that a host of this one takes: what came since was only appended.
 pub const ABI_MINOR_OLDEST: u32 = 2;
 /// First bytes of every [`Stamp`].
@@ -778,7 +778,8 @@ pub struct Service {
 pub struct ServiceVt {
     /// `sizeof(ServiceVt)`.
     pub size: usize,
-    /// Dials; resolves to an [`IoOutcome`]. The host bounds it by the connect timeout.
+    /// Dials; resolves to an [`IoOutcome`]. The host bounds it by the connect timeout, TLS included. Where
+    /// the service is spoken to by TLS, `http/1.1` is offered (ALPN).
     pub connect: unsafe extern "C" fn(data: *mut c_void) -> Future,
     /// Ends it.
     pub drop: unsafe extern "C" fn(data: *mut c_void),
@@ -789,6 +790,31 @@ pub struct ServiceVt {
     /// budget. Asked only where the service cannot have processed it, or may twice. 1, or 0: what the
     /// client gets is what the last try gave. Since 0.3.
     pub retry: unsafe extern "C" fn(data: *mut c_void) -> u32,
+    /// As `connect`, with the application protocols that are offered where the service is spoken to by
+    /// TLS (RFC 7301), the best first; resolves to an [`AlpnOutcome`]. They are borrowed for the call;
+    /// at most [`ALPN_MAX`], each of 1 to 255 bytes. None: none is offered. Since 0.4.
+    pub connect_alpn: unsafe extern "C" fn(
+        data: *mut c_void,
+        protocols: *const Str,
+        protocols_len: usize,
+    ) -> Future,
+}
+
+/// Most protocols that [`ServiceVt::connect_alpn`] takes. Since 0.4.
+pub const ALPN_MAX: usize = 8;
+
+/// `out` of [`ServiceVt::connect_alpn`]. Since 0.4.
+#[repr(C)]
+pub struct AlpnOutcome {
+    /// 0: `io` is valid. Else one of [`failure`].
+    pub code: u32,
+    /// `errno` where there is one.
+    pub err: i32,
+    /// The stream, owned by the caller where `code` is 0.
+    pub io: Io,
+    /// Which of the protocols was agreed on, counted from 0; [`UNSET`]: none, since the service is not
+    /// spoken to by TLS, or knows nothing of ALPN.
+    pub protocol: u32,
 }
 
 /// What a tunnel and a route ask of whoever talks to a service. Since 0.3.
@@ -799,7 +825,8 @@ pub struct ServiceSettings {
     pub size: usize,
     /// Bits of [`service`].
     pub flags: u32,
-    /// HTTP's major version to the service: 1, or 2 by prior knowledge.
+    /// HTTP's major version to the service: 1, or 2 by prior knowledge, or with [`service::TLS`] by ALPN.
+    /// 1 with [`service::BY_ALPN`]: what the service chooses.
     pub http_version: u32,
     /// Most times that this exchange may be sent again; 0: the route has no policy, and only what is
     /// safe in any case is.
@@ -817,6 +844,11 @@ pub mod service {
     /// Each connection tells the service of one client: it serves the exchange that asked for it, and
     /// no other.
     pub const UNSHARED: u32 = 1;
+    /// The service is spoken to by TLS. Since 0.4.
+    pub const TLS: u32 = 2;
+    /// The service chooses HTTP's version by ALPN, HTTP/2 before HTTP/1.1; whoever offers HTTP/1.1 alone
+    /// gets that. Only with `TLS`. Since 0.4.
+    pub const BY_ALPN: u32 = 4;
 }
 
 /// A count of [`ServiceSettings`] that says nothing.

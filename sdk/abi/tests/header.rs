@@ -62,6 +62,7 @@ structs! {
         Responder sidelane_owned_responder_t { data, vt }
         ResponderVt sidelane_responder_vt_t { size, informational, head, poll_body, finish, abort, poll_closed, upgrade, drop }
         IoOutcome sidelane_io_outcome_t { code, err, io }
+        AlpnOutcome sidelane_alpn_outcome_t { code, err, io, protocol }
         Msg sidelane_owned_msg_t { field, flags, head, body }
         SendHalf sidelane_owned_send_half_t { data, vt }
         SendVt sidelane_send_vt_t { size, poll_send, finish, reset, poll_closed, dispatched, refused, drop }
@@ -74,7 +75,7 @@ structs! {
         Opener sidelane_owned_opener_t { data, vt }
         OpenerVt sidelane_opener_vt_t { size, poll_open, drop }
         Service sidelane_owned_service_t { data, vt, id, version, address }
-        ServiceVt sidelane_service_vt_t { size, connect, drop, settings, retry }
+        ServiceVt sidelane_service_vt_t { size, connect, drop, settings, retry, connect_alpn }
         ServiceSettings sidelane_service_settings_t { size, flags, http_version, retries, pool_idle, pool_connections, pool_idle_timeout_ns }
         Host sidelane_host_t { vt }
         HostVt sidelane_host_vt_t { size, spawn, now, timer, connect, log, log_level, metric, metric_add, shard, shards, blocking, splice, dedicate }
@@ -146,6 +147,9 @@ constants! {
         SIDELANE_ROUTE_KEY_LISTENER = route_key::LISTENER,
         SIDELANE_ROUTE_KEY_HOST = route_key::HOST,
         SIDELANE_SERVICE_UNSHARED = service::UNSHARED,
+        SIDELANE_SERVICE_TLS = service::TLS,
+        SIDELANE_SERVICE_BY_ALPN = service::BY_ALPN,
+        SIDELANE_ALPN_MAX = ALPN_MAX,
         SIDELANE_UNSET = UNSET,
         SIDELANE_UNSET_NS = UNSET_NS,
         SIDELANE_LEVEL_ERROR = level::ERROR,

@@ -25,7 +25,7 @@ pub use ffi::host::{BlockingPanicked, Counter, Gauge, Histogram, Host, Level, Sp
 pub use ffi::io::ByteStream;
 pub use ffi::request::{HeaderIter, Meta, Request, RequestHead};
 pub use ffi::responder::{Responder, ResponseHead};
-pub use ffi::service::{Connect, Service, ServiceSettings};
+pub use ffi::service::{Connect, ConnectAlpn, Connected, HttpVersion, Service, ServiceSettings};
 pub use ffi::timer::{Elapsed, Instant, Sleep, Timer};
 pub use headers::Headers;
 #[cfg(feature = "hyper")]

@@ -201,8 +201,9 @@ impl lend::Service for Service {
         "127.0.0.1:3000"
     }
 
-    fn connect(&self) -> lend::StreamFuture {
+    fn connect(&self, offered: Vec<Vec<u8>>) -> lend::ConnectFuture {
         let accept = self.accept.clone();
+        let protocol = offered.iter().position(|protocol| protocol == b"h2");
         Box::pin(async move {
             let (ours, theirs) = tokio::io::duplex(4 * 1024);
             let refused = |_| {
@@ -210,7 +211,7 @@ impl lend::Service for Service {
                 (failure::SERVICE_UNREACHABLE, error)
             };
             accept.send(theirs).map_err(refused)?;
-            Ok(Box::new(ours) as Box<dyn lend::Stream>)
+            Ok(lend::Connected { stream: Box::new(ours), protocol })
         })
     }
 

@@ -1,4 +1,4 @@
-//! Halves, opener, service and the meta record.
+//! Halves, opener and the meta record.
 
 use std::cell::UnsafeCell;
 use std::ffi::c_void;
@@ -11,8 +11,7 @@ use sidelane_abi as abi;
 
 use super::waker::with_context;
 use super::{
-    Counted, Invalid, buf, bytes_of, future, guard, io, report, reset_from_abi, reset_to_abi,
-    str_of, text_of,
+    Counted, Invalid, buf, bytes_of, guard, report, reset_from_abi, reset_to_abi, str_of, text_of,
 };
 use crate::plugin::lend;
 
@@ -56,7 +55,7 @@ impl Meta {
 }
 
 /// A time as the ABI says it; no longer than it can.
-fn nanos(duration: Duration) -> u64 {
+pub(super) fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX - 1)
 }
 
@@ -439,75 +438,6 @@ fn routable(path: &[u8]) -> &str {
         Err(error) => std::str::from_utf8(&path[..error.valid_up_to()]).unwrap_or_default(),
     };
     if text.is_empty() { "/" } else { text }
-}
-
-/// Returns the service to give a plugin.
-pub(super) fn lend_service<S: lend::Service>(service: S) -> abi::Service {
-    let settings = settings_to_abi(service.settings());
-    let lent = Box::new(Service { service, settings, _counted: Counted::new() });
-    let (id, version) = (lent.service.id(), lent.service.version());
-    let data = Box::into_raw(lent);
-    // SAFETY: just leaked. The address is borrowed from where the service stays until `drop`.
-    let address = str_of(unsafe { &(*data).service }.address().as_bytes());
-    abi::Service { data: data.cast(), vt: &Service::<S>::VT, id, version, address }
-}
-
-fn settings_to_abi(settings: lend::ServiceSettings) -> abi::ServiceSettings {
-    abi::ServiceSettings {
-        size: size_of::<abi::ServiceSettings>(),
-        flags: if settings.shared { 0 } else { abi::service::UNSHARED },
-        http_version: settings.http_version,
-        retries: settings.retries,
-        pool_idle: settings.pool_idle.unwrap_or(abi::UNSET),
-        pool_connections: settings.pool_connections.unwrap_or(abi::UNSET),
-        pool_idle_timeout_ns: settings.pool_idle_timeout.map_or(abi::UNSET_NS, nanos),
-    }
-}
-
-struct Service<S> {
-    service: S,
-    settings: abi::ServiceSettings,
-    _counted: Counted,
-}
-
-impl<S: lend::Service> Service<S> {
-    const VT: abi::ServiceVt = abi::ServiceVt {
-        size: size_of::<abi::ServiceVt>(),
-        connect: Self::connect,
-        drop: Self::drop,
-        settings: Self::settings,
-        retry: Self::retry,
-    };
-
-    unsafe extern "C" fn settings(data: *mut c_void) -> *const abi::ServiceSettings {
-        // SAFETY: `data` is what `lend_service` leaked; shared, since `address` is borrowed from it.
-        let this = unsafe { &*data.cast::<Self>() };
-        &raw const this.settings
-    }
-
-    unsafe extern "C" fn retry(data: *mut c_void) -> u32 {
-        // SAFETY: as in `settings`.
-        let this = unsafe { &*data.cast::<Self>() };
-        guard("service.retry", 0, || u32::from(this.service.retry()))
-    }
-
-    unsafe extern "C" fn connect(data: *mut c_void) -> abi::Future {
-        // SAFETY: `data` is what `lend_service` leaked; shared, since `address` is borrowed from it.
-        let this = unsafe { &*data.cast::<Self>() };
-        let stream = guard("service.connect", None, || Some(this.service.connect()));
-        future::lend(async move {
-            match stream {
-                Some(stream) => io::outcome(stream).await,
-                None => io::failed_outcome(abi::failure::INTERNAL, 0),
-            }
-        })
-    }
-
-    unsafe extern "C" fn drop(data: *mut c_void) {
-        // SAFETY: `data` is what `lend_service` leaked, dropped once.
-        let lent = unsafe { Box::from_raw(data.cast::<Self>()) };
-        guard("service.drop", (), || drop(lent));
-    }
 }
 
 /// Writes what a call fills in.

@@ -9,7 +9,7 @@ use super::call::{Call, Lent};
 use super::exchange::{self, Failure, Meta};
 use super::future::PluginFuture;
 use super::http::{self, PreparedHead};
-use super::{buf, io, report, str_of};
+use super::{buf, io, report, service, str_of};
 use crate::plugin::error::ConfigFault;
 use crate::plugin::generation::ExchangePin;
 use crate::plugin::host::{HostObject, clock_ns};
@@ -178,7 +178,7 @@ impl Instance {
         service: impl lend::Service,
     ) -> Call {
         let exchange = exchange::lend_exchange(send, recv);
-        let service = exchange::lend_service(service);
+        let service = service::lend_service(service);
         let lent = Lent { meta: Some(Meta::new(meta)), ..Lent::default() };
         Call::start(pin, lent, |lent| {
             let meta = lent.meta();

@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::waker::{HostWaker, with_context};
 use super::{Counted, Invalid, guard, report};
-use crate::plugin::lend::{Stream, StreamFuture};
+use crate::plugin::lend::{ConnectFuture, Connected, Stream, StreamFuture};
 
 /// Most elements of a vectored write that are looked at.
 const IOVECS_MAX: usize = 64;
@@ -65,6 +65,24 @@ pub(in crate::plugin) async fn outcome(stream: StreamFuture) -> abi::IoOutcome {
         Ok(stream) => abi::IoOutcome { code: abi::failure::NONE, err: 0, io: lend(stream) },
         Err((code, error)) => failed_outcome(code, errno(&error)),
     }
+}
+
+/// Resolves a connection to a service to what the ABI reports of it.
+pub(in crate::plugin) async fn connected(connect: ConnectFuture) -> abi::AlpnOutcome {
+    match connect.await {
+        Ok(Connected { stream, protocol }) => {
+            let protocol = protocol.and_then(|protocol| u32::try_from(protocol).ok());
+            let (code, io) = (abi::failure::NONE, lend(stream));
+            abi::AlpnOutcome { code, err: 0, io, protocol: protocol.unwrap_or(abi::UNSET) }
+        }
+        Err((code, error)) => not_connected(code, errno(&error)),
+    }
+}
+
+/// Returns the outcome that says why there is no connection.
+pub(in crate::plugin) fn not_connected(code: u32, err: i32) -> abi::AlpnOutcome {
+    let abi::IoOutcome { code, err, io } = failed_outcome(code, err);
+    abi::AlpnOutcome { code, err, io, protocol: abi::UNSET }
 }
 
 /// Returns the outcome that says why there is no stream.

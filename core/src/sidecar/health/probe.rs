@@ -12,8 +12,10 @@ use hyper_util::rt::TokioIo;
 
 use crate::config::{HealthCheck, HttpVersion, Probe, ServiceAddress, Tunnel};
 use crate::error::chain;
-use crate::plugin::lend::Stream;
-use crate::sidecar::service;
+use crate::plugin::lend::{Connected, Stream};
+use crate::sidecar::proxy_header::Origin;
+use crate::sidecar::service::dial::Dialer;
+use crate::tls::{H2_ALPN, HTTP1_ALPN};
 
 /// Most bytes of an answer's head that are read: a health page has few fields.
 const HEAD_BYTES_MAX: usize = 16 * 1024;
@@ -31,34 +33,58 @@ const PREFIX_BYTES: usize = 5;
 const SERVING: u64 = 1;
 
 /// Returns whether the service is well; else one line that says why not.
-pub(super) async fn probe(tunnel: &Tunnel, check: &HealthCheck) -> Result<(), String> {
-    match tokio::time::timeout(check.timeout, ask(tunnel, &check.probe)).await {
+pub(super) async fn probe(
+    tunnel: &Tunnel,
+    dialer: &Dialer,
+    check: &HealthCheck,
+) -> Result<(), String> {
+    match tokio::time::timeout(check.timeout, ask(tunnel, dialer, &check.probe)).await {
         Ok(answered) => answered,
         Err(_) => Err(format!("no answer within {:?}", check.timeout)),
     }
 }
 
 /// Returns whether the service accepts connections, within the tunnel's connect timeout.
-pub(super) async fn accepts(tunnel: &Tunnel) -> bool {
-    let connect = service::connect_own(tunnel);
-    matches!(tokio::time::timeout(tunnel.connect_timeout, connect).await, Ok(Ok(_)))
+pub(super) async fn accepts(tunnel: &Tunnel, dialer: &Dialer) -> bool {
+    matches!(tokio::time::timeout(tunnel.connect_timeout, dialer.accepts()).await, Ok(true))
 }
 
-async fn ask(tunnel: &Tunnel, probe: &Probe) -> Result<(), String> {
-    let stream =
-        service::connect_own(tunnel).await.map_err(|error| format!("cannot connect: {error}"))?;
+/// What is offered by ALPN for a probe, as for exchanges.
+fn offered(tunnel: &Tunnel, probe: &Probe) -> &'static [&'static [u8]] {
+    match (probe, tunnel.http_version) {
+        (Probe::Grpc { .. }, _) | (_, HttpVersion::Http2) => &[H2_ALPN],
+        (_, HttpVersion::Auto) => &[H2_ALPN, HTTP1_ALPN],
+        (_, HttpVersion::Http1) => &[HTTP1_ALPN],
+    }
+}
+
+async fn ask(tunnel: &Tunnel, dialer: &Dialer, probe: &Probe) -> Result<(), String> {
+    let offered = offered(tunnel, probe);
+    let protocols = offered.iter().map(|protocol| protocol.to_vec()).collect();
+    let Connected { stream, protocol } = dialer
+        .dial(Origin::Own, protocols)
+        .await
+        .map_err(|error| format!("cannot connect: {}", error.reason()))?;
+    let is_tls = tunnel.tls.is_some();
+    let agreed = protocol.and_then(|protocol| offered.get(protocol)).copied();
+    let by_h2 = if is_tls { agreed == Some(H2_ALPN) } else { offered == [H2_ALPN] };
+    if offered == [H2_ALPN] && !by_h2 && !matches!(probe, Probe::Tcp) {
+        return Err("the service did not agree on HTTP/2 (ALPN)".to_owned());
+    }
+    let scheme = if is_tls { "https" } else { "http" };
     match probe {
         Probe::Tcp => Ok(()),
         Probe::Http { path, host } => {
             let host = host.as_deref().map_or_else(|| authority(tunnel), ToOwned::to_owned);
-            let status = match tunnel.http_version {
-                HttpVersion::Http1 | HttpVersion::Auto => http1_status(stream, path, &host).await?,
-                HttpVersion::Http2 => http2_status(stream, path, &host).await?,
+            let status = if by_h2 {
+                http2_status(stream, scheme, path, &host).await?
+            } else {
+                http1_status(stream, path, &host).await?
             };
             let is_good = status.is_success() || status.is_redirection();
             if is_good { Ok(()) } else { Err(format!("answered {}", status.as_u16())) }
         }
-        Probe::Grpc { service } => grpc(stream, &authority(tunnel), service).await,
+        Probe::Grpc { service } => grpc(stream, scheme, &authority(tunnel), service).await,
     }
 }
 
@@ -146,10 +172,15 @@ async fn http2<T>(
     driven(async { connection.await.map_err(failed) }, exchange).await
 }
 
-fn http2_request(method: Method, authority: &str, path: &str) -> Result<Request<()>, String> {
+fn http2_request(
+    method: Method,
+    scheme: &str,
+    authority: &str,
+    path: &str,
+) -> Result<Request<()>, String> {
     Request::builder()
         .method(method)
-        .uri(format!("http://{authority}{path}"))
+        .uri(format!("{scheme}://{authority}{path}"))
         .version(Version::HTTP_2)
         .header(header::USER_AGENT, "sidelane-health")
         .body(())
@@ -158,16 +189,23 @@ fn http2_request(method: Method, authority: &str, path: &str) -> Result<Request<
 
 async fn http2_status(
     stream: Box<dyn Stream>,
+    scheme: &str,
     path: &str,
     host: &str,
 ) -> Result<StatusCode, String> {
-    let request = http2_request(Method::GET, host, path)?;
+    let request = http2_request(Method::GET, scheme, host, path)?;
     http2(stream, request, None, async |(head, _)| Ok(head.status)).await
 }
 
 /// `grpc.health.v1.Health/Check`, by hand: a message with one text, and one with one number.
-async fn grpc(stream: Box<dyn Stream>, authority: &str, service: &str) -> Result<(), String> {
-    let mut request = http2_request(Method::POST, authority, "/grpc.health.v1.Health/Check")?;
+async fn grpc(
+    stream: Box<dyn Stream>,
+    scheme: &str,
+    authority: &str,
+    service: &str,
+) -> Result<(), String> {
+    let path = "/grpc.health.v1.Health/Check";
+    let mut request = http2_request(Method::POST, scheme, authority, path)?;
     let headers = request.headers_mut();
     headers.insert(header::CONTENT_TYPE, http::HeaderValue::from_static("application/grpc"));
     headers.insert(header::TE, http::HeaderValue::from_static("trailers"));
@@ -284,8 +322,8 @@ mod tests {
     use super::*;
     use crate::config::{HostPort, Pool, ProxyVersion};
 
-    fn tunnel(service: ServiceAddress) -> Tunnel {
-        Tunnel {
+    fn tunnel(service: ServiceAddress) -> Arc<Tunnel> {
+        Arc::new(Tunnel {
             name: "t".into(),
             service,
             protocols: None,
@@ -296,10 +334,14 @@ mod tests {
             proxy_protocol: None,
             health_check: None,
             wait: Duration::ZERO,
-        }
+        })
     }
 
-    async fn listen() -> (TcpListener, Tunnel) {
+    async fn look(tunnel: &Arc<Tunnel>, check: &HealthCheck) -> Result<(), String> {
+        probe(tunnel, &Dialer::new(tunnel), check).await
+    }
+
+    async fn listen() -> (TcpListener, Arc<Tunnel>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let host_port = HostPort { host: "127.0.0.1".into(), port: address.port() };
@@ -349,7 +391,7 @@ mod tests {
                 let (stream, _) = listener.accept().await.unwrap();
                 answer_once(stream, answer).await
             };
-            let (result, head) = tokio::join!(probe(&tunnel, &check), serve);
+            let (result, head) = tokio::join!(look(&tunnel, &check), serve);
             assert!(head.starts_with("GET /healthz?q=1 HTTP/1.1\r\nhost: app.local\r\n"), "{head}");
             match expected {
                 Ok(()) => assert_eq!(result, Ok(())),
@@ -373,7 +415,7 @@ mod tests {
             let _ = stream.write_all(answer.as_bytes()).await;
         };
         let check = check(http(None), LONG);
-        let (result, ()) = tokio::join!(probe(&tunnel, &check), serve);
+        let (result, ()) = tokio::join!(look(&tunnel, &check), serve);
         assert!(result.unwrap_err().starts_with("no answer: "));
     }
 
@@ -381,7 +423,7 @@ mod tests {
     async fn a_service_that_says_nothing_has_a_time() {
         let (listener, tunnel) = listen().await;
         let check = check(http(None), Duration::from_millis(1));
-        let reason = probe(&tunnel, &check).await.unwrap_err();
+        let reason = look(&tunnel, &check).await.unwrap_err();
         assert_eq!(reason, "no answer within 1ms");
         drop(listener);
     }
@@ -390,11 +432,11 @@ mod tests {
     async fn a_connection_is_all_that_tcp_asks_for() {
         let (listener, tunnel) = listen().await;
         let check = check(Probe::Tcp, LONG);
-        assert_eq!(probe(&tunnel, &check).await, Ok(()));
-        assert!(accepts(&tunnel).await);
+        assert_eq!(look(&tunnel, &check).await, Ok(()));
+        assert!(accepts(&tunnel, &Dialer::new(&tunnel)).await);
         drop(listener);
-        assert!(probe(&tunnel, &check).await.unwrap_err().starts_with("cannot connect: "));
-        assert!(!accepts(&tunnel).await);
+        assert!(look(&tunnel, &check).await.unwrap_err().starts_with("cannot connect: "));
+        assert!(!accepts(&tunnel, &Dialer::new(&tunnel)).await);
     }
 
     #[tokio::test]
@@ -403,13 +445,13 @@ mod tests {
         let path = directory.path().join("app.sock");
         let listener = UnixListener::bind(&path).unwrap();
         let mut tunnel = tunnel(ServiceAddress::Unix(Arc::from(path)));
-        tunnel.proxy_protocol = Some(ProxyVersion::V1);
+        Arc::make_mut(&mut tunnel).proxy_protocol = Some(ProxyVersion::V1);
         let serve = async {
             let (stream, _) = listener.accept().await.unwrap();
             answer_once(stream, b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await
         };
         let check = check(http(None), LONG);
-        let (result, head) = tokio::join!(probe(&tunnel, &check), serve);
+        let (result, head) = tokio::join!(look(&tunnel, &check), serve);
         assert_eq!(result, Ok(()));
         let expected = "PROXY UNKNOWN\r\nGET /healthz?q=1 HTTP/1.1\r\nhost: localhost\r\n";
         assert!(head.starts_with(expected), "{head}");
@@ -466,7 +508,7 @@ mod tests {
                 let (stream, _) = listener.accept().await.unwrap();
                 answer_h2(stream, response, body, status).await
             };
-            let (result, (path, got)) = tokio::join!(probe(&tunnel, &check), serve);
+            let (result, (path, got)) = tokio::join!(look(&tunnel, &check), serve);
             assert_eq!(path, "/grpc.health.v1.Health/Check");
             assert_eq!(got, b"\0\0\0\0\x05\x0a\x03app");
             assert_eq!(result, expected.map_err(str::to_owned));
@@ -476,13 +518,13 @@ mod tests {
     #[tokio::test]
     async fn a_service_of_http_2_is_asked_over_it() {
         let (listener, mut tunnel) = listen().await;
-        tunnel.http_version = HttpVersion::Http2;
+        Arc::make_mut(&mut tunnel).http_version = HttpVersion::Http2;
         let check = check(http(Some("app.local")), LONG);
         let serve = async {
             let (stream, _) = listener.accept().await.unwrap();
             answer_h2(stream, http::Response::new(()), b"ok", None).await
         };
-        let (result, (path, _)) = tokio::join!(probe(&tunnel, &check), serve);
+        let (result, (path, _)) = tokio::join!(look(&tunnel, &check), serve);
         assert_eq!((result, &*path), (Ok(()), "/healthz"));
     }
 

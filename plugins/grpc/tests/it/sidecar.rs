@@ -514,3 +514,31 @@ fn chunks_out_of_order_end_the_call() {
         });
     }
 }
+
+#[test]
+fn a_service_by_tls_is_offered_http_2_alone_and_must_agree() {
+    let (kit, service) = (kit(), TestService::default().with_tls(&["h2", "http/1.1"]));
+    kit.block_on(async {
+        let delivery = kit.deliver(&meta(), &service);
+        GrpcRequest::call(&message(0, 1)).last().send(&delivery.peer);
+        let mut served = Served::accept(&service).await;
+        let (request, mut respond) = served.request().await;
+        assert_eq!(request.uri(), "https://test.localhost:9080/t.Echo/Call");
+        answer(&mut respond, message(1, 1));
+        let response = served.drive(delivery.peer.message()).await;
+        assert_eq!(read_response(&response).body, message(1, 1));
+        assert_eq!(service.offered(), [["h2"]]);
+    });
+    // Knows nothing of ALPN; says that it speaks no such thing.
+    for (speaks, code) in
+        [(&[][..], failure::SERVICE_INVALID), (&["http/1.1"], failure::SERVICE_UNREACHABLE)]
+    {
+        let service = TestService::default().with_tls(speaks);
+        kit.block_on(async {
+            let delivery = kit.deliver(&meta(), &service);
+            GrpcRequest::call(&message(0, 1)).last().send(&delivery.peer);
+            assert_eq!(delivery.running.outcome().await, Outcome::Ended(code));
+            assert_eq!(delivery.peer.was_reset().map(|reset| reset.code), Some(code));
+        });
+    }
+}

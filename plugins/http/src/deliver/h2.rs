@@ -15,9 +15,11 @@ use http_body::Body as _;
 use sidelane_http_born::fields;
 use sidelane_http_born::h2_pool::{Place, PoolError, Ticket, User};
 use sidelane_http_born::retry::Backoff;
-use sidelane_plugin::{Buf, Host, Message, Reset, SendHalf, Service, ServiceSettings, failure};
+use sidelane_plugin::{
+    Buf, Host, HttpVersion, Message, Reset, SendHalf, Service, ServiceSettings, failure,
+};
 
-use super::{Delivery, Failed, Inflow, Item, LINGER, Limits, Retry, Stop, decode, late};
+use super::{Delivery, Failed, Inflow, Item, LINGER, Limits, Retry, Stop, Turn, decode, late};
 use crate::payload::FIELD_RESPONSE;
 use crate::pool::{Deadline, HEADERS_MAX, Pool, encode_interim};
 use crate::upload::{SharedSource, Upload, UploadError};
@@ -47,8 +49,11 @@ impl Delivery<'_> {
         settings: ServiceSettings,
         mut request: Request<Upload>,
         deadline: &mut Deadline,
-    ) -> Result<(), Stop> {
+    ) -> Result<Turn, Stop> {
+        let by_alpn = settings.http_version == HttpVersion::ByAlpn;
         let user = pool.h2.user(service, settings);
+        let user = if by_alpn { user.or_http1() } else { user };
+        let scheme = if settings.tls { Scheme::HTTPS } else { Scheme::HTTP };
         let mut retry =
             Retry { service, allowed: settings.retries > 0, backoff: Backoff::default() };
         let mut ticket = Ticket::default();
@@ -57,6 +62,9 @@ impl Delivery<'_> {
         loop {
             let place = match place(pool, service, &user, &mut ticket, send, deadline).await? {
                 Ok(place) => place,
+                Err(PoolError::NotAgreed) if by_alpn => {
+                    return Ok(Turn::Other { request, stream: user.take_other() });
+                }
                 // Nothing was sent.
                 Err(PoolError::Connect(_) | PoolError::Closed) if retry.granted() => {
                     retry.wait(send, deadline).await?;
@@ -69,7 +77,7 @@ impl Delivery<'_> {
                 send.dispatched();
                 self.dispatched = true;
             }
-            let (stop, waits) = match self.head_h2(&place, send, request, deadline).await {
+            let (stop, waits) = match self.head_h2(&place, send, request, &scheme, deadline).await {
                 Ok((head, stream)) => {
                     let length = head.headers.get(CONTENT_LENGTH);
                     let length =
@@ -80,10 +88,10 @@ impl Delivery<'_> {
                     let mut stream = download.inflow;
                     if let Err(stop) = &passed {
                         stream.uploading.end(stop);
-                        return passed;
+                        return passed.map(|()| Turn::Ended);
                     }
                     self.finish_h2(stream, send, deadline).await;
-                    return Ok(());
+                    return Ok(Turn::Ended);
                 }
                 Err(NoHead::NotProcessed { stop, closing }) => {
                     if closing {
@@ -115,9 +123,11 @@ impl Delivery<'_> {
         place: &Place<'_>,
         send: &mut SendHalf,
         request: Request<Upload>,
+        scheme: &Scheme,
         deadline: &mut Deadline,
     ) -> Result<(response::Parts, Stream), NoHead> {
-        let (request, body) = for_h2(request).map_err(|failed| NoHead::Stop(failed.into()))?;
+        let (request, body) =
+            for_h2(request, scheme.clone()).map_err(|failed| NoHead::Stop(failed.into()))?;
         let bodiless = body.is_end_stream();
         let mut sender = place.sender.clone();
         let (mut response, stream) = sender.send_request(request, bodiless).map_err(|error| {
@@ -249,7 +259,7 @@ async fn place<'a>(
 }
 
 /// Turns a request as HTTP/1.1 has it into one of HTTP/2 (RFC 9113 §8.2.2, §8.3.1), and its body.
-fn for_h2(request: Request<Upload>) -> Result<(Request<()>, Upload), Failed> {
+fn for_h2(request: Request<Upload>, scheme: Scheme) -> Result<(Request<()>, Upload), Failed> {
     let invalid =
         |what: &str| Failed::new(failure::BAD_REQUEST, format!("{what} cannot be sent on"));
     let (mut head, body) = request.into_parts();
@@ -260,7 +270,7 @@ fn for_h2(request: Request<Upload>) -> Result<(Request<()>, Upload), Failed> {
         head.headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
     }
     let mut uri = head.uri.into_parts();
-    uri.scheme = Some(Scheme::HTTP);
+    uri.scheme = Some(scheme);
     uri.authority =
         Some(Authority::try_from(authority.as_bytes()).map_err(|_| invalid("the authority"))?);
     head.uri = Uri::from_parts(uri).map_err(|_| invalid("the target"))?;

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use h2::server::{self, SendResponse};
 use h2::{Reason, RecvStream};
 use http::{HeaderMap, HeaderValue, Request, Response};
-use sidelane_plugin::{Reset, ServiceSettings, failure};
+use sidelane_plugin::{HttpVersion, Reset, ServiceSettings, failure};
 use sidelane_testkit::{Kit, Outcome, TestService, TestStream};
 
 use crate::wire::{HttpRequest, pairs, read_data, read_response, read_trailers, send_data, texts};
@@ -19,27 +19,28 @@ const WELL: Outcome = Outcome::Ended(failure::NONE);
 
 fn service() -> TestService {
     let mut service = TestService::default();
-    service.settings = ServiceSettings { http_version: 2, ..ServiceSettings::default() };
+    service.settings =
+        ServiceSettings { http_version: HttpVersion::Http2, ..ServiceSettings::default() };
     service
 }
 
-type Incoming = (Request<RecvStream>, SendResponse<Bytes>);
+pub(crate) type Incoming = (Request<RecvStream>, SendResponse<Bytes>);
 
 /// One connection to the service.
-struct Served {
+pub(crate) struct Served {
     connection: server::Connection<TestStream, Bytes>,
     waiting: VecDeque<Incoming>,
 }
 
 impl Served {
-    async fn accept(service: &TestService) -> Self {
+    pub(crate) async fn accept(service: &TestService) -> Self {
         let stream = service.accept().await;
         let connection = server::handshake(stream).await.expect("a client's preface");
         Self { connection, waiting: VecDeque::new() }
     }
 
     /// Drives the connection until `future` is done.
-    async fn drive<F: Future>(&mut self, future: F) -> F::Output {
+    pub(crate) async fn drive<F: Future>(&mut self, future: F) -> F::Output {
         let mut future = pin!(future);
         poll_fn(|cx| {
             if let Poll::Ready(output) = future.as_mut().poll(cx) {
@@ -71,7 +72,7 @@ impl Served {
         .await;
     }
 
-    async fn request(&mut self) -> Incoming {
+    pub(crate) async fn request(&mut self) -> Incoming {
         poll_fn(|cx| {
             self.poll(cx);
             self.waiting.pop_front().map_or(Poll::Pending, Poll::Ready)
@@ -91,12 +92,12 @@ async fn body(stream: &mut RecvStream) -> (Vec<u8>, Option<HeaderMap>) {
     (all, stream.trailers().await.expect("the body ends"))
 }
 
-fn respond(response: &mut SendResponse<Bytes>, status: u16) {
+pub(crate) fn respond(response: &mut SendResponse<Bytes>, status: u16) {
     let head = Response::builder().status(status).body(()).expect("a head");
     response.send_response(head, true).expect("the stream is open");
 }
 
-fn deliver(
+pub(crate) fn deliver(
     kit: &Kit,
     service: &TestService,
     request: &HttpRequest,

@@ -1,5 +1,6 @@
 //! The HTTP plugin on a fake host: the test plays client, peer and service.
 
+mod alpn;
 mod h2;
 mod library;
 mod path;

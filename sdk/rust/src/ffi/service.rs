@@ -14,14 +14,28 @@ use super::io::ByteStream;
 use super::text::text;
 use crate::{ServiceError, failure};
 
+/// Which HTTP a service is spoken to by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HttpVersion {
+    /// HTTP/1.1.
+    #[default]
+    Http1,
+    /// HTTP/2: by ALPN with TLS, by prior knowledge without.
+    Http2,
+    /// What the service chooses by ALPN, HTTP/2 before HTTP/1.1; only with TLS.
+    ByAlpn,
+}
+
 /// What a tunnel and a route ask of whoever talks to a service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ServiceSettings {
     /// A connection may serve exchanges of several clients; where not, it serves the one exchange that
     /// asked for it.
     pub shared: bool,
-    /// HTTP's major version to the service: 1, or 2 by prior knowledge.
-    pub http_version: u32,
+    /// HTTP's major version to the service.
+    pub http_version: HttpVersion,
+    /// The service is spoken to by TLS.
+    pub tls: bool,
     /// Most times that this exchange may be sent again, each asked for by [`Service::retry`]; 0: the
     /// route has no policy, and only what is safe in any case is.
     pub retries: u32,
@@ -37,7 +51,8 @@ impl Default for ServiceSettings {
     fn default() -> Self {
         Self {
             shared: true,
-            http_version: 1,
+            http_version: HttpVersion::Http1,
+            tls: false,
             retries: 0,
             pool_idle: None,
             pool_connections: None,
@@ -99,7 +114,12 @@ impl Service {
         let count = |count: u32| (count != abi::UNSET).then_some(count);
         ServiceSettings {
             shared: raw.flags & abi::service::UNSHARED == 0,
-            http_version: raw.http_version,
+            http_version: match raw.http_version {
+                2 => HttpVersion::Http2,
+                _ if raw.flags & abi::service::BY_ALPN != 0 => HttpVersion::ByAlpn,
+                _ => HttpVersion::Http1,
+            },
+            tls: raw.flags & abi::service::TLS != 0,
             retries: raw.retries,
             pool_idle: count(raw.pool_idle),
             pool_connections: count(raw.pool_connections),
@@ -123,11 +143,36 @@ impl Service {
         unsafe { (vt.retry)(self.raw.data) == 1 }
     }
 
-    /// Dials. The host bounds it by the connect timeout.
+    /// Dials. The host bounds it by the connect timeout, TLS included. Where the service is spoken to by
+    /// TLS, `http/1.1` is offered (ALPN).
     pub fn connect(&self) -> Connect {
         let _one = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: owned (H1), under `calls`; the future resolves to an `IoOutcome`.
         Connect { outcome: unsafe { Foreign::new(((*self.raw.vt).connect)(self.raw.data)) } }
+    }
+}
+
+impl Service {
+    /// As [`Self::connect`], with the application protocols that are offered where the service is spoken to
+    /// by TLS (RFC 7301), the best first: at most [`abi::ALPN_MAX`]. None: none is offered. A host before
+    /// ABI 0.4 speaks no TLS, and dials.
+    pub fn connect_alpn(&self, protocols: &'static [&'static str]) -> ConnectAlpn {
+        let known = offset_of!(abi::ServiceVt, connect_alpn) + size_of::<usize>();
+        // SAFETY: owned (H1).
+        let vt = unsafe { &*self.raw.vt };
+        if vt.size < known {
+            return ConnectAlpn(Dialling::Plain(self.connect()));
+        }
+        let mut offered = [abi::Str { ptr: std::ptr::null(), len: 0 }; abi::ALPN_MAX];
+        for (offer, protocol) in offered.iter_mut().zip(protocols) {
+            *offer = abi::Str { ptr: protocol.as_ptr(), len: protocol.len() };
+        }
+        let count = protocols.len().min(offered.len());
+        let _one = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: owned (H1), under `calls`; the protocols are valid for the call.
+        let future = unsafe { (vt.connect_alpn)(self.raw.data, offered.as_ptr(), count) };
+        // SAFETY: the future resolves to an `AlpnOutcome`.
+        ConnectAlpn(Dialling::Alpn { outcome: unsafe { Foreign::new(future) }, protocols })
     }
 }
 
@@ -173,6 +218,54 @@ impl std::fmt::Debug for Connect {
     }
 }
 
+/// A connection to a service, and what was agreed on.
+#[derive(Debug)]
+pub struct Connected {
+    /// The bytes.
+    pub stream: ByteStream,
+    /// The protocol that was agreed on by ALPN; `None`: none was.
+    pub protocol: Option<&'static str>,
+}
+
+/// A connection on its way ([`Service::connect_alpn`]). Dropping it gives up.
+pub struct ConnectAlpn(Dialling);
+
+enum Dialling {
+    Plain(Connect),
+    Alpn { outcome: Foreign<abi::AlpnOutcome>, protocols: &'static [&'static str] },
+}
+
+impl Future for ConnectAlpn {
+    type Output = Result<Connected, ServiceError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match &mut self.0 {
+            Dialling::Plain(connect) => {
+                let stream = ready!(Pin::new(connect).poll(cx));
+                Poll::Ready(stream.map(|stream| Connected { stream, protocol: None }))
+            }
+            Dialling::Alpn { outcome, protocols } => {
+                let outcome = ready!(outcome.poll(cx));
+                let index = outcome.as_ref().map_or(abi::UNSET, |outcome| outcome.protocol);
+                let protocol = protocols.get(index as usize).copied();
+                let outcome = outcome.map(|outcome| abi::IoOutcome {
+                    code: outcome.code,
+                    err: outcome.err,
+                    io: outcome.io,
+                });
+                let stream = stream_from_outcome(outcome);
+                Poll::Ready(stream.map(|stream| Connected { stream, protocol }))
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for ConnectAlpn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ConnectAlpn").finish_non_exhaustive()
+    }
+}
+
 pub(crate) fn stream_from_outcome(
     outcome: Option<abi::IoOutcome>,
 ) -> Result<ByteStream, ServiceError> {
@@ -185,4 +278,65 @@ pub(crate) fn stream_from_outcome(
     }
     // SAFETY: owned by the caller where `code` is 0 (`abi::IoOutcome`).
     Ok(unsafe { ByteStream::new(outcome.io) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::c_void;
+    use std::task::Waker;
+
+    use super::*;
+
+    unsafe extern "C" fn nothing(_: *mut c_void) {}
+
+    unsafe extern "C" fn refused(_: *mut c_void, _: *const abi::Waker, out: *mut c_void) -> u32 {
+        let io = abi::Io { data: std::ptr::null_mut(), vt: std::ptr::null() };
+        let outcome = abi::IoOutcome { code: failure::SERVICE_UNREACHABLE, err: 111, io };
+        // SAFETY: `out` of the future that `connect` returned.
+        unsafe { out.cast::<abi::IoOutcome>().write(outcome) };
+        abi::poll::READY
+    }
+
+    unsafe extern "C" fn connect(_: *mut c_void) -> abi::Future {
+        static VT: abi::FutureVt =
+            abi::FutureVt { size: size_of::<abi::FutureVt>(), poll: refused, drop: nothing };
+        abi::Future { data: std::ptr::null_mut(), vt: &raw const VT }
+    }
+
+    unsafe extern "C" fn no_settings(_: *mut c_void) -> *const abi::ServiceSettings {
+        unreachable!("an older host has no such slot");
+    }
+
+    unsafe extern "C" fn no_retry(_: *mut c_void) -> u32 {
+        unreachable!("an older host has no such slot");
+    }
+
+    unsafe extern "C" fn no_alpn(_: *mut c_void, _: *const abi::Str, _: usize) -> abi::Future {
+        unreachable!("an older host has no such slot");
+    }
+
+    #[test]
+    fn a_host_before_0_3_is_asked_for_no_more_than_it_has() {
+        static VT: abi::ServiceVt = abi::ServiceVt {
+            size: offset_of!(abi::ServiceVt, settings),
+            connect,
+            drop: nothing,
+            settings: no_settings,
+            retry: no_retry,
+            connect_alpn: no_alpn,
+        };
+        let address = abi::Str { ptr: "a:1".as_ptr(), len: 3 };
+        let data = std::ptr::null_mut();
+        let raw = abi::Service { data, vt: &raw const VT, id: 1, version: 1, address };
+        // SAFETY: moved.
+        let service = unsafe { Service::new(raw) };
+        assert_eq!(service.settings(), ServiceSettings::default());
+        assert!(!service.retry());
+        let mut connect = service.connect_alpn(&["h2"]);
+        let mut cx = Context::from_waker(Waker::noop());
+        let Poll::Ready(Err(error)) = Pin::new(&mut connect).poll(&mut cx) else {
+            panic!("it refuses");
+        };
+        assert_eq!((error.code, error.errno), (failure::SERVICE_UNREACHABLE, Some(111)));
+    }
 }

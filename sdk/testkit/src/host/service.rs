@@ -6,13 +6,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use sidelane_abi as abi;
-use sidelane_plugin::{ServiceSettings, failure};
+use sidelane_plugin::{HttpVersion, ServiceSettings, failure};
 
 use super::buf::lend_text;
 use super::future;
 use super::io::{self, TestStream};
 use super::lent::{drop_lent, lend, using};
 use super::world::World;
+
+/// What a service's alert during the handshake looks like here.
+const ECONNRESET: i32 = 104;
 
 /// What a connection attempt meets.
 #[derive(Clone, Copy)]
@@ -31,6 +34,10 @@ struct Shared {
     budget: usize,
     /// How often the plugin asked for one.
     asked: usize,
+    /// What the service agrees on, the best first; `None`: it knows nothing of ALPN.
+    speaks: Option<&'static [&'static str]>,
+    /// What was offered, by connection.
+    offered: Vec<Vec<String>>,
 }
 
 /// A service that the plugin connects to. By default it accepts.
@@ -56,6 +63,8 @@ impl Default for TestService {
             connects: 0,
             budget: 0,
             asked: 0,
+            speaks: None,
+            offered: Vec::new(),
         };
         Self {
             shared: Arc::new(Mutex::new(shared)),
@@ -126,6 +135,61 @@ impl TestService {
         self.shared().connects
     }
 
+    /// A service that is spoken to by TLS (nothing is encrypted here), and agrees on the first of `protocols`
+    /// that is offered; where none is, it refuses. What it speaks may change.
+    #[must_use]
+    pub fn with_tls(mut self, protocols: &'static [&'static str]) -> Self {
+        self.settings.tls = true;
+        self.settings.http_version = HttpVersion::ByAlpn;
+        self.speak(protocols);
+        self
+    }
+
+    /// From here on agrees on the first of `protocols` that is offered; empty: knows nothing of ALPN.
+    pub fn speak(&self, protocols: &'static [&'static str]) {
+        self.shared().speaks = (!protocols.is_empty()).then_some(protocols);
+    }
+
+    /// What was offered on connections that were dialled with protocols, in order of dialling.
+    #[must_use]
+    pub fn offered(&self) -> Vec<Vec<String>> {
+        self.shared().offered.clone()
+    }
+
+    /// Dials with protocols, for a plugin.
+    fn connect_alpn(&self, world: &Arc<World>, offered: Vec<String>) -> abi::Future {
+        let protocol = {
+            let mut shared = self.shared();
+            shared.connects += 1;
+            shared.offered.push(offered.clone());
+            let speaks = shared.speaks.filter(|_| self.settings.tls && !offered.is_empty());
+            speaks.map(|speaks| {
+                speaks
+                    .iter()
+                    .find_map(|protocol| offered.iter().position(|offer| offer == protocol))
+            })
+        };
+        let (service, own) = (self.clone(), world.clone());
+        future::to_plugin(world, move |cx| {
+            let (protocol, outcome) = match protocol {
+                Some(None) => {
+                    let alert = refused(failure::SERVICE_UNREACHABLE, ECONNRESET);
+                    (abi::UNSET, Poll::Ready(alert))
+                }
+                Some(Some(index)) => {
+                    (u32::try_from(index).unwrap_or(abi::UNSET), service.poll_connect(&own, cx))
+                }
+                None => (abi::UNSET, service.poll_connect(&own, cx)),
+            };
+            outcome.map(|abi::IoOutcome { code, err, io }| abi::AlpnOutcome {
+                code,
+                err,
+                io,
+                protocol,
+            })
+        })
+    }
+
     fn poll_connect(&self, world: &Arc<World>, _: &mut Context<'_>) -> Poll<abi::IoOutcome> {
         let mut shared = self.shared();
         match shared.mode {
@@ -188,14 +252,25 @@ static VT: abi::ServiceVt = abi::ServiceVt {
     drop: drop_lent::<ServiceLent>,
     settings,
     retry,
+    connect_alpn,
 };
 
 fn raw_settings(settings: &ServiceSettings) -> abi::ServiceSettings {
     let nanos = |time: std::time::Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX - 1);
     abi::ServiceSettings {
         size: size_of::<abi::ServiceSettings>(),
-        flags: if settings.shared { 0 } else { abi::service::UNSHARED },
-        http_version: settings.http_version,
+        flags: [
+            (!settings.shared, abi::service::UNSHARED),
+            (settings.tls, abi::service::TLS),
+            (settings.http_version == HttpVersion::ByAlpn, abi::service::BY_ALPN),
+        ]
+        .into_iter()
+        .filter_map(|(is_set, flag)| is_set.then_some(flag))
+        .sum(),
+        http_version: match settings.http_version {
+            HttpVersion::Http1 | HttpVersion::ByAlpn => 1,
+            HttpVersion::Http2 => 2,
+        },
         retries: settings.retries,
         pool_idle: settings.pool_idle.unwrap_or(abi::UNSET),
         pool_connections: settings.pool_connections.unwrap_or(abi::UNSET),
@@ -233,6 +308,40 @@ unsafe extern "C" fn retry(data: *mut std::ffi::c_void) -> u32 {
         })
     };
     u32::from(granted.unwrap_or(false))
+}
+
+unsafe extern "C" fn connect_alpn(
+    data: *mut std::ffi::c_void,
+    protocols: *const abi::Str,
+    protocols_len: usize,
+) -> abi::Future {
+    let protocols: &[abi::Str] = if protocols_len == 0 {
+        &[]
+    } else {
+        // SAFETY: borrowed for the call.
+        unsafe { std::slice::from_raw_parts(protocols, protocols_len) }
+    };
+    // SAFETY: as above.
+    let texts = protocols.iter().map(|text| unsafe { super::buf::borrowed(*text) });
+    let offered: Vec<_> = texts.map(|text| String::from_utf8_lossy(text).into_owned()).collect();
+    // SAFETY: of this vtable.
+    let service = unsafe {
+        using(data, |own: &mut ServiceLent| {
+            let sizes = offered.iter().all(|protocol| (1..=255).contains(&protocol.len()));
+            if offered.len() > abi::ALPN_MAX || !sizes {
+                own.world.ledger.violation(format!("service: {offered:?} cannot be offered"));
+            }
+            (own.service.clone(), own.world.clone())
+        })
+    };
+    match service {
+        Some((service, world)) => service.connect_alpn(&world, offered),
+        // As in `connect`.
+        None => future::to_plugin(&World::new(), |_| {
+            let abi::IoOutcome { code, err, io } = refused(failure::INTERNAL, 0);
+            Poll::Ready(abi::AlpnOutcome { code, err, io, protocol: abi::UNSET })
+        }),
+    }
 }
 
 unsafe extern "C" fn connect(data: *mut std::ffi::c_void) -> abi::Future {
