@@ -74,7 +74,7 @@ pub fn parse(text: &str) -> Result<Vec<Key>, String> {
     let keys: Vec<Key> = set.keys.into_iter().filter_map(key).collect();
     if keys.is_empty() {
         let kinds = "RSA, EC on P-256 or P-384, OKP on Ed25519";
-        return Err(format!("holds no key that checks signatures (accepted: {kinds})"));
+        return Err(format!("holds no key that verifies signatures (accepted: {kinds})"));
     }
     Ok(keys)
 }

@@ -493,10 +493,10 @@ async fn what_is_no_set_of_keys_is_not_taken() {
     for (text, expected) in [
         ("", "is not a JSON object with a list of keys"),
         ("{\"keys\": 1}", "is not a JSON object with a list of keys"),
-        ("{\"keys\": []}", "holds no key that checks signatures"),
+        ("{\"keys\": []}", "holds no key that verifies signatures"),
         (
             "{\"keys\": [{\"kty\": \"oct\", \"k\": \"c2VjcmV0\"}]}",
-            "holds no key that checks signatures",
+            "holds no key that verifies signatures",
         ),
     ] {
         let error = jwks::parse(text).unwrap_err();
