@@ -3,6 +3,7 @@
 mod bounds;
 mod browser;
 mod commands;
+mod credentials;
 mod crowd;
 mod entry;
 mod examples;
@@ -23,6 +24,7 @@ mod reload_files;
 mod reload_listeners;
 mod reload_soak;
 mod residue;
+mod secrets;
 mod service;
 mod service_double;
 mod several_files;
