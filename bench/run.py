@@ -16,11 +16,17 @@ import sys
 
 import machine
 import tables
-from stage import DIRECT, KINDS, NAMES, NGINX, SIDELANE, Stage
+from stage import DIRECT, KINDS, NAMES, NGINX, SIDELANE, TLS_NAMES, Stage
 from workloads import Runner, cases
 
-PACKAGES = {"nginx": "nginx", "haproxy": "haproxy", "wrk": "wrk", "taskset": "util-linux"}
-WORKLOADS = (*KINDS, "memory")
+PACKAGES = {
+    "nginx": "nginx",
+    "haproxy": "haproxy",
+    "openssl": "openssl",
+    "taskset": "util-linux",
+    "wrk": "wrk",
+}
+WORKLOADS = (*KINDS, "tls", "memory")
 
 
 def main():
@@ -31,11 +37,14 @@ def main():
         print("warning: one core for everything; rates mean nothing, CPU per request still does")
     # Idle connections are WebSockets.
     kinds = [kind for kind in KINDS if kind in options.only]
+    if "tls" in options.only and "http" not in kinds:
+        kinds.append("http")
     if "memory" in options.only and "websocket" not in kinds:
         kinds.append("websocket")
     with Stage(options, kinds) as stage:
         services = stage.start_services()
         names = options.paths or NAMES
+        tls_names = TLS_NAMES if "tls" in options.only else ()
         runner = Runner(options, stage)
         # First, while no other proxy takes memory and time.
         idle = {}
@@ -45,7 +54,8 @@ def main():
             idle = runner.idle_memory(counts, names, services)
         found, results = cases(options), {}
         if found:
-            paths = {name: stage.start(name, services) for name in names}
+            plain = names if any(case.kind != "tls" for case in found) else ()
+            paths = {name: stage.start(name, services) for name in dict.fromkeys([*plain, *tls_names])}
             results = runner.measure(found, paths)
             if options.profile and SIDELANE in paths:
                 runner.profile(found, paths[SIDELANE])

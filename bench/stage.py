@@ -1,7 +1,8 @@
 """Services and proxies: what runs, by which configuration, on which core.
 
 A path is a proxy or a chain of them before three services: HTTP (nginx with static files),
-WebSocket and gRPC (sidelane-bench-load). What a stage starts it ends.
+WebSocket and gRPC (sidelane-bench-load). Paths with TLS take HTTP alone, by one certificate for
+`localhost`. What a stage starts it ends.
 """
 
 import contextlib
@@ -21,6 +22,14 @@ NGINX = "nginx, one hop"
 HAPROXY = "haproxy to haproxy"
 SIDELANE = "Sidelane, relay + sidecar"
 NAMES = (DIRECT, NGINX, HAPROXY, SIDELANE)
+NGINX_TLS = "nginx, one hop, TLS on entry"
+NGINX_CHAIN_TLS = "nginx to nginx, TLS on entry and between"
+SIDELANE_TUNNEL_TLS = "Sidelane, TLS on the tunnel"
+SIDELANE_TLS = "Sidelane, TLS on entry and tunnel"
+# Beside each other in one run: plain, TLS on the tunnel, TLS on both.
+TLS_NAMES = (NGINX, SIDELANE, SIDELANE_TUNNEL_TLS, NGINX_TLS, NGINX_CHAIN_TLS, SIDELANE_TLS)
+# What a client asks for by SNI must be what it asks for by Host.
+TLS_HOST = "localhost"
 
 SMALL_BYTES = 1024
 LARGE_BYTES = 64 * 1024 * 1024
@@ -32,6 +41,7 @@ class Path:
 
     ports: dict
     processes: dict
+    tls: bool = False
 
     @property
     def pids(self):
@@ -51,7 +61,14 @@ class Stage(contextlib.ExitStack):
             NGINX: self.start_nginx,
             HAPROXY: self.start_haproxy,
             SIDELANE: self.start_sidelane,
+            NGINX_TLS: self.start_nginx_tls,
+            NGINX_CHAIN_TLS: self.start_nginx_chain_tls,
+            SIDELANE_TUNNEL_TLS: lambda services: self.start_sidelane(services, tunnel_tls=True),
+            SIDELANE_TLS: lambda services: self.start_sidelane(
+                services, tunnel_tls=True, entry_tls=True
+            ),
         }
+        self.sidelanes = 0
 
     def __enter__(self):
         super().__enter__()
@@ -107,9 +124,22 @@ class Stage(contextlib.ExitStack):
 
         return machine.wait_for(name, check)
 
+    def certificate(self):
+        """Files of a certificate that is its own authority, and its key; made once."""
+        certificate, key = self.directory / "tls.crt", self.directory / "tls.key"
+        if not certificate.exists():
+            command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt"]
+            command += ["ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", "/CN=bench"]
+            command += ["-addext", f"subjectAltName=DNS:{TLS_HOST},IP:127.0.0.1"]
+            command += ["-keyout", str(key), "-out", str(certificate)]
+            subprocess.run(command, check=True, capture_output=True)
+        return certificate, key
+
     def stands(self, kind, port):
-        # What speaks HTTP/2 alone cannot be asked by a GET.
-        return machine.listens(port) if kind == "grpc" else machine.answers(port, HOSTS[kind])
+        # What speaks HTTP/2 alone, or TLS, cannot be asked by a GET.
+        if kind in ("grpc", "tls"):
+            return machine.listens(port)
+        return machine.answers(port, HOSTS[kind])
 
     def until_all_stand(self, name, process, ports):
         self.until_ready(
@@ -215,6 +245,41 @@ http {{
         )
         return Path(ports, {"nginx": self.nginx("nginx", self.options.proxy_core, text, ports)})
 
+    def start_nginx_tls(self, services):
+        port = machine.free_port()
+        text = self.nginx_tls(port, f"http://127.0.0.1:{services['http']}")
+        pids = self.nginx("nginx-tls", self.options.proxy_core, text, {"tls": port})
+        return Path({"http": port}, {"nginx": pids}, tls=True)
+
+    def start_nginx_chain_tls(self, services):
+        outer, inner = machine.free_port(), machine.free_port()
+        text = self.nginx_tls(inner, f"http://127.0.0.1:{services['http']}")
+        inner_pids = self.nginx("nginx-inner", self.options.proxy_core, text, {"tls": inner})
+        text = self.nginx_tls(outer, f"https://127.0.0.1:{inner}")
+        outer_pids = self.nginx("nginx-outer", self.options.proxy_core, text, {"tls": outer})
+        return Path({"http": outer}, {"outer": outer_pids, "inner": inner_pids}, tls=True)
+
+    def nginx_tls(self, port, target):
+        certificate, key = self.certificate()
+        scheme, _, address = target.partition("://")
+        return f"""
+  upstream next {{ server {address}; keepalive 2048; keepalive_requests 100000000; }}
+  server {{
+    listen 127.0.0.1:{port} ssl backlog=4096;
+    ssl_certificate {certificate}; ssl_certificate_key {key};
+    ssl_protocols TLSv1.3; ssl_conf_command Ciphersuites TLS_AES_256_GCM_SHA384;
+    location / {{
+      proxy_pass {scheme}://next; proxy_http_version 1.1; proxy_max_temp_file_size 0;
+      proxy_ssl_verify on; proxy_ssl_trusted_certificate {certificate};
+      proxy_ssl_name {TLS_HOST}; proxy_ssl_server_name on; proxy_ssl_protocols TLSv1.3;
+      proxy_set_header Connection ""; proxy_set_header Host $http_host;
+      proxy_set_header X-Forwarded-For $remote_addr;
+      proxy_set_header X-Forwarded-Proto $scheme;
+      proxy_set_header X-Forwarded-Host $http_host;
+      proxy_set_header Via "1.1 nginx";
+    }}
+  }}"""
+
     def haproxy(self, name, targets):
         ports = {kind: machine.free_port() for kind in targets}
         protocol = {"grpc": "proto h2"}
@@ -255,7 +320,16 @@ defaults
         outer, outer_pids = self.haproxy("haproxy-outer", inner)
         return Path(outer, {"outer": outer_pids, "inner": inner_pids})
 
-    def start_sidelane(self, services):
+    def start_sidelane(self, services, tunnel_tls=False, entry_tls=False):
+        self.sidelanes += 1
+        relay_name, sidecar_name = f"relay-{self.sidelanes}", f"sidecar-{self.sidelanes}"
+        certificates = {}
+        if tunnel_tls or entry_tls:
+            certificate, key = self.certificate()
+            certificates = {"certificates": [{"cert": str(certificate), "key": str(key)}]}
+        listener = {"name": "web", "address": "127.0.0.1:0"}
+        listener |= {"tls": certificates} if entry_tls else {}
+        tunnel = {"address": "127.0.0.1:0"} | ({"tls": certificates} if tunnel_tls else {})
         libraries = [
             {"name": kind, "library": f"libsidelane_{kind}.so"}
             for kind in ("http", *(kind for kind in services if kind != "http"))
@@ -270,39 +344,48 @@ health: {{ address: "127.0.0.1:0" }}
 log: {{ level: warn }}
 """
         self.write(
-            "relay.yaml",
+            f"{relay_name}.yaml",
             shared
-            + """
+            + f"""
 relay:
   threads: 1
-  listeners: [{ name: web, address: "127.0.0.1:0" }]
+  listeners: {json.dumps([listener])}
   base_domains: [localhost]
-  tunnel: { address: "127.0.0.1:0" }
-  limits: { exchanges_per_session: 20000 }
+  tunnel: {json.dumps(tunnel)}
+  limits: {{ exchanges_per_session: 20000 }}
 """,
         )
-        relay, ports = self.sidelane("relay")
+        relay, ports = self.sidelane(relay_name)
         tunnels = [
             {"name": kind, "service": f"127.0.0.1:{port}"} for kind, port in services.items()
         ]
         routes = [{"subdomain": kind, "tunnel": kind} for kind in services]
+        if entry_tls:
+            routes.append({"host": TLS_HOST, "tunnel": "http"})
+        dialled = {"address": ports["tunnel"]}
+        dialled |= {"tls": {"ca": str(certificate)}} if tunnel_tls else {}
         self.write(
-            "sidecar.yaml",
+            f"{sidecar_name}.yaml",
             shared
             + f"""
 sidecar:
   threads: 1
-  relays: ["{ports["tunnel"]}"]
+  relays: {json.dumps([dialled])}
   limits: {{ exchanges_per_session: 20000 }}
 tunnels: {json.dumps(tunnels)}
 routes: {json.dumps(routes)}
 """,
         )
-        sidecar, _ = self.sidelane("sidecar")
+        sidecar, own = self.sidelane(sidecar_name)
         port = int(ports["listeners"]["web"].rpartition(":")[2])
         ports = {kind: port for kind in services}
-        self.until_all_stand("sidecar", sidecar, ports)
-        return Path(ports, {"relay": [relay.pid], "sidecar": [sidecar.pid]})
+        if entry_tls:
+            health = int(own["health"].rpartition(":")[2])
+            ready = lambda: machine.answers(health, TLS_HOST, "/ready")  # noqa: E731
+            self.until_ready(sidecar_name, sidecar, ready)
+        else:
+            self.until_all_stand(sidecar_name, sidecar, ports)
+        return Path(ports, {"relay": [relay.pid], "sidecar": [sidecar.pid]}, tls=entry_tls)
 
     def sidelane(self, name):
         program = self.program("sidelane")

@@ -5,7 +5,14 @@ import os
 import platform
 import statistics
 
-from stage import DIRECT, HAPROXY, NGINX, SIDELANE
+from stage import (
+    DIRECT,
+    HAPROXY,
+    NGINX,
+    SIDELANE,
+    SIDELANE_TLS,
+    SIDELANE_TUNNEL_TLS,
+)
 
 # Both Sidelane processes together.
 IDLE_KIB_AIM = 10
@@ -18,7 +25,7 @@ def report(options, cases, results, idle):
         f"# Head-to-head, {datetime.date.today().isoformat()}",
         "",
         f"{platform.machine()}, Linux {platform.release()}, {os.cpu_count()} cores; proxies on core"
-        f" {options.proxy_core}, load and service on core {options.load_core}; loopback, no TLS;"
+        f" {options.proxy_core}, load and service on core {options.load_core}; loopback, TLS only where a path says so;"
         f" {options.rounds} rounds of {options.seconds} s, medians.",
         "",
     ]
@@ -26,7 +33,7 @@ def report(options, cases, results, idle):
         lines += case_table(case, results[case.title])
     for count, paths in idle.items():
         lines += idle_table(count, paths)
-    lines += parts_table([case for case in cases if not case.bulk], results)
+    lines += parts_table([case for case in cases if not case.bulk and case.kind != "tls"], results)
     lines += aims_table(cases, results, idle)
     return "\n".join(lines)
 
@@ -47,7 +54,7 @@ def ratio(value, base):
 
 
 def label(name):
-    return f"**{name}**" if name == SIDELANE else name
+    return f"**{name}**" if name in (SIDELANE, SIDELANE_TUNNEL_TLS, SIDELANE_TLS) else name
 
 
 def row(cells):
@@ -64,7 +71,7 @@ def case_table(case, paths):
     else:
         columns = ["path", f"{PLURALS.get(case.operation, case.operation + 's')}/s", "p50 µs", "p99 µs"]
         columns.append(f"proxy CPU µs per {case.operation}")
-    columns += ["of one nginx hop", "of two haproxy", "user / system", "resident MiB"]
+    columns += [title for title, _ in case.bases] + ["user / system", "resident MiB"]
     costs = {name: cost(case, reports) for name, reports in paths.items() if name != DIRECT}
     lines = [f"## {case.title}", "", *head(columns)]
     for name, reports in paths.items():
@@ -81,8 +88,7 @@ def case_table(case, paths):
         else:
             share = median(reports, lambda report: report["user_s"] / max(report["cpu_s"], 1e-9))
             cells.append(f"{costs[name]:.2f}")
-            cells.append(ratio(costs[name], costs.get(NGINX)))
-            cells.append(ratio(costs[name], costs.get(HAPROXY)))
+            cells += [ratio(costs[name], costs.get(base)) for _, base in case.bases]
             cells.append(f"{share:.0%} / {1 - share:.0%}")
             cells.append(f"{median(reports, lambda report: report['memory_kib']) / 1024:.1f}")
         lines.append(row(cells))

@@ -10,7 +10,19 @@ import sys
 import time
 
 import machine
-from stage import DIRECT, HAPROXY, HOSTS, LARGE_BYTES, NGINX, SMALL_BYTES, Stage
+from stage import (
+    DIRECT,
+    HAPROXY,
+    HOSTS,
+    LARGE_BYTES,
+    NAMES,
+    NGINX,
+    NGINX_CHAIN_TLS,
+    SMALL_BYTES,
+    TLS_HOST,
+    TLS_NAMES,
+    Stage,
+)
 
 BULK_CONNECTIONS = 8
 CONNECTIONS = 64
@@ -44,6 +56,9 @@ class Case:
     bulk: bool = False
     # Whether --profile looks at it.
     profiled: bool = False
+    # Which paths it visits, and by which of them its costs are divided.
+    paths: tuple = NAMES
+    bases: tuple = (("of one nginx hop", NGINX), ("of two haproxy", HAPROXY))
 
 
 def cases(options):
@@ -105,6 +120,24 @@ def cases(options):
             profiled=True,
         ),
     ]
+    tls = {
+        "paths": TLS_NAMES,
+        "bases": (("of one nginx hop", NGINX), ("of nginx to nginx, TLS", NGINX_CHAIN_TLS)),
+    }
+    found.append(
+        Case(
+            "tls",
+            f"TLS 1.3: HTTP/1.1, {SMALL_BYTES} B, connections: {CONNECTIONS}",
+            "request",
+            wrk(CONNECTIONS, "/small"),
+            **tls,
+        )
+    )
+    if not options.no_bulk:
+        title = f"TLS 1.3: bulk, {LARGE_BYTES >> 20} MiB bodies, {BULK_CONNECTIONS} connections"
+        found.append(
+            Case("tls", title, "GB", wrk(BULK_CONNECTIONS, "/large"), bulk=True, **tls)
+        )
     return [case for case in found if case.kind in options.only]
 
 
@@ -122,10 +155,12 @@ class Runner:
 
     def measure(self, found, paths):
         """Returns {title: {path: [report per round]}}."""
-        results = {case.title: {name: [] for name in paths} for case in found}
+        chosen = {case.title: [name for name in paths if name in case.paths] for case in found}
+        results = {case.title: {name: [] for name in chosen[case.title]} for case in found}
         for number in range(self.options.rounds):
             for case in found:
-                for name, path in paths.items():
+                for name in chosen[case.title]:
+                    path = paths[name]
                     say(f"round {number + 1}: {case.title}, {name}")
                     results[case.title][name].append(case.run(self, path))
         return results
@@ -140,8 +175,11 @@ class Runner:
     def wrk_once(self, path, connections, target, seconds):
         command = ["taskset", "-c", str(self.options.load_core), "wrk", "-t1"]
         command += [f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(self.script)]
-        command += ["-H", f"Host: {HOSTS['http']}"]
-        command += [f"http://127.0.0.1:{path.ports['http']}{target}"]
+        host, origin = HOSTS["http"], "http://127.0.0.1"
+        if path.tls:
+            # Its SNI is the URL's host.
+            host, origin = TLS_HOST, f"https://{TLS_HOST}"
+        command += ["-H", f"Host: {host}", f"{origin}:{path.ports['http']}{target}"]
         output = subprocess.run(
             command, check=True, capture_output=True, text=True, timeout=seconds + 60
         ).stdout

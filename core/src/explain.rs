@@ -121,7 +121,14 @@ impl Question {
         }
         let port = self.host.as_deref().and_then(port_of);
         let http = || listeners.iter().filter(|listener| listener.is_http);
-        let found = http().find(|listener| Some(listener.port) == port).or_else(|| http().next());
+        // Who names no port is not asking about a redirect to https.
+        let serving = || http().filter(|listener| !listener.redirects);
+        let is_tls = self.scheme == "https";
+        let found = http()
+            .find(|listener| Some(listener.port) == port)
+            .or_else(|| serving().find(|listener| listener.is_tls == is_tls))
+            .or_else(|| serving().next())
+            .or_else(|| http().next());
         found.map_or("web", |listener| &listener.name)
     }
 
@@ -171,6 +178,12 @@ impl Question {
                 self.listener(&public.listeners)
             ));
         }
+        let name = self.listener(&public.listeners);
+        if public.listeners.iter().any(|listener| *listener.name == *name && listener.redirects) {
+            notes.push(format!(
+                "listener {name} sends every request to https; what is told here is for what comes then"
+            ));
+        }
         notes
     }
 }
@@ -184,6 +197,10 @@ pub struct PublicListener {
     pub port: u16,
     /// It takes HTTP.
     pub is_http: bool,
+    /// It takes TLS.
+    pub is_tls: bool,
+    /// It sends every request to `https`.
+    pub redirects: bool,
 }
 
 impl PublicListener {
@@ -194,6 +211,8 @@ impl PublicListener {
             name: Arc::clone(&listener.name),
             port: listener.address.port(),
             is_http: listener.protocol_type().is_none(),
+            is_tls: listener.tls.is_some(),
+            redirects: listener.https_redirect.is_some(),
         }
     }
 }
@@ -209,16 +228,18 @@ pub struct Public {
 
 impl Public {
     /// Returns the addresses by which clients reach the route, eight at most: by the listener that
-    /// it names, or the first of HTTP; none where that is not there. A star stands for what a wildcard
+    /// it names, or the first of HTTP that does more than to redirect; none where that is not there. A star stands for what a wildcard
     /// takes.
     #[must_use]
     pub fn urls(&self, route: &Route) -> Vec<String> {
         let matches = &route.matches;
         let named = matches.listener.as_deref();
-        let listener = self
-            .listeners
-            .iter()
-            .find(|listener| named.map_or(listener.is_http, |name| *listener.name == *name));
+        let serves = |listener: &&PublicListener| match named {
+            Some(name) => *listener.name == *name,
+            None => listener.is_http && !listener.redirects,
+        };
+        let first = || self.listeners.iter().find(|listener| named.is_none() && listener.is_http);
+        let listener = self.listeners.iter().find(serves).or_else(first);
         if named.is_some() && listener.is_none() && !self.listeners.is_empty() {
             return Vec::new();
         }
@@ -234,9 +255,15 @@ impl Public {
             HostMatch::Wildcard(suffix) if suffix.is_empty() => below("*"),
             HostMatch::Wildcard(suffix) => below(&format!("*.{suffix}")),
         };
-        let scheme = if is_http { "http" } else { "tcp" };
+        let is_tls = listener.is_some_and(|listener| listener.is_tls);
+        let (scheme, default) = match (is_http, is_tls) {
+            (true, false) => ("http", Some(80)),
+            (true, true) => ("https", Some(443)),
+            (false, false) => ("tcp", None),
+            (false, true) => ("tls", None),
+        };
         let port = match listener {
-            Some(listener) if !(is_http && listener.port == 80) => format!(":{}", listener.port),
+            Some(listener) if Some(listener.port) != default => format!(":{}", listener.port),
             _ => String::new(),
         };
         let path = if is_http { format!("{}/", matches.path_prefix) } else { String::new() };

@@ -29,10 +29,13 @@ mod h2;
 mod head;
 #[cfg(test)]
 mod tests;
+mod tls;
 mod wire;
 
 pub(crate) use answer::status_of;
 pub(crate) use head::is_authority;
+pub(crate) use tls::set_client_cert;
+pub use tls::{ClientFields, Hosts, TlsFacts};
 
 /// What the front needs from the rest of core.
 pub trait Dispatch: Send + Sync + 'static {
@@ -75,7 +78,9 @@ pub struct ConnectionInfo {
     /// `http` or `https`.
     pub scheme: Arc<str>,
     /// Facts of the TLS handshake, where there was one.
-    pub tls: Option<TlsFacts>,
+    pub tls: Option<Arc<TlsFacts>>,
+    /// The port of `https` to which every request is sent, where that is all that the listener does.
+    pub https_redirect: Option<u16>,
     /// The client is a proxy whose word is taken; these are all of them ([`forwarded::client`]).
     pub trusted_proxies: Option<Arc<[IpNet]>>,
     /// The connection ends soon: HTTP/1.1 says so with the next response, so that a client that is just
@@ -93,21 +98,11 @@ impl ConnectionInfo {
             client_address_text: client_address.to_string().into(),
             scheme: "http".into(),
             tls: None,
+            https_redirect: None,
             trusted_proxies: None,
             ends_soon: AtomicBool::new(false),
         }
     }
-}
-
-/// Facts of a TLS handshake; empty where the client sent none.
-#[derive(Clone, Debug)]
-pub struct TlsFacts {
-    /// Server name.
-    pub sni: Arc<str>,
-    /// Application protocol.
-    pub alpn: Arc<str>,
-    /// Subject of the client's certificate.
-    pub client: Arc<str>,
 }
 
 /// Limits and timeouts of the front.

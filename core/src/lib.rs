@@ -3,6 +3,7 @@
 pub mod cli;
 pub mod process;
 
+pub mod acme;
 pub mod admin;
 pub mod announcement;
 pub mod config;

@@ -22,13 +22,16 @@ use tokio::sync::broadcast;
 
 use crate::plugin::MetricSink;
 
+mod acme;
 mod cell;
 mod ended;
 mod plugins;
 mod process;
 mod routes;
 mod sidecar;
+mod tls;
 
+pub use acme::AcmeMetrics;
 pub use ended::Ended;
 
 use cell::Timing;
@@ -37,6 +40,7 @@ use plugins::PluginMetrics;
 pub use routes::RouteMetrics;
 use routes::{RouteFamilies, RouteLabel, StatusLabels, TIMED_ROUTES_MAX};
 pub use sidecar::SidecarMetrics;
+pub use tls::TlsMetrics;
 
 /// Most names of routes, and of tunnels, that have rows of their own; later ones share [`OTHER`].
 /// Sidecars announce names, and announce others later: bounds the memory they can take in a relay.
@@ -44,8 +48,17 @@ const NAMES_MAX: usize = 10_000;
 
 /// Why handshakes are refused: by the relay's bounds, and by the tunnel's protocol
 /// (`RefuseReason`).
-const HANDSHAKE_REASONS: [&str; 7] =
-    ["rate", "hello", "VERSION", "CREDENTIAL", "UNKNOWN_SESSION", "OVERLOADED", "MALFORMED"];
+const HANDSHAKE_REASONS: [&str; 9] = [
+    "rate",
+    "failures",
+    "tls",
+    "hello",
+    "VERSION",
+    "CREDENTIAL",
+    "UNKNOWN_SESSION",
+    "OVERLOADED",
+    "MALFORMED",
+];
 
 /// Stands for names beyond the bound.
 const OTHER: &str = "other";
@@ -157,6 +170,10 @@ pub struct Metrics {
     quarantined: Family<PluginLabels, Gauge>,
     /// What the sidecar's end counts beside exchanges.
     pub sidecar: SidecarMetrics,
+    /// What is counted of TLS.
+    pub tls: TlsMetrics,
+    /// Certificates by ACME.
+    pub acme: AcmeMetrics,
     /// Set where somebody follows what ends.
     followed: OnceLock<broadcast::Sender<Arc<Ended>>>,
 }
@@ -211,6 +228,8 @@ impl Metrics {
             generations: Family::default(),
             quarantined: Family::default(),
             sidecar: SidecarMetrics::default(),
+            tls: TlsMetrics::default(),
+            acme: AcmeMetrics::default(),
             followed: OnceLock::new(),
             registry,
         };
@@ -323,6 +342,8 @@ impl Metrics {
             self.quarantined.clone(),
         );
         self.sidecar.register(r);
+        self.tls.register(r);
+        self.acme.register(r);
     }
 
     /// Makes the rows of what is known beforehand, so that a rate over the first event is seen.

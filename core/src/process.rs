@@ -137,8 +137,9 @@ pub fn run_config(
     }
     let sidecar = config.sidecar.as_ref().map(|section| {
         let sidecar = Sidecar::new(
-            sidecar_settings(section, relay.as_deref()),
-            relay_addresses(section, &sockets.addresses),
+            sidecar_settings(section),
+            sidecar::Access::new(section, own_relay(section, relay.as_deref()), None),
+            relay_addresses(section, config.relay.as_ref(), &sockets.addresses),
             Arc::clone(&plugins),
             Arc::clone(&metrics),
             Arc::clone(&sidecar_shards.all),
@@ -503,12 +504,15 @@ fn threads(configured: usize) -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
-fn sidecar_settings(section: &config::Sidecar, relay: Option<&Relay>) -> sidecar::Settings {
-    let is_embedded = section.relays == Relays::Embedded;
-    let own = relay.filter(|_| is_embedded).map(Relay::embedded_token);
+/// The relay of this process, where the sidecar serves that.
+fn own_relay(section: &config::Sidecar, relay: Option<&Relay>) -> Option<sidecar::Own> {
+    let relay = relay.filter(|_| section.relays == Relays::Embedded)?;
+    Some(sidecar::Own { tls: relay.embedded_tls(), token: relay.embedded_token().clone() })
+}
+
+fn sidecar_settings(section: &config::Sidecar) -> sidecar::Settings {
     sidecar::Settings {
         name: section.name.to_string(),
-        token: section.token.as_ref().or(own).map(|token| token.expose().as_bytes().into()),
         lanes: u32::try_from(section.lanes).unwrap_or(u32::MAX),
         lane: LaneConfig {
             exchanges_max: section.limits.exchanges_per_session,
@@ -528,9 +532,19 @@ fn windows(lane: LaneConfig, max: u64) -> LaneConfig {
     LaneConfig { receive_window: lane.receive_window.min(max), window_max: max, ..lane }
 }
 
-fn relay_addresses(section: &config::Sidecar, addresses: &Addresses) -> Vec<String> {
+fn relay_addresses(
+    section: &config::Sidecar,
+    relay: Option<&config::Relay>,
+    addresses: &Addresses,
+) -> Vec<String> {
     match &section.relays {
-        Relays::Embedded => addresses.tunnel.iter().map(ToString::to_string).collect(),
+        // At the listener that sidecars share with clients, where it has no address of its own.
+        Relays::Embedded => {
+            let name = relay.and_then(|relay| relay.tunnel.listener.as_ref());
+            let shared = addresses.listeners.iter().find(|(listener, _)| Some(listener) == name);
+            let address = addresses.tunnel.or_else(|| shared.map(|(_, address)| *address));
+            address.iter().map(ToString::to_string).collect()
+        }
         Relays::Listed(relays) => relays.iter().map(|relay| relay.address.to_string()).collect(),
     }
 }

@@ -19,33 +19,37 @@ use crate::plugin::lend::{Meta, Text};
 use crate::plugin::{Plugins, Protocol};
 use crate::shard::Shard;
 use crate::tls::Issued;
-use crate::tunnel::accept::Bounds;
 use crate::tunnel::pressure;
 use crate::tunnel::session::{Session, Sessions};
 
 mod bounds;
 mod document;
+mod door;
 mod entry;
 mod explain;
 mod listen;
 mod listeners;
 mod open;
+mod plain;
 mod policy;
 mod proxy_header;
 mod public;
 mod routing;
 mod stream;
 mod summary;
+mod tls;
 mod tunnels;
 
 pub use listen::bind;
 pub use listeners::{BindError, Prepared, Settings as EntrySettings};
 
-use bounds::{credential_rules, handshake_bounds, millis, session_settings};
+use bounds::{credential_rules, millis, session_settings};
 use document::{Document, refused_options};
+use door::Door;
 use entry::HttpEntry;
 use listeners::Listeners;
 use routing::Routing;
+use tls::Handshakes;
 
 /// How long a name that a lost sidecar announced answers 503 (come back) before it answers 404
 /// (never heard of it). Longer than a rollout of a Deployment with its images to pull.
@@ -70,10 +74,13 @@ pub struct Relay {
     listeners: Listeners,
     /// The HTTP front's way in, made once.
     entry: OnceLock<Arc<HttpEntry>>,
-    handshakes: ArcSwap<Bounds>,
+    /// Where sidecars knock.
+    door: Door,
     authenticator: Authenticator,
     /// What is obtained by ACME.
     issued: Arc<Issued>,
+    /// Under way, on listeners of clients.
+    tls_handshakes: Arc<Handshakes>,
     /// Of clients, on all listeners.
     connections: AtomicUsize,
     flows: Flows,
@@ -163,6 +170,7 @@ impl Relay {
     /// Returns the role; nobody is let in before [`Relay::start`].
     pub fn new(section: &config::Relay, plugins: Arc<Plugins>, metrics: Arc<Metrics>) -> Arc<Self> {
         let settings = session_settings(section, &plugins);
+        let issued = Arc::default();
         Arc::new(Self {
             plugins,
             metrics,
@@ -180,9 +188,10 @@ impl Relay {
             open_wait_ms: AtomicU64::new(millis(section.timeouts.open_wait)),
             listeners: Listeners::new(EntrySettings::of(section)),
             entry: OnceLock::new(),
-            handshakes: ArcSwap::from_pointee(handshake_bounds(section)),
+            door: Door::new(section, &issued),
             authenticator: Authenticator::new(credential_rules(section)),
-            issued: Arc::default(),
+            issued,
+            tls_handshakes: Arc::default(),
             connections: AtomicUsize::new(0),
             flows: Flows::new("relay"),
         })
@@ -203,8 +212,9 @@ impl Relay {
     /// limit is on what runs, for that at once.
     pub fn limit(&self, section: &config::Relay) {
         self.listeners.set_settings(EntrySettings::of(section));
+        self.listeners.set_tunnel(&section.tunnel, &self.issued);
         self.sessions.set(session_settings(section, &self.plugins));
-        self.handshakes.store(Arc::new(handshake_bounds(section)));
+        self.door.set(section, &self.issued);
         self.authenticator.set(credential_rules(section));
         self.open_wait_ms.store(millis(section.timeouts.open_wait), Ordering::Relaxed);
     }
@@ -213,13 +223,9 @@ impl Relay {
     /// accepted before [`Relay::listen`].
     ///
     /// # Errors
-    /// The first that cannot be bound.
-    pub fn prepare(
-        &self,
-        listeners: &[Arc<config::Listener>],
-        threads: usize,
-    ) -> Result<Prepared, BindError> {
-        self.listeners.prepare(listeners, threads)
+    /// The first that cannot be bound, or whose TLS cannot be had.
+    pub fn prepare(&self, section: &config::Relay, threads: usize) -> Result<Prepared, BindError> {
+        self.listeners.prepare(&section.listeners, &section.tunnel, &self.issued, threads)
     }
 
     /// Puts listeners in force: new ones accept before those that are gone stop. Connections of these
@@ -238,12 +244,12 @@ impl Relay {
         self.listeners.set_threads(shards);
         self.listen(listeners);
         let Some(tunnel) = tunnel else { return };
-        let (relay, threads) = (Arc::clone(self), Arc::clone(shards));
+        let relay = Arc::clone(self);
         shards[0].spawn(async move {
             match TcpListener::from_std(tunnel) {
                 Ok(socket) => {
                     let stopping = relay.stopping.subscribe();
-                    tunnels::accept(relay, socket, threads, stopping).await;
+                    tunnels::accept(relay, socket, stopping).await;
                 }
                 Err(error) => tracing::error!(%error, "the tunnel's listener is lost"),
             }
@@ -253,6 +259,11 @@ impl Relay {
     /// Certificates that are obtained meanwhile.
     pub fn issued(&self) -> &Arc<Issued> {
         &self.issued
+    }
+
+    /// By which this process's own sidecar dials; `None`: plain.
+    pub fn embedded_tls(&self) -> Option<Arc<rustls::ClientConfig>> {
+        self.door.embedded()
     }
 
     /// What this process's own sidecar presents.

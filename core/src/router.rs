@@ -17,7 +17,7 @@ mod path;
 mod target;
 
 pub use explain::{Explanation, Other, explain};
-pub(crate) use target::{location, replace_prefix};
+pub(crate) use target::{https_location, location, replace_prefix};
 
 /// Longest host name looked up (RFC 1035 §2.3.4); longer ones fit no route.
 const HOST_BYTES_MAX: usize = 253;

@@ -7,50 +7,39 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use bytes::BytesMut;
 use sidelane_abi::failure;
-use sidelane_tunnel::{Event, Key, Lane, LaneConfig, ProtocolTable, RequestId, proto};
-use tokio::net::TcpStream;
-use tokio::sync::{mpsc, watch};
+use sidelane_tunnel::{Event, Key, LaneConfig, ProtocolTable, RequestId, proto};
+use tokio::sync::watch;
 
 use crate::announcement;
 use crate::config;
-use crate::error::chain;
+use crate::error::visible;
 use crate::metrics::{Flows, Metrics};
 use crate::plugin::Plugins;
 use crate::plugin::lend::{Meta, Reset, Text};
 use crate::random;
 use crate::shard::Shard;
-use crate::tunnel::backoff::{Backoff, SETTLED, jitter};
-use crate::tunnel::dial::{self, DialError};
+use crate::tunnel::Link;
+use crate::tunnel::dial;
 use crate::tunnel::pressure;
-use crate::tunnel::session::FEATURE_ANNOUNCE;
-use crate::tunnel::{LaneEnd, Link, drive};
 
+mod access;
 mod health;
+mod hold;
 mod peer;
 mod proxy_header;
 mod relays;
 mod retry;
 mod service;
 
+use access::Presented;
+pub use access::{Access, Own};
 use health::Health;
 pub use peer::{Peer, RelayAnswer};
 use relays::NamedRelay;
 pub use relays::{Resolve, ResolveFuture, system_resolver};
 pub use retry::{Allowance, Budget, Budgets};
 pub use service::{Asked, Retries, ServiceHandle, Services};
-
-/// Further lanes of a new session are dialled within this, so that a relay's restart does not meet
-/// all of them at once.
-const LANE_STAGGER: Duration = Duration::from_millis(50);
-
-/// How often a peer whose relay another session leads to looks whether that is still so: about a lost
-/// session's first delays.
-const REACHED_LOOK: Duration = Duration::from_secs(1);
-
-/// Ends of lanes that the session's task has not looked at yet: one per lane at most.
-const LANE_ENDS_MAX: usize = 64;
 
 /// Longest time that is taken from a relay: a week. Clocks do not overflow by it.
 const TIMEOUT_MAX: Duration = Duration::from_secs(7 * 24 * 60 * 60);
@@ -61,12 +50,10 @@ const ATTEMPTS_MAX: u32 = 10;
 /// Most retries per second that a route's budget allows in any case, whatever a relay says: as a file.
 const RETRIES_PER_SECOND_MAX: u32 = 10_000;
 
-/// What the sidecar works with; replaced as a whole by a reload.
+/// What the sidecar works with for as long as it runs.
 pub struct Settings {
     /// For people.
     pub name: String,
-    /// Sent with each hello; `None`: loopback only.
-    pub token: Option<Arc<[u8]>>,
     /// Lanes per session.
     pub lanes: u32,
     /// How each lane is set up, but for what the relay's welcome says.
@@ -82,6 +69,10 @@ pub struct Settings {
 /// The sidecar's role of this process.
 pub struct Sidecar {
     settings: Settings,
+    access: ArcSwap<Access>,
+    /// Told whenever `access` changes.
+    access_changes: watch::Sender<()>,
+    presented: Presented,
     instance: [u8; 16],
     plugins: Arc<Plugins>,
     metrics: Arc<Metrics>,
@@ -114,6 +105,7 @@ impl Sidecar {
     /// Returns the role; nothing is dialled before [`Sidecar::start`].
     pub fn new(
         settings: Settings,
+        access: Access,
         relays: Vec<String>,
         plugins: Arc<Plugins>,
         metrics: Arc<Metrics>,
@@ -122,6 +114,9 @@ impl Sidecar {
         let (peers, names) = relays::sort(relays);
         Arc::new(Self {
             settings,
+            access: ArcSwap::from_pointee(access),
+            access_changes: watch::Sender::new(()),
+            presented: Presented::default(),
             instance: random::bytes(),
             plugins,
             metrics,
@@ -173,6 +168,7 @@ impl Sidecar {
             let task = Arc::clone(self).hold_name(Arc::clone(named));
             self.next_shard().spawn(task);
         }
+        self.next_shard().spawn(Arc::clone(self).hold_credential());
     }
 
     fn start_peer(self: &Arc<Self>, peer: Arc<Peer>) {
@@ -278,238 +274,6 @@ impl Sidecar {
         *self.stopping.borrow()
     }
 
-    /// Begins sessions with one relay, one after the other, until the sidecar stops or the address is
-    /// not wanted any more.
-    async fn hold_peer(self: Arc<Self>, peer: Arc<Peer>) {
-        let mut backoff = Backoff::default();
-        let mut stopping = self.stopping.subscribe();
-        let mut wanted = peer.wanted.subscribe();
-        while !self.is_stopping() && !self.let_go(&peer) {
-            let mut wait_at_least = Duration::ZERO;
-            let wait = if self.is_reached_otherwise(&peer) {
-                REACHED_LOOK
-            } else {
-                match self.begin_session(&peer).await {
-                    Ok((session, lane)) => {
-                        let began = Instant::now();
-                        self.hold_session(&peer, session, lane).await;
-                        if began.elapsed() >= SETTLED {
-                            backoff.reset();
-                        }
-                        if !self.is_stopping() {
-                            tracing::warn!(relay = peer.name, "session lost; dialling again");
-                        }
-                    }
-                    Err(error) => {
-                        let cause = chain(&error);
-                        if self.has_connected_sibling(&peer) {
-                            tracing::debug!(relay = peer.name, error = cause, "no session");
-                        } else {
-                            tracing::warn!(relay = peer.name, error = cause, "no session");
-                        }
-                        peer.with(|state| state.last_error = Some(cause));
-                        self.answers.send_replace(());
-                        wait_at_least = error.retry_after().unwrap_or_default();
-                    }
-                }
-                backoff.next(random::number()).max(wait_at_least)
-            };
-            tokio::select! {
-                () = tokio::time::sleep(wait) => {}
-                _ = stopping.changed() => {}
-                _ = wanted.changed() => {}
-            }
-        }
-    }
-
-    /// Takes a peer that is not wanted off the list; false: it is wanted.
-    fn let_go(&self, peer: &Arc<Peer>) -> bool {
-        let mut is_gone = false;
-        if !peer.is_wanted() {
-            self.change_peers(|peers| {
-                // It may have come back meanwhile.
-                is_gone = !peer.is_wanted();
-                if is_gone {
-                    peers.retain(|other| !Arc::ptr_eq(other, peer));
-                }
-            });
-        }
-        if is_gone {
-            tracing::info!(relay = peer.name, "the address is dialled no more");
-        }
-        is_gone
-    }
-
-    async fn begin_session(&self, peer: &Peer) -> Result<(Session, NewLane), DialError> {
-        let protocols = self.protocols();
-        let hello = self.hello(&protocols);
-        let (stream, welcome, input) =
-            dial::dial(&peer.target, &hello, self.settings.timeouts).await?;
-        let session = Session {
-            id: welcome.session,
-            secret: welcome.secret,
-            protocols,
-            lane: self.settings.lane.clone().with_peer(welcome.window, welcome.message_bytes_max),
-            lanes_max: welcome.lanes_max,
-        };
-        self.metrics.session_begun();
-        tracing::info!(relay = peer.name, epoch = welcome.epoch, "session begun");
-        peer.session_begun(welcome.epoch, welcome.relay_instance);
-        Ok((session, NewLane { stream, input, number: welcome.lane }))
-    }
-
-    async fn join_session(
-        &self,
-        peer: &Peer,
-        session: &Session,
-        wait: Duration,
-    ) -> Result<NewLane, DialError> {
-        tokio::time::sleep(wait).await;
-        let hello = proto::Hello {
-            session: session.id.clone(),
-            secret: session.secret.clone(),
-            ..self.hello(&session.protocols)
-        };
-        let (stream, welcome, input) =
-            dial::dial(&peer.target, &hello, self.settings.timeouts).await?;
-        Ok(NewLane { stream, input, number: welcome.lane })
-    }
-
-    /// Numbers of the protocol types that plugins serve, for one session.
-    fn protocols(&self) -> ProtocolTable {
-        let types = self.plugins.types();
-        ProtocolTable::bind(types.iter().map(AsRef::as_ref)).unwrap_or_else(|error| {
-            // The loader holds names to the same rules.
-            tracing::error!(%error, "protocol types cannot be offered");
-            ProtocolTable::default()
-        })
-    }
-
-    fn hello(&self, protocols: &ProtocolTable) -> proto::Hello {
-        proto::Hello {
-            version: sidelane_tunnel::VERSION,
-            features: FEATURE_ANNOUNCE,
-            instance: self.instance.to_vec().into(),
-            name: self.settings.name.clone(),
-            credential: self.settings.token.as_deref().unwrap_or_default().to_vec().into(),
-            protocols: protocols.to_wire(),
-            window: self.settings.lane.receive_window,
-            message_bytes_max: self.settings.lane.message_bytes_max,
-            ..proto::Hello::default()
-        }
-    }
-
-    /// Keeps a session's lanes up until the last is lost or the relay has forgotten it.
-    async fn hold_session(self: &Arc<Self>, peer: &Arc<Peer>, session: Session, first: NewLane) {
-        let (ended, mut lane_ends) = mpsc::channel::<Arc<Link>>(LANE_ENDS_MAX);
-        let session = Arc::new(session);
-        let mut document = self.document.subscribe();
-        let mut backoff = Backoff::default();
-        let wanted = self.settings.lanes.min(session.lanes_max) as usize;
-        self.start_lane(peer, &session, first, ended.clone());
-        peer.connected();
-        let _up = self.metrics.session_up("sidecar");
-        self.announce(peer);
-        document.mark_unchanged();
-        let mut wait = jitter(LANE_STAGGER, random::number());
-        // One dial at a time; it begins anew when it is done.
-        let mut dial = Box::pin(self.join_session(peer, &session, wait));
-        loop {
-            let live = peer.with(|state| state.lanes.len());
-            if live == 0 {
-                break;
-            }
-            tokio::select! {
-                Some(link) = lane_ends.recv() => {
-                    peer.with(|state| state.lanes.retain(|other| !Arc::ptr_eq(other, &link)));
-                    self.announce(peer);
-                }
-                result = &mut dial, if live < wanted && !self.is_stopping() => {
-                    match result {
-                        Ok(lane) => {
-                            self.start_lane(peer, &session, lane, ended.clone());
-                            wait = jitter(LANE_STAGGER, random::number());
-                        }
-                        Err(error) if error.is_unknown_session() => {
-                            tracing::warn!(relay = peer.name, "the relay has forgotten the session");
-                            for link in peer.with(|state| state.lanes.clone()) {
-                                link.close();
-                            }
-                            wait = backoff.next(random::number());
-                        }
-                        Err(error) => {
-                            tracing::warn!(relay = peer.name, error = chain(&error), "no further lane");
-                            let asked = error.retry_after().unwrap_or_default();
-                            wait = backoff.next(random::number()).max(asked);
-                        }
-                    }
-                    dial = Box::pin(self.join_session(peer, &session, wait));
-                }
-                Ok(()) = document.changed() => self.announce(peer),
-            }
-        }
-        peer.session_ended();
-        self.count_refusals();
-        self.answers.send_replace(());
-    }
-
-    fn start_lane(
-        self: &Arc<Self>,
-        peer: &Arc<Peer>,
-        session: &Arc<Session>,
-        lane: NewLane,
-        ended: mpsc::Sender<Arc<Link>>,
-    ) {
-        let shard = &self.shards[lane.number as usize % self.shards.len()];
-        let link =
-            Link::new(lane.number, shard.index, Lane::new(session.lane.clone(), Instant::now()));
-        if self.is_stopping() {
-            link.leave();
-        }
-        peer.with(|state| state.lanes.push(Arc::clone(&link)));
-        let sidecar = Arc::clone(self);
-        let (task_peer, session) = (Arc::clone(peer), Arc::clone(session));
-        let driven = Arc::clone(&link);
-        let task = async move {
-            let (peer, number) = (task_peer, driven.number);
-            let _up = sidecar.metrics.lane_up("sidecar");
-            let end = sidecar.drive_lane(&peer, &session, lane, Arc::clone(&driven)).await;
-            let is_ours = matches!(end, LaneEnd::Local);
-            if is_ours || sidecar.is_stopping() {
-                tracing::debug!(relay = peer.name, lane = number, "lane closed");
-            } else {
-                sidecar.metrics.lane_lost("sidecar");
-                tracing::warn!(relay = peer.name, lane = number, error = chain(&end), "lane lost");
-            }
-            // An error means that the session's task is gone, and with it whoever would care.
-            let _ = ended.send(driven).await;
-        };
-        if !shard.spawn(task) {
-            peer.with(|state| state.lanes.retain(|other| !Arc::ptr_eq(other, &link)));
-        }
-    }
-
-    async fn drive_lane(
-        self: &Arc<Self>,
-        peer: &Arc<Peer>,
-        session: &Arc<Session>,
-        lane: NewLane,
-        link: Arc<Link>,
-    ) -> LaneEnd {
-        // The socket belongs to the runtime that dialled; this may be another thread's.
-        let stream = match lane.stream.into_std().and_then(TcpStream::from_std) {
-            Ok(stream) => stream,
-            Err(error) => return LaneEnd::Io(error),
-        };
-        tracing::info!(relay = peer.name, lane = lane.number, "lane up");
-        let lost = Reset::new(failure::TUNNEL_LOST);
-        let mut texts = Texts::default();
-        drive(link, stream, lane.input, lost, |link: &Arc<Link>, event| {
-            self.handle_event(peer, session, link, event, &mut texts);
-        })
-        .await
-    }
-
     fn handle_event(
         self: &Arc<Self>,
         peer: &Peer,
@@ -528,12 +292,17 @@ impl Sidecar {
                 self.answers.send_replace(());
             }
             Event::GoAway(go_away) => {
-                tracing::info!(
-                    relay = peer.name,
-                    lane = link.number,
-                    reason = go_away.detail,
-                    "the relay takes nothing new on this lane"
-                );
+                let (relay, lane, reason) = (&*peer.name, link.number, &*visible(&go_away.detail));
+                if go_away.code == failure::DRAINING {
+                    tracing::info!(relay, lane, reason, "the relay takes nothing new on this lane");
+                } else {
+                    tracing::error!(
+                        relay,
+                        lane,
+                        reason,
+                        "the relay withdraws this sidecar's credential"
+                    );
+                }
                 link.leave();
             }
             Event::Announce(_) => {
@@ -649,13 +418,6 @@ impl Sidecar {
 /// Texts that a lane keeps: enough for the few routes that are busy at a time, few enough to look
 /// through. None is longer than an open record.
 const TEXTS_MAX: usize = 16;
-
-/// A lane that was let in, not driven yet.
-struct NewLane {
-    stream: TcpStream,
-    input: BytesMut,
-    number: u32,
-}
 
 /// A time of a relay's; 0: none.
 fn millis(millis: u64) -> Option<Duration> {

@@ -8,9 +8,15 @@ pub mod backoff;
 pub mod dial;
 mod drive;
 mod exchange;
+pub mod fault;
+pub mod gate;
 mod link;
 pub mod pressure;
 pub mod session;
+pub mod transport;
+
+#[cfg(test)]
+pub(crate) mod test_tls;
 
 pub use drive::{LaneEnd, drive};
 pub use exchange::{RecvHalf, SendHalf};

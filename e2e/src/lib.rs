@@ -9,6 +9,7 @@ pub mod browser;
 pub mod client;
 pub mod load;
 pub mod nobody;
+pub mod pebble;
 pub mod peer;
 pub mod process;
 pub mod service;

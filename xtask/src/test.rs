@@ -19,6 +19,7 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("make", "make"),
     ("node", "nodejs"),
     ("npm", "npm"),
+    ("pebble", "pebble"),
     ("python3", "python3"),
 ];
 

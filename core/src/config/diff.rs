@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::{Config, Listener, Route, Tunnel};
+use super::{Config, Listener, RelayAddress, RelayTunnel, Relays, Route, Sidecar, Tunnel};
 
 /// What differs between two configurations.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -17,8 +17,12 @@ pub struct Changes {
     /// Base domains: routes take other hosts.
     pub base_domains: bool,
     /// What connections, sessions and handshakes go by: `relay.limits`, `relay.timeouts`,
-    /// `relay.trusted_proxies`, `relay.max_connection_age`.
+    /// `relay.trusted_proxies`, `relay.max_connection_age`, `relay.tunnel.listener`, `relay.tunnel.tls`
+    /// (with `insecure`), `relay.tunnel.token`, `relay.credentials` (with `token_issuers`), `relay.acme`.
     pub relay: Vec<&'static str>,
+    /// What relays are dialled by: `sidecar.relays` (their TLS; where they are is for a start),
+    /// `sidecar.token`.
+    pub sidecar: Vec<&'static str>,
     /// Address of health and metrics.
     pub health: bool,
     /// Address of administration.
@@ -82,6 +86,20 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         differs("relay.timeouts", old.timeouts != new.timeouts);
         differs("relay.trusted_proxies", old.trusted_proxies != new.trusted_proxies);
         differs("relay.max_connection_age", old.max_connection_age != new.max_connection_age);
+        let (tunnel, new_tunnel) = (&old.tunnel, &new.tunnel);
+        differs("relay.tunnel.listener", tunnel.listener != new_tunnel.listener);
+        let tls = |tunnel: &'_ RelayTunnel| (tunnel.tls.clone(), tunnel.insecure);
+        differs("relay.tunnel.tls", tls(tunnel) != tls(new_tunnel));
+        differs("relay.tunnel.token", tunnel.token != new_tunnel.token);
+        differs("relay.credentials", old.credentials != new.credentials);
+        differs("relay.acme", old.acme != new.acme);
+    }
+    let mut sidecar = Vec::new();
+    if let (Some(old), Some(new)) = (&old.sidecar, &new.sidecar) {
+        let mut differs = |path, differs: bool| sidecar.extend(differs.then_some(path));
+        differs("sidecar.relays", old.relays != new.relays);
+        let token = |sidecar: &Sidecar| (sidecar.token.clone(), sidecar.token_file.clone());
+        differs("sidecar.token", token(old) != token(new));
     }
     let base_domains =
         |config: &Config| config.relay.as_ref().map(|relay| relay.base_domains.clone());
@@ -90,6 +108,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         tunnels: delta(&old.tunnels, &new.tunnels, |tunnel| &tunnel.name),
         listeners,
         relay,
+        sidecar,
         health: old.health != new.health,
         admin: old.admin != new.admin,
         base_domains: base_domains(old) != base_domains(new),
@@ -105,8 +124,7 @@ pub fn hold_back(new: &mut Config, started: &Config) -> Vec<&'static str> {
     let mut held = Held(Vec::new());
     match (&mut new.relay, &started.relay) {
         (Some(new), Some(old)) => {
-            held.keep("relay.tunnel.address", &mut new.tunnel.address, &old.tunnel.address);
-            held.keep("relay.tunnel.token", &mut new.tunnel.token, &old.tunnel.token);
+            held.tunnel(&mut new.tunnel, &old.tunnel);
             held.keep("relay.threads", &mut new.threads, &old.threads);
         }
         (new, old) => held.keep("relay", new, old),
@@ -114,10 +132,9 @@ pub fn hold_back(new: &mut Config, started: &Config) -> Vec<&'static str> {
     match (&mut new.sidecar, &started.sidecar) {
         (Some(new), Some(old)) => {
             held.keep("sidecar.name", &mut new.name, &old.name);
-            held.keep("sidecar.relays", &mut new.relays, &old.relays);
+            held.relays(&mut new.relays, &old.relays);
             let (interval, old_interval) = (&mut new.resolve_interval, &old.resolve_interval);
             held.keep("sidecar.resolve_interval", interval, old_interval);
-            held.keep("sidecar.token", &mut new.token, &old.token);
             held.keep("sidecar.lanes", &mut new.lanes, &old.lanes);
             held.keep("sidecar.threads", &mut new.threads, &old.threads);
             held.keep("sidecar.limits", &mut new.limits, &old.limits);
@@ -138,6 +155,42 @@ pub fn hold_back(new: &mut Config, started: &Config) -> Vec<&'static str> {
 struct Held(Vec<&'static str>);
 
 impl Held {
+    /// Where sidecars come in stays; by what they come in does not.
+    fn tunnel(&mut self, new: &mut RelayTunnel, old: &RelayTunnel) {
+        if new.address == old.address {
+            return;
+        }
+        self.keep("relay.tunnel.address", &mut new.address, &old.address);
+        // What is plain at the new address, on loopback say, need not be so at the one that stays.
+        let is_exposed = new.address.is_some_and(|address| !address.ip().is_loopback());
+        if new.tls.is_none() && !new.insecure && is_exposed {
+            self.keep("relay.tunnel.tls", &mut new.tls, &old.tls);
+            new.insecure = old.insecure;
+        }
+    }
+
+    /// Which relays are dialled stays; by which TLS each of them is does not.
+    fn relays(&mut self, new: &mut Relays, old: &Relays) {
+        let place = |relay: &RelayAddress| (relay.address.clone(), relay.insecure);
+        if let (Relays::Listed(new), Relays::Listed(old)) = (&*new, old)
+            && new.iter().map(place).eq(old.iter().map(place))
+        {
+            return;
+        }
+        let mut kept = old.clone();
+        if let (Relays::Listed(kept), Relays::Listed(new)) = (&mut kept, &*new) {
+            for relay in kept {
+                if let Some(same) = new.iter().find(|new| place(new) == place(relay)) {
+                    relay.tls.clone_from(&same.tls);
+                }
+            }
+        }
+        if *new != kept {
+            self.0.push("sidecar.relays");
+            *new = kept;
+        }
+    }
+
     fn keep<T: PartialEq + Clone>(&mut self, path: &'static str, new: &mut T, old: &T) {
         if new != old {
             self.0.push(path);

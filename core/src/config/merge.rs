@@ -8,7 +8,14 @@ use super::error::{Position, Sink};
 use super::raw::{Entry, Node, Value};
 
 /// Lists of named things, which join. All others are values that one file gives whole.
-const NAMED_LISTS: [&str; 4] = ["tunnels", "routes", "relay.listeners", "plugins.libraries"];
+const NAMED_LISTS: [&str; 6] = [
+    "tunnels",
+    "routes",
+    "relay.listeners",
+    "relay.credentials",
+    "relay.token_issuers",
+    "plugins.libraries",
+];
 
 /// Merges the documents, in order; where a fault is told, the first value stays.
 pub(super) fn merge(documents: Vec<Node>, sink: &RefCell<Sink>) -> Node {

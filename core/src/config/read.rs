@@ -4,30 +4,35 @@
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use ipnet::IpNet;
 
 use super::error::{Position, Sink, did_you_mean, list};
+use super::files::Files;
 use super::policy::Policies;
 use super::raw::{self, Field, Section};
-use super::substitute::{self, Context, Files};
+use super::substitute::{self, Context};
 use super::{
-    Block, Config, ConfigErrors, Draft, Log, LogFormat, Origin, Plugins, Secret, Source,
+    Block, Config, ConfigErrors, Draft, Log, LogFormat, Origin, Plugins, Relays, Secret, Source,
     duplicates, duration_text, merge, size_text, value,
 };
 
+mod credentials;
 mod meaning;
 mod plugins;
 pub(super) mod policies;
 mod relay;
 mod routes;
 mod sidecar;
+mod tls;
 mod tunnels;
 
 pub(super) use policies::{ATTEMPTS_MAX, REALM, USERS_MAX};
 pub(super) use routes::WEIGHT_MAX;
+pub(super) use tls::ACME_DIRECTORY;
 pub(super) use tunnels::{CHECKS_MAX, CONNECTIONS_MAX};
 
 /// Keys by section, for the schema's test.
@@ -36,13 +41,28 @@ pub(crate) const SECTIONS: &[(&str, &[&str])] = &[
     ("", ROOT_KEYS),
     ("relay", RELAY_KEYS),
     ("relay.listeners[]", LISTENER_KEYS),
+    ("relay.listeners[].tls", tls::LISTENER_TLS_KEYS),
+    ("relay.listeners[].tls.certificates[]", tls::CERTIFICATES_KEYS),
+    ("relay.listeners[].tls.client_certificates", tls::CLIENT_CERTIFICATES_KEYS),
     ("relay.tunnel", RELAY_TUNNEL_KEYS),
+    ("relay.tunnel.tls", tls::TUNNEL_TLS_KEYS),
+    ("relay.tunnel.tls.certificates[]", tls::CERTIFICATES_KEYS),
+    ("relay.credentials[]", credentials::PRINCIPAL_KEYS),
+    ("relay.credentials[].jwt[]", credentials::JWT_KEYS),
+    ("relay.token_issuers[]", credentials::ISSUER_KEYS),
+    ("relay.acme", tls::ACME_KEYS),
+    ("relay.acme.external_account", tls::EXTERNAL_ACCOUNT_KEYS),
     ("relay.limits", RELAY_LIMITS_KEYS),
     ("relay.timeouts", RELAY_TIMEOUTS_KEYS),
     ("sidecar", SIDECAR_KEYS),
+    ("sidecar.relays[]", RELAY_ADDRESS_KEYS),
+    ("sidecar.relays[].tls", tls::RELAY_TLS_KEYS),
+    ("sidecar.relays[].tls.certificate", tls::CERTIFICATE_KEYS),
     ("sidecar.limits", SIDECAR_LIMITS_KEYS),
     ("sidecar.timeouts", SIDECAR_TIMEOUTS_KEYS),
     ("tunnels[]", TUNNEL_KEYS),
+    ("tunnels[].tls", tls::SERVICE_TLS_KEYS),
+    ("tunnels[].tls.certificate", tls::CERTIFICATE_KEYS),
     ("tunnels[].pool", POOL_KEYS),
     ("tunnels[].health_check", HEALTH_CHECK_KEYS),
     ("routes[]", ROUTE_KEYS),
@@ -59,12 +79,16 @@ pub(crate) const SECTIONS: &[(&str, &[&str])] = &[
     ("routes[].limits.rate", policies::RATE_KEYS),
     ("routes[].limits.rate_per_client", policies::RATE_KEYS),
     ("routes[].compression", policies::COMPRESSION_KEYS),
+    ("routes[].hsts", policies::HSTS_KEYS),
     ("plugins", PLUGINS_KEYS),
     ("plugins.libraries[]", LIBRARY_KEYS),
     ("health", HEALTH_KEYS),
     ("admin", ADMIN_KEYS),
     ("log", LOG_KEYS),
 ];
+
+/// How often an issuer's keys are fetched, and by how much clocks may differ.
+pub(super) const ISSUER_TIMES: (Duration, Duration) = (credentials::REFRESH, credentials::LEEWAY);
 
 /// Version of the language.
 const VERSION: u32 = 1;
@@ -128,13 +152,25 @@ pub(crate) const RELAY_KEYS: &[&str] = &[
     "trusted_proxies",
     "max_connection_age",
     "tunnel",
+    "credentials",
+    "token_issuers",
+    "acme",
     "threads",
     "limits",
     "timeouts",
 ];
-pub(crate) const LISTENER_KEYS: &[&str] =
-    &["name", "address", "protocol_type", "sniff", "proxy_protocol", "balance"];
-pub(crate) const RELAY_TUNNEL_KEYS: &[&str] = &["address", "token", "token_file", "token_env"];
+pub(crate) const LISTENER_KEYS: &[&str] = &[
+    "name",
+    "address",
+    "tls",
+    "https_redirect",
+    "protocol_type",
+    "sniff",
+    "proxy_protocol",
+    "balance",
+];
+pub(crate) const RELAY_TUNNEL_KEYS: &[&str] =
+    &["address", "listener", "tls", "insecure", "token", "token_file", "token_env"];
 pub(crate) const RELAY_LIMITS_KEYS: &[&str] = &[
     "connections",
     "sessions",
@@ -147,8 +183,12 @@ pub(crate) const RELAY_LIMITS_KEYS: &[&str] = &[
     "window",
     "handshakes_per_second",
     "handshakes_per_second_per_address",
+    "failed_handshakes_per_minute_per_address",
+    "tls_handshakes",
+    "tls_handshakes_per_address",
 ];
-pub(crate) const RELAY_TIMEOUTS_KEYS: &[&str] = &["request_head", "idle", "open_wait", "handshake"];
+pub(crate) const RELAY_TIMEOUTS_KEYS: &[&str] =
+    &["request_head", "idle", "open_wait", "handshake", "tls_handshake"];
 pub(crate) const SIDECAR_KEYS: &[&str] = &[
     "name",
     "relays",
@@ -161,6 +201,7 @@ pub(crate) const SIDECAR_KEYS: &[&str] = &[
     "limits",
     "timeouts",
 ];
+pub(crate) const RELAY_ADDRESS_KEYS: &[&str] = &["address", "tls", "insecure"];
 pub(crate) const SIDECAR_LIMITS_KEYS: &[&str] = &["exchanges_per_session", "queued", "window"];
 pub(crate) const SIDECAR_TIMEOUTS_KEYS: &[&str] = &["dial", "handshake"];
 pub(crate) const TUNNEL_KEYS: &[&str] = &[
@@ -168,6 +209,7 @@ pub(crate) const TUNNEL_KEYS: &[&str] = &[
     "service",
     "protocols",
     "connect_timeout",
+    "tls",
     "http_version",
     "pool",
     "proxy_protocol",
@@ -197,6 +239,7 @@ pub(crate) const ROUTE_KEYS: &[&str] = &[
     "addresses",
     "limits",
     "compression",
+    "hsts",
     "options",
 ];
 pub(crate) const SHARE_KEYS: &[&str] = &["name", "weight"];
@@ -242,11 +285,11 @@ pub(super) fn read(
         return Err(sink.into_inner().into_parts(&texts).0.expect("an error was pushed"));
     }
     let mut root = merge::merge(documents, &sink);
-    let mut files = Files { source, read: Vec::new() };
+    let mut files = Files::new(source);
     let mut context = Context { env, files: &mut files };
     substitute::substitute(&mut root, "", &mut context, &mut sink.borrow_mut());
 
-    let mut reader = Reader { env, files, plugins_mistyped: false };
+    let mut reader = Reader { env, files, now: SystemTime::now(), plugins_mistyped: false };
     let mut config = reader.config(&Field::new(&root, "", &sink));
     let plugins_whole = !sink.borrow().has_errors_at("plugins") && !reader.plugins_mistyped;
     // Of more errors than are told, one may be there.
@@ -284,6 +327,8 @@ pub(super) fn read_policies(json: &str) -> Result<Policies, Vec<String>> {
 struct Reader<'a> {
     env: &'a dyn Fn(&str) -> Option<String>,
     files: Files<'a>,
+    /// What certificates' times are compared with.
+    now: SystemTime,
     /// A key that seems to mean `plugins` was told as unknown.
     plugins_mistyped: bool,
 }
@@ -334,9 +379,10 @@ impl Reader<'_> {
         config.relay = root.field("relay").and_then(|field| self.relay(&field));
         let has_relay = root.field("relay").is_some();
         config.sidecar = root.field("sidecar").and_then(|field| self.sidecar(&field, has_relay));
+        embedded(&root, &config);
         let tunnels_field = root.field("tunnels");
         if let Some(field) = &tunnels_field {
-            let tunnels = items(field, tunnels::tunnel);
+            let tunnels = items(field, |item| self.tunnel(item));
             unique(field, "tunnel", &tunnels, |tunnel| &tunnel.name);
             config.tunnels = arcs(tunnels);
         }
@@ -396,53 +442,29 @@ impl Reader<'_> {
         config
     }
 
-    /// Reads one of `token`, `token_file`, `token_env`. Returns whether `target` is what the file
-    /// says: false after a fault.
-    fn token(&mut self, section: &Section<'_>, target: &mut Option<Secret>) -> bool {
-        let given: Vec<&str> = ["token", "token_file", "token_env"]
-            .into_iter()
-            .filter(|key| section.field(key).is_some())
-            .collect();
-        let [key] = given.as_slice() else {
-            if given.len() > 1 {
-                section.fail(&format!(
-                    "has {} at once (accepted: one of token, token_file, token_env)",
-                    given.join(" and ")
-                ));
-            }
-            return given.is_empty();
-        };
-        let Some(field) = section.field(key) else { return false };
-        let text = match *key {
-            "token" => field.secret().map(str::to_owned),
-            "token_file" => field.text().and_then(|path| {
-                let text = self.files.read_secret(path);
-                text.map_err(|message| field.fail(message)).ok()
-            }),
-            _ => field.text().and_then(|name| {
-                let text = (self.env)(name);
-                if text.is_none() {
-                    field.fail(format!(
-                        "environment variable {name} is not set (accepted: one that is)"
-                    ));
-                }
-                text
-            }),
-        };
-        let Some(text) = text else { return false };
+    /// Reads one of `token`, `token_file`, `token_env`. Returns the file it came from, where it came from one;
+    /// `None` after a fault.
+    fn token(
+        &mut self,
+        section: &Section<'_>,
+        target: &mut Option<Secret>,
+    ) -> Option<Option<PathBuf>> {
+        let keys = ["token", "token_file", "token_env"];
+        let Some((field, text)) = self.secret(section, keys)? else { return Some(None) };
         if !(TOKEN_BYTES_MIN..=TOKEN_BYTES_MAX).contains(&text.len()) {
             field.fail(format!(
                 "is a token of {} bytes (accepted: {TOKEN_BYTES_MIN} to {TOKEN_BYTES_MAX})",
                 text.len()
             ));
-            return false;
+            return None;
         }
         if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
             field.fail("is a token with white space or control characters in it (accepted: none)");
-            return false;
+            return None;
         }
         *target = Some(Secret::new(&text));
-        true
+        let file = section.field("token_file").and_then(|field| field.text());
+        Some(file.map(|path| self.files.path(path)))
     }
 
     /// Two sockets on one address: the second could not be bound.
@@ -481,6 +503,39 @@ impl Reader<'_> {
             }
         }
     }
+}
+
+/// Tells a sidecar that would have to dial the relay of its own process where that has no address.
+fn embedded(root: &Section<'_>, config: &Config) {
+    let (Some(relay), Some(sidecar)) = (&config.relay, &config.sidecar) else { return };
+    let tunnel = root.field("relay").and_then(|relay| relay.child("tunnel"));
+    let relays = root.field("sidecar").and_then(|sidecar| sidecar.child("relays"));
+    if sidecar.relays == Relays::Embedded
+        && relay.tunnel.address.is_none()
+        && relays.is_none()
+        && let Some(tunnel) = tunnel
+        && !tunnel.is_told("relay.tunnel.address")
+    {
+        tunnel.child("listener").unwrap_or(tunnel).fail(
+            "leaves the sidecar of this process no way in (accepted: `address` beside it, a loopback \
+             address say, or sidecar.relays)",
+        );
+    }
+}
+
+/// Returns which of the keys is there. `None`: more than one is, which is told; `Some(None)`: none.
+fn one_of_keys(section: &Section<'_>, keys: &[&'static str]) -> Option<Option<&'static str>> {
+    let given: Vec<&'static str> =
+        keys.iter().copied().filter(|key| section.field(key).is_some()).collect();
+    if given.len() > 1 {
+        section.fail(&format!(
+            "has {} at once (accepted: one of {})",
+            given.join(" and "),
+            keys.join(", ")
+        ));
+        return None;
+    }
+    Some(given.first().copied())
 }
 
 fn protocol_types(field: &Field<'_>) -> Option<Vec<Arc<str>>> {

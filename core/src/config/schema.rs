@@ -89,7 +89,7 @@ fn shape(map: &mut serde_json::Map<String, Json>) {
 fn defaults() -> Json {
     let text = "{version: 1, relay: {}, sidecar: {}, health: {}, admin: {},
         tunnels: [{name: t, service: 'localhost:1', health_check: {type: http}}],
-        routes: [{subdomain: a, tunnel: t, retries: {}, compression: {}},
+        routes: [{subdomain: a, tunnel: t, retries: {}, compression: {}, hsts: {}},
             {subdomain: b, redirect: {scheme: https}}],
         plugins: {libraries: [{name: p, library: p}]}}";
     let source = Source::from_text(Path::new("defaults.yaml"), text);
@@ -101,6 +101,16 @@ fn defaults() -> Json {
     json["routes"][0]["tunnel"].take();
     json["routes"][0]["basic_auth"] = json!({ "realm": super::read::REALM });
     json["routes"][0]["limits"] = json!({ "rate": { "per": "1s" } });
+    let shown = json!({ "acme": [], "min_version": "1.2" });
+    json["relay"]["listeners"][0]["tls"] = shown.clone();
+    json["relay"]["listeners"][0]["tls"]["client_certificates"] =
+        json!({ "required": true, "forward": false });
+    json["relay"]["tunnel"]["tls"] = shown;
+    json["relay"]["acme"] = json!({ "directory": super::read::ACME_DIRECTORY });
+    let (refresh, leeway) = super::read::ISSUER_TIMES;
+    json["relay"]["token_issuers"] =
+        json!([{ "refresh": duration_text(refresh), "leeway": duration_text(leeway) }]);
+    json["tunnels"][0]["tls"] = json!({ "insecure_skip_verify": false });
     json["tunnels"][0]["health_check"]["service"] = "".into();
     json["tunnels"][0]["health_check"]["host"] = Json::Null;
     json
@@ -236,7 +246,10 @@ scalar!(Name, text("a name", "^[A-Za-z0-9][A-Za-z0-9._/-]{0,62}$"));
 scalar!(ProtocolType, text("a protocol type", "^[A-Z][A-Z0-9_-]{0,31}$"));
 scalar!(Listen, text("`IP:port`", "^.+:[0-9]+$"));
 scalar!(Dial, text("`host:port`", "^.+:[0-9]+$"));
-scalar!(Service, text("`host:port`, `unix:/path`", "^(unix:/.+|.+:[0-9]+)$"));
+scalar!(
+    Service,
+    text("`host:port`, `https://host:port`, `unix:/path`", "^(unix:/.+|.+:[0-9]+/?)$")
+);
 scalar!(Host, text("a host", r"^[A-Za-z0-9._:\[\]-]+$"));
 scalar!(MatchedHost, text("a host, `*.` and a host", r"^(\*\.)?[A-Za-z0-9._:-]+$"));
 scalar!(Subdomain, text("labels", "^[A-Za-z0-9._-]+$"));
@@ -259,7 +272,37 @@ scalar!(Realm, text("1 to 128 visible characters and spaces", "^[ -~]{1,128}$"))
 scalar!(GrpcService, text("at most 255 visible characters", "^[!-~]{0,255}$"));
 scalar!(FieldName, text("fields' names", "^[A-Za-z0-9!#$%&'*+.^_`|~-]+$"));
 scalar!(Version, number("`1`", &[1]));
-scalar!(HttpVersion, number("`1`, `2`", &[1, 2]));
+scalar!(
+    HttpVersion,
+    json_schema!({
+        "anyOf": [
+            { "enum": [1, 2, "1", "2", "auto"] },
+            { "type": "string", "pattern": VARIABLE },
+        ],
+        "x-accepted": "`1`, `2`, `auto`",
+    })
+);
+scalar!(
+    TlsVersion,
+    json_schema!({
+        "anyOf": [
+            { "enum": ["1.2", "1.3", 1.2, 1.3] },
+            { "type": "string", "pattern": VARIABLE },
+        ],
+        "x-accepted": "`1.2`, `1.3`",
+    })
+);
+scalar!(Hash, text("`sha256:` and 64 hexadecimal digits", "^sha256:[0-9A-Fa-f]{64}$"));
+scalar!(
+    CertificateName,
+    text("`spiffe://…`, `uri:…`, `dns:…`, `*` for any characters", "^(spiffe://|uri:|dns:).+$")
+);
+scalar!(Pattern, text("names, `*` for any characters of a label", r"^[A-Za-z0-9._/*{}-]+$"));
+scalar!(AnyText, text("visible characters", "^[!-~]+$"));
+scalar!(HttpsUrl, text("`https://…`", "^https://.+$"));
+scalar!(KeysUrl, text("`https://…`; `http://…` on loopback", "^https?://.+$"));
+scalar!(Contact, text("`mailto:` and an address", "^mailto:.+@.+$"));
+scalar!(AcmeName, text("hosts, no wildcards", r"^[A-Za-z0-9._-]+$"));
 scalar!(RedirectStatus, number("`301`, `302`, `303`, `307`, `308`", &[301, 302, 303, 307, 308]));
 scalar!(Balance, one_of(&["kernel", "exact"]));
 scalar!(ProxyVersion, one_of(&["v1", "v2"]));
@@ -351,6 +394,14 @@ struct Relay {
     max_connection_age: Duration<1000, DAY>,
     /// Where sidecars come in.
     tunnel: RelayTunnel,
+    /// Who sidecars are, and what each may claim: the first entry that fits is it. Without one, and without
+    /// a token in `tunnel`, sidecars come in over loopback only and may claim everything.
+    credentials: Vec<Principal>,
+    /// Who signs tokens (JWT) that `credentials` take.
+    token_issuers: Vec<Issuer>,
+    /// Certificates by ACME (RFC 8555), for the names in `acme` of listeners and of the tunnel.
+    #[schemars(extend("x-default" = "absent: none is obtained"))]
+    acme: Acme,
     /// Data-path threads; `0`: one per core.
     threads: Int<0, THREADS>,
     /// Bounds.
@@ -368,6 +419,12 @@ struct Listener {
     /// Address to listen on; unique in the configuration.
     #[schemars(extend("x-required" = true))]
     address: Listen,
+    /// TLS; absent: connections are plain. Beside `protocol_type` or `sniff` as well.
+    #[schemars(extend("x-default" = "absent: plain"))]
+    tls: ListenerTls,
+    /// Every request is sent to `https` at this port with 308; ACME's HTTP-01 is answered before. Not beside
+    /// `tls`.
+    https_redirect: Int<1, 65_535>,
     /// Every connection is of this type, `LINE`, say; absent: the HTTP front (HTTP/1.1, and HTTP/2 by
     /// prior knowledge). Not beside `sniff`.
     protocol_type: ProtocolType,
@@ -381,17 +438,184 @@ struct Listener {
     balance: Balance,
 }
 
+/// What is shown to those who dial, and what is asked of them.
+#[derive(JsonSchema)]
+struct ListenerTls {
+    /// By name (SNI) the first that fits, else the first of all. One at least, unless `acme` has names.
+    certificates: Vec<Certificates>,
+    /// Names whose certificates are obtained by `relay.acme`.
+    acme: Vec<AcmeName>,
+    /// Oldest version of TLS that is taken.
+    min_version: TlsVersion,
+    /// Clients are asked for a certificate.
+    #[schemars(extend("x-default" = "absent: none is asked for"))]
+    client_certificates: ClientCertificates,
+}
+
+/// Certificates and their keys: of two files, or of a directory.
+#[derive(JsonSchema)]
+struct Certificates {
+    /// PEM, the end's own certificate first, then those that lead to an authority. A file that is replaced
+    /// is taken over as a change of the configuration is.
+    cert: FilePath,
+    /// PEM of the key, not encrypted.
+    key: FilePath,
+    /// In place of the two: `tls.crt` and `tls.key` in it, as in a mounted Kubernetes secret, `NAME.crt` or
+    /// `NAME.pem` with `NAME.key` or `NAME-key.pem`, `fullchain.pem` with `privkey.pem`, and directories
+    /// with these.
+    directory: FilePath,
+}
+
+/// Clients' certificates.
+#[derive(JsonSchema)]
+struct ClientCertificates {
+    /// PEM of those who sign them.
+    #[schemars(extend("x-required" = true))]
+    ca: FilePath,
+    /// Nobody gets in without one.
+    required: Bool,
+    /// The service is told of it by `Client-Cert` and `Client-Cert-Chain` (RFC 9440).
+    forward: Bool,
+}
+
 /// Where sidecars come in.
 #[derive(JsonSchema)]
 struct RelayTunnel {
-    /// Address to listen on; without a token it must be loopback.
+    /// Address to listen on. Beyond loopback it needs `tls` (or `insecure`), and `credentials` or a token.
+    #[schemars(extend("x-default" = "`127.0.0.1:9081`; beside `listener`: none"))]
     address: Listen,
-    /// What sidecars must present; best as `${file:…}`. One of `token`, `token_file`, `token_env` at most.
+    /// Name of a listener with `tls` on which sidecars come in as well, known by their ALPN `sidelane/1`.
+    listener: Name,
+    /// TLS at `address`; with `listener` alone it has `client_ca` and no more.
+    #[schemars(extend("x-default" = "absent: plain"))]
+    tls: TunnelTls,
+    /// `true`: `address` is plain beyond loopback, where anybody on the way reads and changes everything.
+    insecure: Bool,
+    /// One token with which everything may be claimed, in place of `credentials`; best as `${file:…}`. One
+    /// of `token`, `token_file`, `token_env` at most.
     token: Token,
     /// File that holds the token.
     token_file: FilePath,
     /// Environment variable that holds the token.
     token_env: Variable,
+}
+
+/// TLS for sidecars.
+#[derive(JsonSchema)]
+struct TunnelTls {
+    /// As a listener's.
+    certificates: Vec<Certificates>,
+    /// As a listener's.
+    acme: Vec<AcmeName>,
+    /// As a listener's.
+    min_version: TlsVersion,
+    /// PEM of those who sign sidecars' certificates; who has none may still present a token.
+    client_ca: FilePath,
+}
+
+/// Who a sidecar is, and what it may claim. Patterns: `*` stands for any characters of a label, as the whole
+/// first label for one label or more, alone for any name. In `subdomains`, `hosts` and `tunnels`
+/// `{namespace}` and `{service_account}` stand for what a `jwt`, or a certificate's
+/// `spiffe://…/ns/NAMESPACE/sa/ACCOUNT`, says.
+#[derive(JsonSchema)]
+struct Principal {
+    /// Its name in logs and metrics; unique.
+    #[schemars(extend("x-required" = true))]
+    principal: Name,
+    /// Hashes of tokens, as `sidelane token new` and `sidelane token hash` print them; any of them will do.
+    tokens: Vec<Hash>,
+    /// Names in a sidecar's certificate; any of them will do. With `tunnel.tls.client_ca`.
+    certificates: Vec<CertificateName>,
+    /// Signed tokens; any of them will do.
+    jwt: Vec<JwtRule>,
+    /// Subdomains of any base domain that it may claim. At most 256 items in each of these lists.
+    subdomains: Vec<Pattern>,
+    /// Whole hosts that it may claim.
+    hosts: Vec<Pattern>,
+    /// Tunnels that it may serve.
+    tunnels: Vec<Pattern>,
+    /// Listeners that it may claim as a whole, by routes without a host.
+    listeners: Vec<Pattern>,
+}
+
+/// What a signed token must say; one of `subject`, `namespace`, `service_account` at least.
+#[derive(JsonSchema)]
+struct JwtRule {
+    /// Name of one of `token_issuers`.
+    #[schemars(extend("x-required" = true))]
+    issuer: Name,
+    /// `sub`; `*` stands for any characters.
+    #[schemars(extend("x-default" = "any"))]
+    subject: AnyText,
+    /// Namespace of a Kubernetes ServiceAccount token.
+    #[schemars(extend("x-default" = "any"))]
+    namespace: Pattern,
+    /// Account of a Kubernetes ServiceAccount token.
+    #[schemars(extend("x-default" = "any"))]
+    service_account: Pattern,
+}
+
+/// Who signs tokens. One of `jwks_file`, `jwks_url` is required.
+#[derive(JsonSchema)]
+struct Issuer {
+    /// Unique.
+    #[schemars(extend("x-required" = true))]
+    name: Name,
+    /// `iss` of its tokens.
+    #[schemars(extend("x-required" = true))]
+    issuer: AnyText,
+    /// One of these must be in `aud`.
+    #[schemars(extend("x-required" = true))]
+    audiences: Vec<AnyText>,
+    /// File of its keys (RFC 7517), at most 256 KiB.
+    jwks_file: FilePath,
+    /// Where its keys are fetched.
+    jwks_url: KeysUrl,
+    /// With `jwks_url`: PEM of those who sign the server's certificate.
+    #[schemars(extend("x-default" = "the system's authorities"))]
+    ca: FilePath,
+    /// With `jwks_url`: file whose contents are sent as a bearer token, read anew each time.
+    token_file: FilePath,
+    /// With `jwks_url`: how often the keys are fetched.
+    refresh: Duration<10_000, DAY>,
+    /// By how much clocks may differ.
+    leeway: Duration<0, 600_000>,
+}
+
+/// Certificates by ACME.
+#[derive(JsonSchema)]
+struct Acme {
+    /// The authority's directory.
+    directory: HttpsUrl,
+    /// Whom the authority writes to; at most 16.
+    contacts: Vec<Contact>,
+    /// Directory for the account's key and the certificates; relative to the configuration's.
+    #[schemars(extend("x-required" = true))]
+    storage: FilePath,
+    /// PEM of those who sign the authority's own certificate.
+    #[schemars(extend("x-default" = "the system's authorities"))]
+    ca: FilePath,
+    /// Binds the account to one that the authority knows already.
+    #[schemars(extend("x-default" = "none"))]
+    external_account: ExternalAccount,
+    /// `true`: you agree to the authority's terms of service.
+    #[schemars(extend("x-required" = true))]
+    accept_terms: Bool,
+}
+
+/// An account that the authority knows already (RFC 8555 §7.3.4). One of `key`, `key_file`, `key_env` is
+/// required.
+#[derive(JsonSchema)]
+struct ExternalAccount {
+    /// As the authority gave it.
+    #[schemars(extend("x-required" = true))]
+    key_id: AnyText,
+    /// HMAC key in base64url; best as `${file:…}`.
+    key: AnyText,
+    /// File that holds the key.
+    key_file: FilePath,
+    /// Environment variable that holds the key.
+    key_env: Variable,
 }
 
 /// Bounds of a relay.
@@ -420,6 +644,12 @@ struct RelayLimits {
     handshakes_per_second: Int<1, COUNT>,
     /// The same, from one address.
     handshakes_per_second_per_address: Int<1, COUNT>,
+    /// Sidecars of one address that may present a wrong credential in a minute; beyond, it is turned away.
+    failed_handshakes_per_minute_per_address: Int<1, COUNT>,
+    /// TLS handshakes of clients and sidecars under way at once; beyond, connections are closed.
+    tls_handshakes: Int<1, COUNT>,
+    /// The same, from one address that is none of `trusted_proxies`.
+    tls_handshakes_per_address: Int<1, COUNT>,
 }
 
 /// Timeouts of a relay.
@@ -433,6 +663,8 @@ struct RelayTimeouts {
     open_wait: Duration<0, DAY>,
     /// For a sidecar to send its hello, and to take the answer.
     handshake: Duration<1, DAY>,
+    /// For a TLS handshake.
+    tls_handshake: Duration<1, DAY>,
 }
 
 /// The role beside the service.
@@ -441,15 +673,16 @@ struct Sidecar {
     /// For people; replicas may share it.
     #[schemars(extend("x-default" = "the machine's name"))]
     name: Name,
-    /// Relays; every address that a name resolves to is dialled. Required without `relay`; without a
-    /// token all must be loopback.
+    /// Relays; every address that a name resolves to is dialled. An address alone is dialled by TLS with the
+    /// system's authorities, on loopback plain. Required without `relay`; beyond loopback a token or a
+    /// certificate is needed.
     #[schemars(extend("x-default" = "the relay of this process"))]
-    relays: Vec<Dial>,
+    relays: Vec<RelayItem>,
     /// How often the relays' names are resolved anew.
     resolve_interval: Duration<1000, DAY>,
-    /// Credential; absent without `relays`: that of `relay.tunnel`.
+    /// Credential; without `relays` none is needed.
     token: Token,
-    /// File that holds the token.
+    /// File that holds the token, read anew at each dial.
     token_file: FilePath,
     /// Environment variable that holds the token.
     token_env: Variable,
@@ -461,6 +694,83 @@ struct Sidecar {
     limits: SidecarLimits,
     /// Timeouts.
     timeouts: SidecarTimeouts,
+}
+
+/// A relay: an address, or a section.
+struct RelayItem;
+
+impl JsonSchema for RelayItem {
+    fn schema_name() -> Cow<'static, str> {
+        "RelayItem".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let (address, section) =
+            (Dial::json_schema(generator), generator.subschema_for::<RelayAddress>());
+        json_schema!({
+            "anyOf": [address, section],
+            "x-accepted": "`host:port`, or sections",
+        })
+    }
+}
+
+/// A relay that is dialled.
+#[derive(JsonSchema)]
+struct RelayAddress {
+    /// Where.
+    #[schemars(extend("x-required" = true))]
+    address: Dial,
+    /// TLS, on loopback too.
+    #[schemars(extend("x-default" = "with the system's authorities; on loopback absent: plain"))]
+    tls: RelayTls,
+    /// `true`: plain beyond loopback, where anybody on the way reads and changes everything.
+    #[schemars(extend("x-default" = "`false`"))]
+    insecure: Bool,
+}
+
+/// TLS to a relay.
+#[derive(JsonSchema)]
+struct RelayTls {
+    /// PEM of those who sign the relay's certificate; no others are believed then.
+    #[schemars(extend("x-default" = "the system's authorities"))]
+    ca: FilePath,
+    /// The name that the certificate must be for.
+    #[schemars(extend("x-default" = "the host in `address`"))]
+    server_name: Host,
+    /// What is shown where the relay asks for it, in place of a token or beside it.
+    #[schemars(extend("x-default" = "none"))]
+    certificate: Certificate,
+}
+
+/// A certificate and its key.
+#[derive(JsonSchema)]
+struct Certificate {
+    /// PEM, the end's own certificate first.
+    #[schemars(extend("x-required" = true))]
+    cert: FilePath,
+    /// PEM of the key, not encrypted.
+    #[schemars(extend("x-required" = true))]
+    key: FilePath,
+}
+
+/// TLS to a service.
+#[derive(JsonSchema)]
+struct ServiceTls {
+    /// PEM of those who sign the service's certificate; no others are believed then.
+    #[schemars(extend("x-default" = "the system's authorities"))]
+    ca: FilePath,
+    /// The name that the certificate must be for, and that is asked for (SNI).
+    #[schemars(extend("x-default" = "the host in `service`"))]
+    server_name: Host,
+    /// What is shown where the service asks for it.
+    #[schemars(extend("x-default" = "none"))]
+    certificate: Certificate,
+    /// `true`: any certificate is believed; whoever answers at the address is the service.
+    insecure_skip_verify: Bool,
 }
 
 /// Bounds of a sidecar.
@@ -497,7 +807,12 @@ struct Tunnel {
     protocols: Vec<ProtocolType>,
     /// For a connection to the service; beyond: 504.
     connect_timeout: Duration<1, DAY>,
-    /// What HTTP requests are sent by: HTTP/1.1, or HTTP/2 by prior knowledge.
+    /// TLS to a service that is written with `https://`; absent: with the defaults.
+    #[schemars(extend("x-default" = "the defaults below; without `https://`: plain"))]
+    tls: ServiceTls,
+    /// What HTTP requests are sent by: HTTP/1.1, HTTP/2 (without TLS by prior knowledge), or, with `https://`,
+    /// what the service chooses by ALPN.
+    #[schemars(extend("x-default" = "`1`; with `https://`: `auto`"))]
     http_version: HttpVersion,
     /// Connections to the service that are kept.
     #[schemars(extend("x-default" = "as the plugin's own block says"))]
@@ -601,6 +916,10 @@ struct Route {
     limits: RouteLimits,
     /// Compression of responses by gzip; absent: they pass as they are. HTTP-born protocols only.
     compression: Compression,
+    /// `Strict-Transport-Security` (RFC 6797) on responses over TLS: clients come by TLS only from then on.
+    /// HTTP-born protocols only.
+    #[schemars(extend("x-default" = "absent: none is sent"))]
+    hsts: Hsts,
     /// A block per protocol type, `options: { HTTP: { … } }`; checked by the plugin and given to it with
     /// each exchange.
     options: Options,
@@ -736,6 +1055,17 @@ struct Compression {
     level: Int<1, 9>,
     /// Bodies of a known length below this pass as they are.
     min_size: Size<0, { 1 << 30 }>,
+}
+
+/// Clients are told to come by TLS only.
+#[derive(JsonSchema)]
+struct Hsts {
+    /// For how long a client remembers it, in whole seconds; `0s`: it forgets.
+    max_age: Duration<0, { 10 * 365 * DAY }>,
+    /// For subdomains too.
+    include_subdomains: Bool,
+    /// It may be put on the lists that come with browsers; with all subdomains, for a year or more.
+    preload: Bool,
 }
 
 /// Protocols.

@@ -8,6 +8,7 @@ use ipnet::IpNet;
 use serde_json::{Value as Json, json};
 
 use super::policy::{HeaderChanges, Policies, Rate};
+use super::show_tls;
 use super::{
     Balance, Carries, Config, HealthCheck, HttpVersion, LogFormat, Plugins, Probe, ProxyVersion,
     Relay, Relays, Route, Secret, Share, Sidecar, Tunnel, duration_text, network_text, size_text,
@@ -61,6 +62,8 @@ impl Relay {
                         Balance::Kernel => "kernel",
                         Balance::Exact => "exact",
                     },
+                    "tls": listener.tls.as_ref().map(show_tls::listener),
+                    "https_redirect": listener.https_redirect,
                 })
             })
             .collect();
@@ -71,8 +74,14 @@ impl Relay {
             "max_connection_age": self.max_connection_age.map(duration_text),
             "tunnel": {
                 "address": self.tunnel.address,
+                "listener": self.tunnel.listener.as_deref(),
+                "tls": self.tunnel.tls.as_ref().map(show_tls::tunnel),
+                "insecure": self.tunnel.insecure,
                 "token": masked(self.tunnel.token.as_ref()),
             },
+            "credentials": self.credentials.principals.iter().map(|one| show_tls::principal(one)).collect::<Vec<_>>(),
+            "token_issuers": self.credentials.issuers.iter().map(|one| show_tls::issuer(one)).collect::<Vec<_>>(),
+            "acme": self.acme.as_ref().map(show_tls::acme),
             "threads": self.threads,
             "limits": {
                 "connections": limits.connections,
@@ -86,12 +95,17 @@ impl Relay {
                 "window": size_text(limits.window),
                 "handshakes_per_second": limits.handshakes_per_second,
                 "handshakes_per_second_per_address": limits.handshakes_per_second_per_address,
+                "failed_handshakes_per_minute_per_address":
+                    limits.failed_handshakes_per_minute_per_address,
+                "tls_handshakes": limits.tls_handshakes,
+                "tls_handshakes_per_address": limits.tls_handshakes_per_address,
             },
             "timeouts": {
                 "request_head": duration_text(self.timeouts.request_head),
                 "idle": duration_text(self.timeouts.idle),
                 "open_wait": duration_text(self.timeouts.open_wait),
                 "handshake": duration_text(self.timeouts.handshake),
+                "tls_handshake": duration_text(self.timeouts.tls_handshake),
             },
         })
     }
@@ -103,10 +117,11 @@ impl Sidecar {
             "name": self.name.as_ref(),
             "relays": match &self.relays {
                 Relays::Embedded => Json::Null,
-                Relays::Listed(relays) => relays.iter().map(|relay| relay.address.to_string()).collect(),
+                Relays::Listed(relays) => relays.iter().map(show_tls::relay).collect(),
             },
             "resolve_interval": duration_text(self.resolve_interval),
             "token": masked(self.token.as_ref()),
+            "token_file": self.token_file.as_deref(),
             "lanes": self.lanes,
             "threads": self.threads,
             "limits": {
@@ -130,13 +145,14 @@ impl Tunnel {
     fn to_json(&self) -> Json {
         json!({
             "name": self.name.as_ref(),
-            "service": self.service.to_string(),
+            "service": self.service_text(),
             "protocols": names(self.protocols.as_ref()),
             "connect_timeout": duration_text(self.connect_timeout),
+            "tls": self.tls.as_deref().map(show_tls::service),
             "http_version": match self.http_version {
-                HttpVersion::Http1 => 1,
-                HttpVersion::Http2 => 2,
-                HttpVersion::Auto => 0,
+                HttpVersion::Http1 => Json::from(1),
+                HttpVersion::Http2 => Json::from(2),
+                HttpVersion::Auto => Json::from("auto"),
             },
             "pool": {
                 "idle_timeout": self.pool.idle_timeout.map(duration_text),
@@ -326,6 +342,16 @@ pub(super) fn policies(policies: &Policies, secrets: Secrets) -> Map {
         "compression",
         policies.compression.map(|compression| {
             json!({ "level": compression.level, "min_size": size_text(compression.min_size) })
+        }),
+    );
+    put(
+        "hsts",
+        policies.hsts.map(|hsts| {
+            json!({
+                "max_age": duration_text(hsts.max_age),
+                "include_subdomains": hsts.include_subdomains,
+                "preload": hsts.preload,
+            })
         }),
     );
     map

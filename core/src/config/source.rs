@@ -27,7 +27,7 @@ pub const FILES_MAX: usize = 64;
 
 /// How often a directory is opened anew whose version went away while it was read; the kubelet
 /// swaps once a minute.
-const ATTEMPTS_MAX: usize = 5;
+pub(super) const ATTEMPTS_MAX: usize = 5;
 
 /// What Kubernetes' files point through.
 const DATA: &str = "..data";
@@ -179,6 +179,15 @@ impl Source {
         Ok(Some((source, torn)))
     }
 
+    /// Returns a directory that certificates are in, as it is now; the configuration's own is as it was when
+    /// that was read.
+    pub(crate) fn folder(&self, path: &Path) -> io::Result<Arc<Snapshot>> {
+        match &self.snapshot {
+            Some(snapshot) if path == self.directory => Ok(snapshot.clone()),
+            _ => Ok(Arc::new(Snapshot::open(path)?)),
+        }
+    }
+
     /// Opens a file that a value names; a relative path starts at the configuration's directory
     /// and is of the same version as the configuration. Anything else than a file is an error, but for a
     /// pipe that this process was started with.
@@ -200,14 +209,24 @@ enum Pipes {
 /// Where a process finds what it was started with: `--token-file <(command)` of a shell.
 const INHERITED: [&str; 3] = ["/dev/fd", "/dev/stdin", "/proc/self/fd"];
 
+/// Returns whether it is one of those.
+pub(super) fn is_inherited(path: &Path) -> bool {
+    INHERITED.iter().any(|directory| path.starts_with(directory))
+}
+
 /// Opens a file without waiting for a pipe's other end, which a reload must not do; anything else than a
 /// file is an error, but for what the process was started with.
 pub(super) fn open_regular(path: &Path) -> io::Result<File> {
-    if INHERITED.iter().any(|directory| path.starts_with(directory)) {
+    if is_inherited(path) {
         return File::open(path);
     }
     let flags = FLAGS | OFlags::NONBLOCK;
     regular(rustix::fs::open(path, flags, Mode::empty())?.into())
+}
+
+/// Returns what is in a directory, as [`Snapshot::entries`] does.
+pub(super) fn list_directory(path: &Path, max: usize) -> io::Result<BTreeSet<PathBuf>> {
+    Snapshot::open(path)?.entries(max)
 }
 
 /// Returns the file, where it is one.
@@ -262,7 +281,7 @@ fn fault(path: &Path, message: String) -> ConfigErrors {
 }
 
 /// A directory, and the version of it that Kubernetes published, as one moment had them.
-struct Snapshot {
+pub(crate) struct Snapshot {
     directory: OwnedFd,
     /// What `..data` pointed at.
     data: Option<OwnedFd>,
@@ -285,8 +304,45 @@ impl Snapshot {
         Ok(Self { directory, data, opened, path: path.to_owned() })
     }
 
+    /// Returns a directory in it, of the same version.
+    pub(super) fn folder(&self, name: &Path) -> io::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory = self.open_below(name, flags)?;
+        let data = match readlinkat(&directory, DATA, Vec::new()) {
+            Ok(_) => Some(openat(&directory, DATA, flags, Mode::empty())?),
+            Err(_) => None,
+        };
+        let path = self.path.join(name);
+        let opened = std::fs::metadata(&path).ok().as_ref().map(state);
+        Ok(Self { directory, data, opened, path })
+    }
+
+    /// Returns the names in it of files and directories, or of links to them, but for hidden ones; sorted. At
+    /// most `max` are read, and one more.
+    pub(super) fn entries(&self, max: usize) -> io::Result<BTreeSet<PathBuf>> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut names = BTreeSet::new();
+        for directory in std::iter::once(&self.directory).chain(&self.data) {
+            for entry in Dir::new(openat(directory, ".", flags, Mode::empty())?)? {
+                let entry = entry?;
+                let name = entry.file_name().to_bytes();
+                if !name.starts_with(b".") {
+                    names.insert(PathBuf::from(std::ffi::OsStr::from_bytes(name)));
+                }
+                if names.len() > max {
+                    return Ok(names);
+                }
+            }
+        }
+        // A link into a version that does not have it follows a swap.
+        names.retain(|name| {
+            self.in_data(name).is_none_or(|_| self.open_below(name, OFlags::PATH).is_ok())
+        });
+        Ok(names)
+    }
+
     /// Returns whether nothing was added, removed or renamed since it was opened.
-    fn is_current(&self) -> bool {
+    pub(super) fn is_current(&self) -> bool {
         std::fs::metadata(&self.path).ok().as_ref().map(state) == self.opened
     }
 
@@ -318,7 +374,7 @@ impl Snapshot {
     }
 
     /// Opens a file of a directory that somebody else may fill.
-    fn open_regular(&self, name: &Path) -> io::Result<File> {
+    pub(super) fn open_regular(&self, name: &Path) -> io::Result<File> {
         let file = match self.open_with(name, OFlags::NONBLOCK) {
             // Not yet linked: the version has it all the same.
             Err(error) if error.kind() == io::ErrorKind::NotFound => match &self.data {
@@ -331,12 +387,14 @@ impl Snapshot {
     }
 
     fn open_with(&self, path: &Path, flags: OFlags) -> io::Result<File> {
-        let flags = FLAGS | flags;
-        let fd = match (&self.data, self.in_data(path)) {
+        Ok(self.open_below(path, FLAGS | flags)?.into())
+    }
+
+    fn open_below(&self, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+        Ok(match (&self.data, self.in_data(path)) {
             (Some(data), Some(below)) => openat(data, &below, flags, Mode::empty())?,
             _ => openat(&self.directory, path, flags, Mode::empty())?,
-        };
-        Ok(fd.into())
+        })
     }
 }
 

@@ -2,17 +2,9 @@
 //!
 //! Works on the parsed tree, so that places stay right and a value cannot bring in keys of its own.
 
-use std::io::Read;
-use std::path::{Path, PathBuf};
-
-use super::Source;
 use super::error::Sink;
+use super::files::Files;
 use super::raw::{Node, Value};
-use super::value::size_text;
-
-/// Largest file that `${file:…}` reads. A Kubernetes secret holds 1 MiB at most; a value here is a
-/// token or a number.
-const FILE_BYTES_MAX: u64 = 64 * 1024;
 
 /// Where values come from.
 pub(crate) struct Context<'a, 'b> {
@@ -117,43 +109,12 @@ fn read(path: &str, context: &mut Context<'_, '_>) -> Result<String, String> {
     context.files.read_secret(path)
 }
 
-/// Reads files that values come from, and keeps their names.
-pub(crate) struct Files<'a> {
-    pub(crate) source: &'a Source,
-    /// Those read so far, and those that could not be: their return is waited for.
-    pub(crate) read: Vec<PathBuf>,
-}
-
-impl Files<'_> {
-    /// Reads a small file that holds one value; a final line break is dropped.
-    pub(crate) fn read_secret(&mut self, path: &str) -> Result<String, String> {
-        let mut text = self.read_file(path, FILE_BYTES_MAX)?;
-        while text.ends_with(['\n', '\r']) {
-            text.pop();
-        }
-        Ok(text)
-    }
-
-    /// Reads a file of at most `max` bytes.
-    pub(crate) fn read_file(&mut self, path: &str, max: u64) -> Result<String, String> {
-        let full = self.source.directory.join(path);
-        let fault = |reason: &str| format!("cannot read {}: {reason}", full.display());
-        self.read.push(full.clone());
-        let mut text = String::new();
-        self.source
-            .open(Path::new(path))
-            .and_then(|file| file.take(max + 1).read_to_string(&mut text))
-            .map_err(|error| fault(&error.to_string()))?;
-        if text.len() as u64 > max {
-            return Err(fault(&format!("larger than {}", size_text(max))));
-        }
-        Ok(text)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::config::Source;
 
     fn check(text: &str, expected: Result<&str, &str>) {
         let env = |name: &str| match name {
@@ -162,7 +123,7 @@ mod tests {
             _ => None,
         };
         let source = Source::from_text(Path::new("/nowhere/c.yaml"), "");
-        let mut files = Files { source: &source, read: Vec::new() };
+        let mut files = Files::new(&source);
         let mut context = Context { env: &env, files: &mut files };
         let result = expand(text, &mut context).map(|(text, _)| text);
         match expected {
@@ -190,7 +151,7 @@ mod tests {
     fn what_is_expanded_is_not_expanded_again() {
         let env = |_: &str| Some("${OTHER}".to_owned());
         let source = Source::from_text(Path::new("c.yaml"), "");
-        let mut files = Files { source: &source, read: Vec::new() };
+        let mut files = Files::new(&source);
         let mut context = Context { env: &env, files: &mut files };
         assert_eq!(expand("${X}", &mut context), Ok(("${OTHER}".to_owned(), false)));
     }

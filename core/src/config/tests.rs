@@ -5,6 +5,8 @@ use serde_json::json;
 
 use super::*;
 
+mod files;
+
 const FILE: &str = "/etc/sidelane/test.yaml";
 
 fn source(text: &str) -> Source {
@@ -43,10 +45,12 @@ fn broken_files_are_told_with_place_value_and_what_is_accepted() {
     let mut blessed = String::new();
     let mut vague = Vec::new();
     let mut cases = 0;
+    let directory = files::directory();
     for case in text.split("=== ").skip(1) {
         let (title, rest) = case.split_once('\n').unwrap();
         let (file, expected) = rest.split_once("---\n").unwrap();
-        let Err(errors) = parse(&source(file), &env) else { panic!("no error: {title}") };
+        let source = Source::from_text(&directory.path().join("test.yaml"), file);
+        let Err(errors) = parse(&source, &env) else { panic!("no error: {title}") };
         for error in errors.errors() {
             let told = error.message.contains("accepted: ");
             let said = NOT_ASKED.iter().any(|text| error.message.contains(text));
@@ -55,7 +59,7 @@ fn broken_files_are_told_with_place_value_and_what_is_accepted() {
                 vague.push(format!("{title}: {error}"));
             }
         }
-        let report = errors.report().replace("/etc/sidelane/", "");
+        let report = errors.report().replace(&format!("{}/", directory.path().display()), "");
         write!(blessed, "=== {title}\n{file}---\n{report}\n").unwrap();
         if std::env::var_os("SIDELANE_BLESS").is_none() {
             assert_eq!(report.trim_end(), expected.trim_end(), "case: {title}");
@@ -237,13 +241,17 @@ fn a_route_has_every_policy_that_is_announced() {
 }
 
 #[test]
-fn a_token_waits_for_a_restart() {
+fn a_token_waits_for_nothing() {
     let both = |token: &str| {
-        good(&format!("version: 1\nrelay: {{ tunnel: {{ token: {token} }} }}\nsidecar: {{}}\n"))
+        good(&format!(
+            "version: 1\nrelay: {{ tunnel: {{ token: {token} }} }}\nsidecar: {{ token: {token} }}\n"
+        ))
     };
     let (old, mut new) = (both("a-token-of-the-tests"), both("another-token-of-tests"));
-    assert_eq!(hold_back(&mut new, &old), ["relay.tunnel.token"]);
-    assert_eq!(new.sidecar, old.sidecar);
+    assert_eq!(hold_back(&mut new, &old), [""; 0]);
+    let changes = diff(&old, &new);
+    assert_eq!(changes.relay, ["relay.tunnel.token"]);
+    assert_eq!(changes.sidecar, ["sidecar.token"]);
 }
 
 #[test]
@@ -337,7 +345,7 @@ fn secrets_are_masked_everywhere() {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(directory.path().join("secret"), "f1le-s3cret-0123456\n").unwrap();
     let text = "version: 1
-relay: { tunnel: { address: \"0.0.0.0:1\", token: \"${TOKEN}\" } }
+relay: { tunnel: { address: \"0.0.0.0:1\", insecure: true, token: \"${TOKEN}\" } }
 sidecar: { token_file: secret }
 routes:
   - { subdomain: a, tunnel: t, options: { HTTP: { x: \"${file:secret}\", password: pl4in } } }

@@ -131,7 +131,9 @@ impl Authorities {
 fn certificates(text: &str, max: usize) -> Result<Vec<CertificateDer<'static>>, String> {
     let accepted = "(accepted: PEM, as in -----BEGIN CERTIFICATE-----)";
     let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text.as_bytes()).collect();
-    let certificates = certificates.map_err(|error| format!("is not PEM: {error} {accepted}"))?;
+    // The error of the crate lists bytes.
+    let certificates =
+        certificates.map_err(|_| format!("is PEM that is cut short or garbled {accepted}"))?;
     match certificates.len() {
         0 => Err(format!("holds no certificate {accepted}")),
         count if count > max => {
@@ -139,6 +141,12 @@ fn certificates(text: &str, max: usize) -> Result<Vec<CertificateDer<'static>>, 
         }
         _ => Ok(certificates),
     }
+}
+
+/// Returns the names that a certificate is for, as [`Certificate::names`]; none: it cannot be read.
+#[must_use]
+pub fn names(certificate: &CertificateDer<'_>) -> Arc<[Arc<str>]> {
+    facts(certificate).map(|(names, ..)| names).unwrap_or_default()
 }
 
 type Facts = (Arc<[Arc<str>]>, SystemTime, SystemTime);

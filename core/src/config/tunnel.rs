@@ -121,6 +121,13 @@ pub enum Probe {
 }
 
 impl Tunnel {
+    /// Returns the service as in the file: `127.0.0.1:3000`, `https://127.0.0.1:8443`.
+    #[must_use]
+    pub fn service_text(&self) -> String {
+        let scheme = if self.tls.is_some() { "https://" } else { "" };
+        format!("{scheme}{}", self.service)
+    }
+
     /// Returns whether the tunnel carries exchanges of this type.
     #[must_use]
     pub fn carries(&self, protocol_type: &str) -> bool {

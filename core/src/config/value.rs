@@ -450,8 +450,30 @@ pub(crate) fn percent(text: &str) -> Result<u32, String> {
 /// Longest path of a Unix socket: `sun_path` holds 108 bytes with the zero at its end.
 const UNIX_PATH_BYTES_MAX: usize = 107;
 
-/// Parses `127.0.0.1:3000` or `unix:/run/app.sock`.
-pub(crate) fn service(text: &str) -> Result<ServiceAddress, String> {
+/// Parses `127.0.0.1:3000`, `https://127.0.0.1:8443` or `unix:/run/app.sock`. Returns as well whether
+/// it is spoken to by TLS.
+pub(crate) fn service(text: &str) -> Result<(ServiceAddress, bool), String> {
+    let Some(rest) = text.strip_prefix("https://") else {
+        return plain_service(text).map(|service| (service, false));
+    };
+    let bad = |hint: &str| {
+        format!(
+            "\"{text}\" is not a service by TLS (accepted: https:// and host:port, as in \
+             https://127.0.0.1:8443){hint}"
+        )
+    };
+    let address = rest.strip_suffix('/').unwrap_or(rest);
+    match host_port(address) {
+        Ok(address) => Ok((ServiceAddress::Tcp(address), true)),
+        Err(_) if address.contains('/') => Err(bad("; leave out the path")),
+        Err(_) if is_host_name(&address.to_ascii_lowercase()) => {
+            Err(bad(&format!("; did you mean \"https://{address}:443\"?")))
+        }
+        Err(_) => Err(bad("")),
+    }
+}
+
+fn plain_service(text: &str) -> Result<ServiceAddress, String> {
     let Some(path) = text.strip_prefix("unix:") else {
         let hint = if text.starts_with('/') {
             format!("; did you mean \"unix:{text}\"?")

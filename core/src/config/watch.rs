@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use notify::{EventKind, RecursiveMode, Watcher as _};
 use sha2::{Digest, Sha256};
 
+use super::files::ENTRIES_MAX;
 use super::source::{self, FILE_BYTES_MAX};
 use super::{ConfigErrors, Source};
 
@@ -368,6 +369,14 @@ fn files_hash(files: &[PathBuf]) -> [u8; 32] {
     let mut hash = Sha256::new();
     for file in files {
         let mut bytes = Vec::new();
+        // Of a directory it counts what is in it; each of its files stands in the list by itself.
+        if let Ok(names) = source::list_directory(file, ENTRIES_MAX) {
+            for name in names {
+                hash.update(name.as_os_str().as_bytes());
+                hash.update([0]);
+            }
+            continue;
+        }
         // One that cannot be read is told when the configuration is parsed.
         let read = source::open_regular(file)
             .and_then(|file| file.take(FILE_BYTES_MAX).read_to_end(&mut bytes));

@@ -32,7 +32,13 @@ impl Facts for Nothing {
 }
 
 fn public() -> Public {
-    let listener = |name: &str, port, is_http| PublicListener { name: name.into(), port, is_http };
+    let listener = |name: &str, port, is_http| PublicListener {
+        name: name.into(),
+        port,
+        is_http,
+        is_tls: false,
+        redirects: false,
+    };
     Public {
         base_domains: vec!["localhost".into(), "example.org".into()],
         listeners: vec![
@@ -178,6 +184,32 @@ fn routes_are_told_by_their_addresses() {
     assert_eq!(urls(MatchSpec { wildcard: Some("*"), ..none })[0], "http://*.localhost:9080/");
     assert_eq!(urls(MatchSpec { wildcard: Some("*.x"), ..none })[0], "http://*.x.localhost:9080/");
     assert_eq!(urls(MatchSpec { listener: Some("lines"), ..none }), ["tcp://*:9090"]);
+}
+
+#[test]
+fn addresses_of_tls_are_those_of_https() {
+    let mut public = public();
+    public.base_domains.truncate(1);
+    let spec = MatchSpec { subdomain: Some("shop"), ..MatchSpec::default() };
+    let shop = route(&spec, Policies::default());
+    let lines = route(&MatchSpec { listener: Some("lines"), ..spec }, Policies::default());
+    public.listeners[0].redirects = true;
+    public.listeners[1].is_tls = true;
+    public.listeners[2].is_tls = true;
+    assert_eq!(public.urls(&shop), ["https://shop.localhost:80/"]);
+    public.listeners[1].port = 443;
+    assert_eq!(public.urls(&shop), ["https://shop.localhost/"]);
+    assert_eq!(public.urls(&lines), ["tls://shop.localhost:9090"]);
+    let asked = |url: &str| {
+        let question = Question::parse(url, None, None).unwrap();
+        let answer = answer(&[], &public, &question, &Nothing).unwrap();
+        (answer["asked"]["listener"].clone(), answer["notes"].clone())
+    };
+    assert_eq!(asked("https://shop.localhost"), ("plain".into(), json!([])));
+    assert_eq!(asked("shop.localhost"), ("plain".into(), json!([])));
+    let (listener, notes) = asked("http://shop.localhost:9080");
+    assert_eq!(listener, "web");
+    assert!(notes[0].as_str().is_some_and(|note| note.contains("to https")), "{notes}");
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::SystemTime;
 
 use super::sockets::Opened;
-use super::{Asked, Process, RunError, check, load_plugins, log};
+use super::{Asked, Process, RunError, check, load_plugins, log, own_relay};
 use crate::admin::Side;
 use crate::config::{self, Changes, Config, ConfigErrors};
 use crate::error::chain;
@@ -157,6 +157,10 @@ impl Process {
             if let Some(prepared) = opened.listeners {
                 relay.listen(prepared);
             }
+        }
+        // After the relay, whose certificates the sidecar of its own process knows.
+        if let (Some(sidecar), Some(section)) = (&self.sidecar, &config.sidecar) {
+            sidecar.set_access(section, own_relay(section, self.relay.as_deref()));
         }
         if let Some(sidecar) = &self.sidecar
             && (!changes.routes.is_empty() || !changes.tunnels.is_empty() || are_plugins_other)

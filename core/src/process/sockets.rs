@@ -153,10 +153,11 @@ fn local(socket: Option<&TcpListener>) -> Option<SocketAddr> {
 }
 
 fn bind_listeners(config: &Config, relay: &Relay, threads: usize) -> Result<Prepared, RunError> {
-    let listeners = config.relay.as_ref().map(|section| &*section.listeners).unwrap_or_default();
-    relay.prepare(listeners, threads).map_err(|error| {
+    let Some(section) = &config.relay else { return Ok(Prepared::default()) };
+    relay.prepare(section, threads).map_err(|error| {
         let what = format!("relay.listeners[{}]", error.index);
-        cannot_listen(config, &what, listeners[error.index].address, &error.source).into()
+        let address = section.listeners[error.index].address;
+        cannot_listen(config, &what, address, &error.source).into()
     })
 }
 

@@ -7,7 +7,6 @@ use sidelane_tunnel::{LaneConfig, Side};
 use crate::config;
 use crate::credentials::Rules;
 use crate::plugin::Plugins;
-use crate::tunnel::accept::Bounds;
 use crate::tunnel::session::Settings;
 
 /// Saturates.
@@ -41,14 +40,5 @@ pub(super) fn credential_rules(section: &config::Relay) -> Rules {
         token: section.tunnel.token.clone(),
         credentials: section.credentials.clone(),
         authorities: clients.map(|clients| clients.authorities.clone()),
-    }
-}
-
-/// What handshakes are bounded by.
-pub(super) fn handshake_bounds(section: &config::Relay) -> Bounds {
-    Bounds {
-        timeout: section.timeouts.handshake,
-        per_second: section.limits.handshakes_per_second,
-        per_second_and_address: section.limits.handshakes_per_second_per_address,
     }
 }

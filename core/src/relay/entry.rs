@@ -18,8 +18,9 @@ use tokio::time::Instant;
 
 use super::Relay;
 use super::open::RelayOpener;
+use super::plain::{self, Said};
 use super::policy::{self, LimitedBody, Refusal, RouteState, Shaped, Shaping, Verdict, Watch};
-use crate::front::{self, ConnectionInfo, Dispatch, forwarded};
+use crate::front::{self, ConnectionInfo, Dispatch, TlsFacts, forwarded};
 use crate::metrics::Record;
 use crate::plugin::lend::{self, Failure, Meta, Responder as _, Text};
 use crate::plugin::{Call, CallEnd, PreparedHead, Protocol};
@@ -36,11 +37,19 @@ impl Dispatch for HttpEntry {
     fn accept<B: lend::Body, R: lend::Responder>(
         &self,
         connection: &Arc<ConnectionInfo>,
-        head: Box<lend::RequestHead>,
+        mut head: Box<lend::RequestHead>,
         body: B,
         mut responder: R,
     ) -> HttpExchange {
         let relay = &self.relay;
+        if let Some(said) = Said::to(connection, &head, &relay.issued) {
+            return self.say(said, &head, responder);
+        }
+        // A proxy that is trusted speaks of its own client, whom it alone has seen.
+        if connection.trusted_proxies.is_none() {
+            let fields = connection.tls.as_ref().and_then(|tls| tls.client_fields.as_ref());
+            front::set_client_cert(&mut head.headers, fields);
+        }
         let told = connection
             .trusted_proxies
             .as_ref()
@@ -65,6 +74,15 @@ impl Dispatch for HttpEntry {
             record.unopened(failure::PLUGIN_FAILED);
             return HttpExchange::Runs(plugin.refuse_http(head, responder, failure), record);
         }
+        if connection.tls.as_ref().is_some_and(|tls| !tls.hosts.allow(head.authority())) {
+            let failure = Failure {
+                code: failure::MISDIRECTED,
+                retry_after_s: None,
+                detail: "this connection's TLS is for another host".to_owned(),
+            };
+            record.unopened(failure::MISDIRECTED);
+            return HttpExchange::Runs(plugin.refuse_http(head, responder, failure), record);
+        }
         let mut meta = relay.meta(
             &plugin,
             &connection.client_address_text,
@@ -79,9 +97,7 @@ impl Dispatch for HttpEntry {
             meta.trusted_proxy = true;
         }
         if let Some(tls) = &connection.tls {
-            meta.tls_sni = Arc::clone(&tls.sni).into();
-            meta.tls_alpn = Arc::clone(&tls.alpn).into();
-            meta.tls_client = Arc::clone(&tls.client).into();
+            tls.tell(&mut meta);
         }
         let routing = relay.routing.load();
         // What is not text fits no route; the plugin says so.
@@ -111,7 +127,8 @@ impl Dispatch for HttpEntry {
                 Arc::clone(&record),
                 route.cloned(),
                 None,
-            );
+            )
+            .over(connection.tls.clone());
             let call = plugin.accept_http(head, meta, body, responder, opener);
             return HttpExchange::Runs(call, record);
         };
@@ -124,6 +141,7 @@ impl Dispatch for HttpEntry {
             state: Arc::clone(state),
             plugin,
             client: client.ip(),
+            tls: connection.tls.clone(),
             head,
             meta,
             body,
@@ -142,12 +160,31 @@ impl Dispatch for HttpEntry {
     }
 }
 
+impl HttpEntry {
+    /// Says what a listener without TLS says by itself.
+    fn say(
+        &self,
+        said: Said,
+        head: &lend::RequestHead,
+        responder: impl lend::Responder,
+    ) -> HttpExchange {
+        let metrics = &self.relay.metrics;
+        let record = Arc::new(metrics.exchange("relay", plain::protocol_type()));
+        if metrics.is_followed() {
+            record.asked(head.method.as_str(), &head.target);
+        }
+        let code = said.say(&mut Shaped::new(responder, &record), &head.method);
+        HttpExchange::Answered(record, code)
+    }
+}
+
 /// A request for a route that has policies.
 struct Arrival<B, R> {
     relay: Arc<Relay>,
     state: Arc<RouteState>,
     plugin: Protocol,
     client: IpAddr,
+    tls: Option<Arc<TlsFacts>>,
     head: Box<lend::RequestHead>,
     meta: Meta,
     body: B,
@@ -177,12 +214,12 @@ impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
 
     /// Says a refusal in the protocol's words.
     fn refuse(self, refusal: Refusal) -> HttpExchange {
-        let Self { state, plugin, client, head, responder, record, .. } = self;
+        let Self { state, plugin, client, head, meta, responder, record, .. } = self;
         state.refused(refusal, Some(client));
         let failure = refusal.failure();
         record.routed(&state.route.name, &Arc::default());
         record.unopened(failure.code);
-        let shaping = Shaping::new(&state, &head).challenge(state.challenge());
+        let shaping = Shaping::new(&state, &head, &meta.scheme).challenge(state.challenge());
         let responder = responder.shape(shaping);
         let call = plugin.refuse_http(PreparedHead::new(head), responder, failure);
         HttpExchange::Runs(call, record)
@@ -208,10 +245,20 @@ impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
             return self.refuse(Refusal::too_large());
         }
         let Self {
-            relay, state, plugin, mut head, mut meta, body, responder, record, began, ..
+            relay,
+            state,
+            plugin,
+            tls,
+            mut head,
+            mut meta,
+            body,
+            responder,
+            record,
+            began,
+            ..
         } = self;
         let policies = &*state.policies;
-        let shaping = Shaping::new(&state, &head);
+        let shaping = Shaping::new(&state, &head, &meta.scheme);
         let prefix = &state.route.matches.path_prefix;
         policy::end_hop(&mut head.headers);
         let changes = &policies.request_headers;
@@ -226,7 +273,8 @@ impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
             Arc::clone(&record),
             Some(Arc::clone(&state.route)),
             Some(Arc::clone(&state)),
-        );
+        )
+        .over(tls);
         let (body, responder) = (LimitedBody::new(body, &state), responder.shape(shaping));
         let call = plugin.accept_http(PreparedHead::new(head), meta, body, responder, opener);
         let watch = Watch::new(admitted, began);
@@ -235,9 +283,9 @@ impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
 
     /// Sends the client elsewhere.
     fn redirect(self) -> HttpExchange {
-        let Self { state, head, responder, record, .. } = self;
+        let Self { state, head, meta, responder, record, .. } = self;
         record.routed(&state.route.name, &Arc::default());
-        let mut responder = responder.shape(Shaping::new(&state, &head));
+        let mut responder = responder.shape(Shaping::new(&state, &head, &meta.scheme));
         let answer = state.policies.redirect.as_ref().and_then(|redirect| {
             let prefix = &state.route.matches.path_prefix;
             let location = router::location(redirect, prefix, &head.authority, &head.target)?;
@@ -256,7 +304,7 @@ impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
 }
 
 /// Answers with a line for people, too (RFC 9110 §15.4).
-fn answer_redirect(
+pub(super) fn answer_redirect(
     responder: &mut impl lend::Responder,
     status: StatusCode,
     location: HeaderValue,

@@ -2,14 +2,14 @@
 //! so that the kernel spreads connections and none crosses a thread, unless a listener asks for an
 //! exact balance.
 //!
-//! Knows how a connection begins: its PROXY header, its first bytes. Which listeners there are is
+//! Knows how a connection begins: its PROXY header, TLS, its first bytes. Which listeners there are is
 //! `listeners`' business.
 
 use std::io;
 use std::net::SocketAddr;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -25,12 +25,15 @@ use super::open::RelayOpener;
 use super::policy::{now, watch_stream};
 use super::proxy_header;
 use super::stream::{ClientStream, Place};
+use super::tls::Acceptor;
 use crate::config::{self, Balance, Carries};
 use crate::error::chain;
 use crate::front::{self, ConnectionInfo, forwarded, or_shutdown};
 use crate::plugin::SniffResult;
 use crate::plugin::lend::Failure;
 use crate::random;
+
+mod secure;
 
 /// Connections that the kernel completes before they are accepted.
 const BACKLOG: i32 = 4096;
@@ -131,7 +134,8 @@ fn admit(
     peer: SocketAddr,
     own: usize,
 ) {
-    let config = listener.config();
+    let rules = listener.rules();
+    let config = Arc::clone(&rules.config);
     let settings = relay.listeners.settings();
     let place = match config.balance {
         Balance::Kernel => Place::try_new(relay, own, settings.connections_max),
@@ -147,6 +151,7 @@ fn admit(
         relay: Arc::clone(relay),
         listener: Arc::clone(listener),
         config,
+        acceptor: rules.acceptor.clone(),
         settings,
         peer,
         began: Instant::now(),
@@ -184,6 +189,7 @@ struct Client {
     relay: Arc<Relay>,
     listener: Arc<Listener>,
     config: Arc<config::Listener>,
+    acceptor: Option<Arc<Acceptor>>,
     settings: Arc<Settings>,
     /// Who connected: the client itself, or a proxy.
     peer: SocketAddr,
@@ -210,20 +216,31 @@ impl Client {
                 None => return,
             }
         }
+        let mut info = ConnectionInfo::plain(Arc::clone(&self.config.name), address);
+        if let Some(acceptor) = &self.acceptor {
+            match Box::pin(self.secure(acceptor, stream, address, shutdown.as_mut())).await {
+                Some((behind, facts)) => {
+                    stream = behind;
+                    info.scheme = https();
+                    info.tls = Some(Arc::new(facts));
+                }
+                None => return,
+            }
+        }
         match &self.config.carries {
             Carries::Http => {}
             Carries::Type(protocol_type) => {
-                return self.serve_stream(protocol_type, None, stream, address).await;
+                return self.serve_stream(protocol_type, None, stream, &info).await;
             }
             Carries::Sniffed => match Box::pin(self.sniff(stream, shutdown.as_mut())).await {
                 Some(Sniffed::Http(behind)) => stream = behind,
                 Some(Sniffed::Stream { protocol_type, host, stream }) => {
-                    return self.serve_stream(&protocol_type, host, stream, address).await;
+                    return self.serve_stream(&protocol_type, host, stream, &info).await;
                 }
                 None => return,
             },
         }
-        let mut info = ConnectionInfo::plain(Arc::clone(&self.config.name), address);
+        info.https_redirect = self.config.https_redirect;
         let trusted = &self.settings.trusted_proxies;
         if !trusted.is_empty() && forwarded::is_in(address.ip(), trusted) {
             info.trusted_proxies = Some(Arc::clone(trusted));
@@ -293,7 +310,7 @@ impl Client {
         let mut ahead = BytesMut::new();
         let limit = self.settings.front.request_head_timeout;
         let read = {
-            let read = pin!(timeout(limit, proxy_header::read(&mut stream.stream, &mut ahead)));
+            let read = pin!(timeout(limit, proxy_header::read(&mut stream, &mut ahead)));
             or_shutdown(read, shutdown).await?
         };
         match read {
@@ -355,13 +372,13 @@ impl Client {
     }
 
     /// A byte-born protocol: the plugin owns the client's bytes. `host`, where the first bytes named
-    /// one, is what it is routed by.
+    /// one, is what it is routed by; else it is the one that TLS named.
     async fn serve_stream(
         &self,
         protocol_type: &Arc<str>,
         host: Option<Arc<str>>,
         stream: ClientStream,
-        client: SocketAddr,
+        info: &ConnectionInfo,
     ) {
         let (relay, listener) = (&self.relay, &self.config.name);
         let Some(plugin) = relay.plugins.find(protocol_type) else {
@@ -372,7 +389,13 @@ impl Client {
             );
             return;
         };
-        let meta = relay.meta(&plugin, &client.to_string().into(), listener, &Arc::default());
+        let client = &info.client_address_text;
+        let mut meta = relay.meta(&plugin, client, listener, &Arc::default());
+        let mut host = host;
+        if let Some(tls) = &info.tls {
+            tls.tell(&mut meta);
+            host = host.or_else(|| (!tls.sni.is_empty()).then(|| Arc::clone(&tls.sni)));
+        }
         if plugin.quarantined() {
             let failure = Failure {
                 code: failure::PLUGIN_FAILED,
@@ -383,12 +406,19 @@ impl Client {
             return;
         }
         let record = Arc::new(relay.metrics.exchange("relay", plugin.name()));
-        let opener = RelayOpener::new(Arc::clone(relay), meta.clone(), Arc::clone(&record));
+        let opener = RelayOpener::new(Arc::clone(relay), meta.clone(), Arc::clone(&record))
+            .over(info.tls.clone());
         let held = opener.held();
         let call = plugin.accept_stream(meta, stream, opener.by_host(host));
         let end = watch_stream(call, held).await;
         record.end(end.code);
     }
+}
+
+/// The scheme of connections with TLS; one for all.
+fn https() -> Arc<str> {
+    static HTTPS: LazyLock<Arc<str>> = LazyLock::new(|| "https".into());
+    Arc::clone(&HTTPS)
 }
 
 /// Whose a connection is that may be anybody's.

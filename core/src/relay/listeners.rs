@@ -17,9 +17,12 @@ use tokio::sync::watch;
 use super::Relay;
 use super::listen::{accept, bind};
 use super::summary::Summary;
+use super::tls::{Acceptor, SidecarTls};
 use crate::config;
 use crate::front::FrontConfig;
+use crate::metrics::Metrics;
 use crate::shard::Shard;
+use crate::tls::Issued;
 
 /// What connections of all listeners go by, each as it was when it began.
 #[derive(Clone, Debug)]
@@ -32,6 +35,12 @@ pub struct Settings {
     pub trusted_proxies: Arc<[IpNet]>,
     /// An HTTP connection is asked to end at about this age.
     pub max_connection_age: Option<Duration>,
+    /// For a TLS handshake, from the connection's begin.
+    pub tls_handshake: Duration,
+    /// TLS handshakes of all listeners under way at once.
+    pub tls_handshakes_max: usize,
+    /// The same, from one address.
+    pub tls_handshakes_per_address_max: usize,
 }
 
 impl Settings {
@@ -52,6 +61,9 @@ impl Settings {
             connections_max: limits.connections,
             trusted_proxies: section.trusted_proxies.as_slice().into(),
             max_connection_age: section.max_connection_age,
+            tls_handshake: section.timeouts.tls_handshake,
+            tls_handshakes_max: limits.tls_handshakes,
+            tls_handshakes_per_address_max: limits.tls_handshakes_per_address,
         }
     }
 }
@@ -59,9 +71,9 @@ impl Settings {
 /// One listener that is bound.
 #[derive(Debug)]
 pub(super) struct Listener {
-    /// As in the configuration. Swapped where another says something else of the same address; a
-    /// connection keeps what it began with.
-    config: ArcSwap<config::Listener>,
+    /// Swapped where a configuration says something else of the same address; a connection keeps what
+    /// it began with.
+    rules: ArcSwap<Rules>,
     /// Where it listens: as configured but for port 0.
     local: SocketAddr,
     /// Nobody is to be accepted any more.
@@ -71,12 +83,57 @@ pub(super) struct Listener {
     stopping: watch::Sender<bool>,
     /// PROXY headers that do not hold.
     pub(super) refused_headers: Summary,
+    /// TLS handshakes that were not begun.
+    pub(super) refused_handshakes: Summary,
+    /// TLS handshakes that failed.
+    pub(super) failed_handshakes: Summary,
+}
+
+/// What a listener's connections go by.
+#[derive(Debug)]
+pub(super) struct Rules {
+    /// As in the configuration.
+    pub(super) config: Arc<config::Listener>,
+    /// TLS; `None`: connections are plain.
+    pub(super) acceptor: Option<Arc<Acceptor>>,
+}
+
+impl Rules {
+    /// Returns the rules of a configuration; TLS that is `before`'s stays the same object, and with it
+    /// its session tickets.
+    fn new(
+        config: &Arc<config::Listener>,
+        sidecars: Option<SidecarTls>,
+        before: Option<&Self>,
+        issued: &Arc<Issued>,
+    ) -> io::Result<Self> {
+        let config = Arc::clone(config);
+        let Some(tls) = &config.tls else { return Ok(Self { config, acceptor: None }) };
+        let before = before.and_then(|before| before.acceptor.as_ref());
+        let acceptor = match before.filter(|before| before.is_of(tls, sidecars.as_ref())) {
+            Some(same) => Arc::clone(same),
+            None => Arc::new(Acceptor::new(tls, sidecars, issued)?),
+        };
+        Ok(Self { config, acceptor: Some(acceptor) })
+    }
+}
+
+/// Returns what is asked of sidecars on a listener; `None`: they do not come in there.
+fn sidecars(tunnel: &config::RelayTunnel, listener: &config::Listener) -> Option<SidecarTls> {
+    let is_shared = tunnel.listener.as_ref() == Some(&listener.name);
+    let clients = || tunnel.tls.as_ref().and_then(|tls| tls.clients.clone());
+    is_shared.then(|| SidecarTls { clients: clients() })
 }
 
 impl Listener {
     /// Its settings.
     pub(super) fn config(&self) -> Arc<config::Listener> {
-        self.config.load_full()
+        Arc::clone(&self.rules.load().config)
+    }
+
+    /// What a connection that begins goes by.
+    pub(super) fn rules(&self) -> Arc<Rules> {
+        self.rules.load_full()
     }
 
     /// Turns true where accepting shall end.
@@ -116,10 +173,10 @@ pub struct BindError {
 }
 
 /// The listeners of a configuration, before they are in force.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Prepared {
     /// In the configuration's order.
-    listeners: Vec<(Arc<Listener>, Arc<config::Listener>)>,
+    listeners: Vec<(Arc<Listener>, Arc<Rules>)>,
     /// The sockets of those that were not there before, one per thread.
     fresh: Vec<(Arc<Listener>, Vec<std::net::TcpListener>)>,
 }
@@ -127,7 +184,7 @@ pub struct Prepared {
 impl Prepared {
     /// Where each listens, by name, in the configuration's order.
     pub fn addresses(&self) -> impl Iterator<Item = (&Arc<str>, SocketAddr)> {
-        self.listeners.iter().map(|(listener, config)| (&config.name, listener.local))
+        self.listeners.iter().map(|(listener, rules)| (&rules.config.name, listener.local))
     }
 }
 
@@ -187,10 +244,12 @@ impl Listeners {
     /// new sockets close, and nobody was accepted on them.
     ///
     /// # Errors
-    /// The first address that cannot be listened on.
+    /// The first address that cannot be listened on, or whose TLS cannot be had.
     pub(super) fn prepare(
         &self,
         configs: &[Arc<config::Listener>],
+        tunnel: &config::RelayTunnel,
+        issued: &Arc<Issued>,
         threads: usize,
     ) -> Result<Prepared, BindError> {
         let mut left = self.lock().clone();
@@ -207,23 +266,28 @@ impl Listeners {
         }
         let mut prepared = Prepared { listeners: Vec::new(), fresh: Vec::new() };
         for (index, (config, kept)) in configs.iter().zip(kept).enumerate() {
+            let failed = |source| BindError { index, source };
+            let before = kept.as_ref().map(|listener| listener.rules());
+            let rules = Rules::new(config, sidecars(tunnel, config), before.as_deref(), issued);
+            let rules = Arc::new(rules.map_err(failed)?);
             let listener = match kept {
                 Some(listener) => listener,
                 None => {
-                    let failed = |source| BindError { index, source };
                     let sockets = bind(config.address, threads).map_err(failed)?;
                     let listener = Arc::new(Listener {
-                        config: ArcSwap::new(Arc::clone(config)),
+                        rules: ArcSwap::new(Arc::clone(&rules)),
                         local: sockets[0].local_addr().map_err(failed)?,
                         closing: watch::Sender::new(false),
                         stopping: watch::Sender::new(false),
                         refused_headers: Summary::default(),
+                        refused_handshakes: Summary::default(),
+                        failed_handshakes: Summary::default(),
                     });
                     prepared.fresh.push((Arc::clone(&listener), sockets));
                     listener
                 }
             };
-            prepared.listeners.push((listener, Arc::clone(config)));
+            prepared.listeners.push((listener, rules));
         }
         Ok(prepared)
     }
@@ -231,11 +295,12 @@ impl Listeners {
     /// Puts listeners in force: the new ones accept, then those that are gone stop.
     pub(super) fn apply(&self, relay: &Arc<Relay>, prepared: Prepared) {
         let Prepared { listeners, fresh } = prepared;
-        for (listener, config) in &listeners {
-            if !Arc::ptr_eq(&listener.config(), config) {
-                listener.config.store(Arc::clone(config));
-            }
-            relay.metrics.listener(&config.name);
+        for listener in self.lock().iter() {
+            relay.metrics.tls.set_certificates(&listener.config().name, &[]);
+        }
+        for (listener, rules) in &listeners {
+            listener.rules.store(Arc::clone(rules));
+            tell(&relay.metrics, rules);
         }
         for (listener, sockets) in fresh {
             let open = Arc::new(Open(listener));
@@ -266,6 +331,21 @@ impl Listeners {
         }
     }
 
+    /// Takes what a configuration asks of sidecars that come in by a listener of clients.
+    pub(super) fn set_tunnel(&self, tunnel: &config::RelayTunnel, issued: &Arc<Issued>) {
+        for listener in self.lock().iter() {
+            let before = listener.rules();
+            let config = &before.config;
+            match Rules::new(config, sidecars(tunnel, config), Some(&before), issued) {
+                Ok(rules) => listener.rules.store(Arc::new(rules)),
+                Err(error) => tracing::error!(
+                    listener = &*config.name, %error,
+                    "relay.tunnel.tls cannot be used; the listener goes on with what it was"
+                ),
+            }
+        }
+    }
+
     /// Stops all: the relay shuts down.
     pub(super) fn stop(&self) {
         for listener in self.lock().iter() {
@@ -281,6 +361,17 @@ impl Listeners {
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Listener>>> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Begins the rows of a listener.
+fn tell(metrics: &Metrics, rules: &Rules) {
+    let name = &rules.config.name;
+    metrics.listener(name);
+    let certificates = rules.acceptor.as_ref().map(|acceptor| {
+        metrics.tls.listener(name);
+        acceptor.certificates()
+    });
+    metrics.tls.set_certificates(name, &certificates.unwrap_or_default());
 }
 
 fn same_name_and_address(old: &config::Listener, new: &config::Listener) -> bool {
@@ -350,12 +441,29 @@ mod tests {
             connections_max: 1,
             trusted_proxies: Arc::from([]),
             max_connection_age: None,
+            tls_handshake: Duration::ZERO,
+            tls_handshakes_max: 1,
+            tls_handshakes_per_address_max: 1,
         })
+    }
+
+    fn prepare(
+        listeners: &Listeners,
+        configs: &[Arc<config::Listener>],
+    ) -> Result<Prepared, BindError> {
+        let tunnel = config::RelayTunnel {
+            address: None,
+            listener: None,
+            tls: None,
+            insecure: false,
+            token: None,
+        };
+        listeners.prepare(configs, &tunnel, &Arc::default(), 1)
     }
 
     /// Puts in force without anybody who accepts.
     fn put(listeners: &Listeners, configs: &[Arc<config::Listener>]) -> Vec<Arc<Listener>> {
-        let prepared = listeners.prepare(configs, 1).unwrap();
+        let prepared = prepare(listeners, configs).unwrap();
         let put: Vec<_> = prepared.listeners.into_iter().map(|(listener, _)| listener).collect();
         listeners.lock().clone_from(&put);
         put
@@ -397,7 +505,7 @@ mod tests {
         let first = put(&listeners, &[listener("a", "127.0.0.1:0")]);
         let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let taken = listener("b", &taken.local_addr().unwrap().to_string());
-        let error = listeners.prepare(&[listener("a", "127.0.0.1:0"), taken], 1).unwrap_err();
+        let error = prepare(&listeners, &[listener("a", "127.0.0.1:0"), taken]).unwrap_err();
         assert_eq!((error.index, error.source.kind()), (1, io::ErrorKind::AddrInUse));
         assert!(Arc::ptr_eq(&first[0], &listeners.lock()[0]));
     }

@@ -16,6 +16,7 @@ use tokio::time::Sleep;
 use super::Relay;
 use super::policy::{self, Admitted, Held, RouteState};
 use crate::config::Route;
+use crate::front::TlsFacts;
 use crate::metrics::Record;
 use crate::plugin;
 use crate::plugin::lend::{Failure, Meta, Opened, Opener, RouteKey};
@@ -34,8 +35,10 @@ pub(super) struct RelayOpener {
     routed: Routed,
     /// Waits for a session that is on its way.
     wait: Option<Wait>,
-    /// What a byte-born connection is routed by, where its first bytes named a host.
+    /// What a byte-born connection is routed by, where its first bytes, or its TLS, named a host.
     host: Option<Arc<str>>,
+    /// What the client's TLS said.
+    tls: Option<Arc<TlsFacts>>,
 }
 
 /// How the exchange's route is found.
@@ -84,12 +87,17 @@ impl RelayOpener {
     /// Returns the opener of a byte-born exchange.
     pub(super) fn new(relay: Arc<Relay>, meta: Meta, record: Arc<Record>) -> Self {
         let routed = Routed::ByKey(Arc::default(), None);
-        Self { relay, meta: Some(meta), record, routed, wait: None, host: None }
+        Self { relay, meta: Some(meta), record, routed, wait: None, host: None, tls: None }
     }
 
     /// Returns the same, which routes what has no host of its own by this one.
     pub(super) fn by_host(self, host: Option<Arc<str>>) -> Self {
         Self { host, ..self }
+    }
+
+    /// Returns the same for a client that came by TLS, where it did.
+    pub(super) fn over(self, tls: Option<Arc<TlsFacts>>) -> Self {
+        Self { tls, ..self }
     }
 
     /// Returns the opener of an HTTP-born exchange for this route, and the route's policies.
@@ -101,7 +109,7 @@ impl RelayOpener {
         state: Option<Arc<RouteState>>,
     ) -> Self {
         let routed = Routed::Before(route, state);
-        Self { relay, meta: Some(meta), record, routed, wait: None, host: None }
+        Self { relay, meta: Some(meta), record, routed, wait: None, host: None, tls: None }
     }
 
     /// What the call of a byte-born exchange is watched by.
@@ -156,7 +164,7 @@ impl RelayOpener {
                     route: String::from(&*route.name),
                     client_address: String::from(&*known.client_address),
                     scheme: String::from(&*known.scheme),
-                    tls: None,
+                    tls: self.tls.as_ref().map(|tls| tls.to_proto()),
                     trace_parent: String::from(&*known.trace_parent),
                     trusted_proxy: known.trusted_proxy,
                     peer_address: String::from(&*known.peer_address),

@@ -11,12 +11,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderValue};
 use sidelane_abi::failure;
 use sidelane_tunnel::proto;
 
 use super::summary::Summary;
-use crate::config::policy::{Addresses, Policies};
+use crate::config::policy::{Addresses, Hsts, Policies};
 use crate::config::{Match, Route};
 use crate::metrics::{Metrics, RouteMetrics};
 use crate::plugin::lend::Failure;
@@ -166,6 +166,8 @@ pub(super) struct RouteState {
     pub(super) route: Arc<Route>,
     pub(super) policies: Arc<Policies>,
     pub(super) metrics: RouteMetrics,
+    /// `Strict-Transport-Security`.
+    hsts: Option<HeaderValue>,
     rate: Option<Arc<Bucket>>,
     clients: Option<Arc<ClientBuckets>>,
     /// Exchanges that run, also those that began under the configuration before.
@@ -208,6 +210,7 @@ impl RouteState {
         Some(Self {
             route: Arc::clone(route),
             metrics,
+            hsts: policies.hsts.as_ref().map(hsts_value),
             rate,
             clients,
             running: before.map(|before| Arc::clone(&before.running)).unwrap_or_default(),
@@ -280,7 +283,7 @@ impl RouteState {
     }
 
     /// `WWW-Authenticate`, where the route asks.
-    pub(super) fn challenge(&self) -> Option<http::HeaderValue> {
+    pub(super) fn challenge(&self) -> Option<HeaderValue> {
         self.auth.as_ref().map(|auth| auth.challenge())
     }
 
@@ -338,6 +341,14 @@ impl Verdict {
             Self::Limited(wait) => Err(Refusal::guesses(wait)),
         }
     }
+}
+
+/// Returns the field's value (RFC 6797 §6.1).
+fn hsts_value(hsts: &Hsts) -> HeaderValue {
+    let subdomains = if hsts.include_subdomains { "; includeSubDomains" } else { "" };
+    let preload = if hsts.preload { "; preload" } else { "" };
+    let value = format!("max-age={}{subdomains}{preload}", hsts.max_age.as_secs());
+    HeaderValue::try_from(value).expect("digits and directives are fit for a field")
 }
 
 fn may_come(addresses: &Addresses, client: Option<IpAddr>) -> bool {

@@ -9,29 +9,68 @@ use std::task::{Context, Poll};
 use bytes::{Buf as _, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio_rustls::server::TlsStream;
 
 use super::Relay;
 use crate::metrics::Up;
+use crate::tunnel::transport::Socket;
+
+/// What carries a client's bytes.
+enum Transport {
+    Plain(TcpStream),
+    Tls(Box<TlsStream<Socket>>),
+}
 
 /// A client's connection, which is counted for as long as its socket lives: an upgraded one outlives
 /// the front's call.
 pub(super) struct ClientStream {
-    pub(super) stream: TcpStream,
-    /// Read before, and not given out yet.
+    transport: Transport,
+    /// Read before, and not given out yet; with TLS, after it.
     ahead: Bytes,
+    counted: Counted,
+}
+
+/// What a connection is counted by.
+pub(super) struct Counted {
     _place: Place,
     _up: Up,
 }
 
 impl ClientStream {
     pub(super) fn new(stream: TcpStream, place: Place, up: Up) -> Self {
-        Self { stream, ahead: Bytes::new(), _place: place, _up: up }
+        let counted = Counted { _place: place, _up: up };
+        Self { transport: Transport::Plain(stream), ahead: Bytes::new(), counted }
     }
 
-    /// Returns the same with `ahead`, read from the socket before, in front.
+    /// Returns the same with `ahead`, read from it before, in front.
     pub(super) fn with_ahead(self, ahead: Bytes) -> Self {
         Self { ahead, ..self }
     }
+
+    /// Takes a plain connection apart, to be put together again by [`Self::secured`].
+    pub(super) fn into_socket(self) -> Option<(Socket, Counted)> {
+        match self.transport {
+            Transport::Plain(stream) => {
+                Some((Socket::with_ahead(stream, self.ahead.into()), self.counted))
+            }
+            Transport::Tls(_) => None,
+        }
+    }
+
+    /// Returns a connection with TLS.
+    pub(super) fn secured(stream: Box<TlsStream<Socket>>, counted: Counted) -> Self {
+        Self { transport: Transport::Tls(stream), ahead: Bytes::new(), counted }
+    }
+}
+
+/// Calls the same of either transport.
+macro_rules! either {
+    ($self:ident, $stream:ident => $call:expr) => {
+        match &mut $self.transport {
+            Transport::Plain($stream) => $call,
+            Transport::Tls($stream) => $call,
+        }
+    };
 }
 
 impl AsyncRead for ClientStream {
@@ -41,7 +80,7 @@ impl AsyncRead for ClientStream {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.ahead.is_empty() {
-            return Pin::new(&mut self.stream).poll_read(cx, buf);
+            return either!(self, stream => Pin::new(stream).poll_read(cx, buf));
         }
         let length = self.ahead.len().min(buf.remaining());
         buf.put_slice(&self.ahead[..length]);
@@ -60,7 +99,7 @@ impl AsyncWrite for ClientStream {
         cx: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, bytes)
+        either!(self, stream => Pin::new(stream).poll_write(cx, bytes))
     }
 
     fn poll_write_vectored(
@@ -68,19 +107,22 @@ impl AsyncWrite for ClientStream {
         cx: &mut Context<'_>,
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, parts)
+        either!(self, stream => Pin::new(stream).poll_write_vectored(cx, parts))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        match &self.transport {
+            Transport::Plain(stream) => stream.is_write_vectored(),
+            Transport::Tls(stream) => stream.is_write_vectored(),
+        }
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        either!(self, stream => Pin::new(stream).poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        either!(self, stream => Pin::new(stream).poll_shutdown(cx))
     }
 }
 

@@ -3,49 +3,61 @@
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::BytesMut;
 use sidelane_abi::failure;
-use sidelane_tunnel::{Event, proto};
-use tokio::io::AsyncReadExt as _;
+use sidelane_tunnel::{Event, HandshakeError, proto};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
-use tokio::time::timeout;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_rustls::TlsAcceptor;
 
 use super::Relay;
+use super::door::{self, Place, Way};
 use crate::credentials::Presented;
-use crate::error::chain;
+use crate::error::{chain, visible};
 use crate::plugin::lend::Reset;
-use crate::shard::Shard;
-use crate::tunnel::accept::{self, Gate, HANDSHAKES_MAX, HelloError, RETRY_AFTER_RATE_MS};
+use crate::tunnel::accept::{self, HelloError};
+use crate::tunnel::gate::TurnedAway;
 use crate::tunnel::session::{Admitted, Session, SessionId};
+use crate::tunnel::transport::{Movable as _, Socket, Transport};
 use crate::tunnel::{Link, dial, drive};
 
 /// Pause after the system refused a connection (out of descriptors, say): retrying at once would
 /// spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Diallers at once that are told to come back; further ones are closed unanswered.
-const TURNED_AWAY_MAX: usize = 64;
-
-/// How long one that was told so has to take it. Closing at once would make the kernel reset the
-/// connection, and the dialler could lose the answer.
+/// How long one that was told to come back has to take it. Closing at once would make the kernel reset
+/// the connection, and the dialler could lose the answer.
 const TURNED_AWAY_TIME: Duration = Duration::from_millis(500);
 
 /// Most bytes thrown away meanwhile: a hello is shorter.
 const TURNED_AWAY_BYTES_MAX: usize = 64 * 1024;
 
+/// First bytes of a TLS connection: a record of type handshake, version 3.x (RFC 8446 §5.1). A hello
+/// begins with its length, and none is as short as that would say.
+const TLS_BEGIN: [u8; 2] = [0x16, 0x03];
+
+/// A fatal alert `access_denied` (RFC 8446 §6), which a dialler by TLS understands without a handshake.
+const TLS_ACCESS_DENIED: [u8; 7] = [0x15, 0x03, 0x03, 0x00, 0x02, 0x02, 0x31];
+
+/// What a plain dialler is told at a port with TLS.
+const EXPECTS_TLS: &str = "this relay expects TLS here; give the sidecar's relay a tls block";
+
+/// What a dialler by TLS finds in place of a handshake at a port without.
+const EXPECTS_PLAIN: &str = "this relay's tunnel is plain here; set relay.tunnel.tls";
+
+/// What a dialler is told that agreed on no protocol of ours.
+const WANTS_ALPN: &str = "this port speaks sidelane/1, which the dialler did not offer by ALPN";
+
 /// Lets sidecars in on `listener` until `stopping` turns true.
 pub(super) async fn accept(
     relay: Arc<Relay>,
     listener: TcpListener,
-    shards: Arc<[Shard]>,
     mut stopping: watch::Receiver<bool>,
 ) {
-    let gate = Gate::default();
-    let turned_away = Arc::new(Semaphore::new(TURNED_AWAY_MAX));
-    let handshakes = Arc::new(Semaphore::new(HANDSHAKES_MAX));
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -59,72 +71,248 @@ pub(super) async fn accept(
                 continue;
             }
         };
-        let permit = Arc::clone(&handshakes).try_acquire_owned();
-        let bounds = **relay.handshakes.load();
-        let (true, Ok(permit)) = (gate.enter(&bounds, peer.ip(), Instant::now()), permit) else {
-            relay.metrics.handshake_refused("rate");
-            tracing::debug!(%peer, "too many handshakes; turned away");
-            if let Ok(permit) = Arc::clone(&turned_away).try_acquire_owned() {
-                tokio::spawn(turn_away(stream, permit));
+        match relay.door.enter(peer) {
+            Ok(place) => {
+                tokio::spawn(greet(Arc::clone(&relay), stream, peer, place));
             }
-            continue;
-        };
-        let (relay, shards) = (Arc::clone(&relay), Arc::clone(&shards));
-        tokio::spawn(shake_hands(relay, stream, peer, shards, bounds.timeout, permit));
+            Err(why) => {
+                door::note(&relay.metrics, peer, why);
+                if let Some(place) = relay.door.tell() {
+                    let is_tls = !matches!(*relay.door.way(), Way::Plain);
+                    tokio::spawn(turn_away(stream, why, is_tls, place));
+                }
+            }
+        }
     }
 }
 
-/// Tells a dialler that came too soon when to come back.
-async fn turn_away(mut stream: TcpStream, permit: OwnedSemaphorePermit) {
-    let refuse = proto::Refuse {
-        reason: proto::RefuseReason::Overloaded.into(),
-        detail: "too many sidecars dial at once".to_owned(),
-        retry_after_ms: RETRY_AFTER_RATE_MS,
-    };
-    let told = async {
-        accept::send_refuse(&mut stream, &refuse).await?;
-        let mut space = [0; 1024];
-        let mut thrown_away = 0;
-        while thrown_away < TURNED_AWAY_BYTES_MAX {
-            match stream.read(&mut space).await? {
-                0 => break,
-                read => thrown_away += read,
-            }
-        }
-        io::Result::Ok(())
-    };
-    // Whoever does not take the answer learns of it by the closed connection.
-    let _ = timeout(TURNED_AWAY_TIME, told).await;
-    drop(permit);
-}
-
-async fn shake_hands(
+/// Lets a sidecar in that came by TLS, its protocol agreed on, to a listener that is shared with
+/// clients.
+pub(super) async fn enter(
     relay: Arc<Relay>,
-    mut stream: TcpStream,
+    mut transport: Transport,
     peer: SocketAddr,
-    shards: Arc<[Shard]>,
-    limit: Duration,
-    permit: OwnedSemaphorePermit,
+    local: IpAddr,
 ) {
-    let mut input = BytesMut::with_capacity(4096);
-    let hello = timeout(limit, accept::read_hello(&mut stream, &mut input)).await;
-    let hello = match hello.unwrap_or(Err(HelloError::Timeout(limit))) {
-        Ok(hello) => hello,
-        Err(error) => {
-            relay.metrics.handshake_refused("hello");
-            tracing::warn!(%peer, error = chain(&error), "no handshake on the tunnel's port");
-            if let HelloError::Malformed(cause) = &error {
-                send_refuse(&mut stream, &cause.refusal(), limit).await;
+    let place = match relay.door.enter(peer) {
+        Ok(place) => place,
+        Err(why) => {
+            door::note(&relay.metrics, peer, why);
+            if let Some(_place) = relay.door.tell() {
+                send_refuse(&mut transport, &refusal(why), TURNED_AWAY_TIME).await;
             }
             return;
         }
     };
+    shake_hands(relay, transport, peer, local, place).await;
+}
+
+/// Whether a sidecar at `peer` is to be turned away before any work is done for it, as its failed
+/// handshakes say; it is counted then. For listeners that are shared with clients.
+pub(super) fn is_turned_away(relay: &Relay, peer: SocketAddr) -> bool {
+    match relay.door.check_failures(peer) {
+        Ok(()) => false,
+        Err(why) => {
+            door::note(&relay.metrics, peer, why);
+            true
+        }
+    }
+}
+
+/// Counts and tells of a sidecar's TLS that came to nothing.
+pub(super) fn tls_failed(relay: &Relay, peer: SocketAddr, error: &io::Error) {
+    failed(relay, peer, "tls", &tls_fault(error));
+}
+
+fn failed(relay: &Relay, peer: SocketAddr, label: &'static str, reason: &str) {
+    relay.metrics.handshake_refused(label);
+    relay.door.failed(peer);
+    tracing::warn!(%peer, reason, "no handshake on the tunnel's port");
+}
+
+fn refusal(why: TurnedAway) -> proto::Refuse {
+    let millis = why.retry_after().as_millis();
+    proto::Refuse {
+        reason: proto::RefuseReason::Overloaded.into(),
+        detail: why.detail().to_owned(),
+        retry_after_ms: u32::try_from(millis).unwrap_or(u32::MAX),
+    }
+}
+
+/// Tells a dialler that is not listened to when to come back.
+async fn turn_away(mut stream: TcpStream, why: TurnedAway, is_tls: bool, place: Place) {
+    let told = async {
+        if is_tls {
+            stream.write_all(&TLS_ACCESS_DENIED).await?;
+            stream.shutdown().await?;
+        } else {
+            accept::send_refuse(&mut stream, &refusal(why)).await?;
+        }
+        throw_away(&mut stream).await
+    };
+    // Whoever does not take the answer learns of it by the closed connection.
+    let _ = timeout(TURNED_AWAY_TIME, told).await;
+    drop(place);
+}
+
+/// Reads what still comes, so that closing does not cost the other end our answer.
+async fn throw_away(stream: &mut (impl tokio::io::AsyncRead + Unpin)) -> io::Result<()> {
+    let mut space = [0; 1024];
+    let mut thrown_away = 0;
+    while thrown_away < TURNED_AWAY_BYTES_MAX {
+        match stream.read(&mut space).await? {
+            0 => break,
+            read => thrown_away += read,
+        }
+    }
+    Ok(())
+}
+
+/// Takes a connection to the tunnel's own address as far as its hello.
+async fn greet(relay: Arc<Relay>, stream: TcpStream, peer: SocketAddr, place: Place) {
     let local =
         stream.local_addr().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |address| address.ip());
+    let way = relay.door.way();
+    let limit = match *way {
+        Way::Plain => relay.door.bounds().timeout,
+        Way::Tls(_) | Way::Closed => relay.door.bounds().tls_timeout,
+    };
+    let deadline = Instant::now() + limit;
+    let mut socket = Socket::new(stream);
+    let first = timeout_at(deadline, socket.peek(TLS_BEGIN.len())).await;
+    let begins_tls = match first {
+        Ok(Ok(first)) if first.len() == TLS_BEGIN.len() => *first == TLS_BEGIN,
+        Ok(Ok(_) | Err(_)) => {
+            // A balancer's health check looks so too, every few seconds.
+            relay.metrics.handshake_refused("hello");
+            tracing::debug!(%peer, "a connection to the tunnel's port said nothing");
+            return;
+        }
+        Err(_elapsed) => {
+            return failed(&relay, peer, "hello", &HelloError::Timeout(limit).to_string());
+        }
+    };
+    let transport = match (&*way, begins_tls) {
+        (Way::Plain, false) => Transport::plain(socket),
+        (Way::Plain, true) => {
+            failed(&relay, peer, "tls", "the dialler speaks TLS, and relay.tunnel has none");
+            return refuse_plainly(socket, EXPECTS_PLAIN).await;
+        }
+        (Way::Tls(_) | Way::Closed, false) => {
+            failed(&relay, peer, "tls", "the dialler speaks no TLS, and relay.tunnel.tls is set");
+            return refuse_plainly(socket, EXPECTS_TLS).await;
+        }
+        (Way::Tls(config), true) => {
+            let acceptor = TlsAcceptor::from(Arc::clone(config));
+            let accepted = timeout_at(deadline, acceptor.accept(socket.reading_ahead())).await;
+            match accepted {
+                Ok(Ok(stream)) => Transport::server(stream),
+                Ok(Err(error)) => return tls_failed(&relay, peer, &error),
+                Err(_elapsed) => {
+                    let reason = format!("no TLS within {limit:?}");
+                    return failed(&relay, peer, "tls", &reason);
+                }
+            }
+        }
+        (Way::Closed, true) => {
+            relay.metrics.handshake_refused("tls");
+            return;
+        }
+    };
+    shake_hands(relay, transport, peer, local, place).await;
+}
+
+/// Turns a dialler away in the tunnel's own words, whatever it speaks.
+async fn refuse_plainly(mut socket: Socket, detail: &str) {
+    let refuse = proto::Refuse {
+        reason: proto::RefuseReason::Malformed.into(),
+        detail: detail.to_owned(),
+        retry_after_ms: 0,
+    };
+    let told = async {
+        accept::send_refuse(&mut socket, &refuse).await?;
+        throw_away(&mut socket).await
+    };
+    // Whoever does not take the answer learns of it by the closed connection.
+    let _ = timeout(TURNED_AWAY_TIME, told).await;
+}
+
+/// What became of TLS, in words that say what is missing.
+fn tls_fault(error: &io::Error) -> String {
+    let fault = error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>());
+    match fault {
+        Some(rustls::Error::NoApplicationProtocol) => {
+            format!("{WANTS_ALPN} (it offered others)")
+        }
+        Some(rustls::Error::AlertReceived(alert)) => {
+            format!(
+                "the dialler gave up TLS with the alert {alert:?}: it does not believe this relay's certificate, or wants other TLS"
+            )
+        }
+        Some(rustls::Error::InvalidCertificate(fault)) => {
+            format!(
+                "the dialler's certificate is not one that relay.tunnel.tls.client_ca signed, or not any more: {fault}"
+            )
+        }
+        Some(fault) => format!("TLS failed: {fault}"),
+        None => format!("TLS failed: {error}"),
+    }
+}
+
+/// What is wrong with a hello, without a word of it.
+fn malformed(error: &HandshakeError) -> String {
+    match error {
+        HandshakeError::Protocols(_) => "its list of protocol types does not hold".to_owned(),
+        other => other.to_string(),
+    }
+}
+
+async fn shake_hands(
+    relay: Arc<Relay>,
+    mut transport: Transport,
+    peer: SocketAddr,
+    local: IpAddr,
+    place: Place,
+) {
+    let limit = relay.door.bounds().timeout;
+    if !transport.speaks_tunnel() {
+        failed(&relay, peer, "tls", WANTS_ALPN);
+        let refuse = proto::Refuse {
+            reason: proto::RefuseReason::Malformed.into(),
+            detail: WANTS_ALPN.to_owned(),
+            retry_after_ms: 0,
+        };
+        return send_refuse(&mut transport, &refuse, limit).await;
+    }
+    let mut input = BytesMut::with_capacity(4096);
+    let hello = timeout(limit, accept::read_hello(&mut transport, &mut input)).await;
+    let hello = match hello.unwrap_or(Err(HelloError::Timeout(limit))) {
+        Ok(hello) => hello,
+        Err(HelloError::Malformed(cause)) => {
+            let reason = format!("not a hello: {}", malformed(&cause));
+            failed(&relay, peer, "hello", &reason);
+            return send_refuse(&mut transport, &cause.refusal(), limit).await;
+        }
+        Err(error) => return failed(&relay, peer, "hello", &chain(&error)),
+    };
+    let shards = relay.listeners.shards();
     let shard_of = |id: &SessionId, lane: u32| (usize::from(id[0]) + lane as usize) % shards.len();
-    let presented = Presented { credential: &hello.credential, chain: &[], peer: peer.ip(), local };
-    let authenticated = relay.authenticator.authenticate(presented).await;
-    let admitted = authenticated.map_err(|error| error.refusal()).and_then(|authenticated| {
+    let presented = Presented {
+        credential: &hello.credential,
+        chain: transport.peer_chain(),
+        peer: peer.ip(),
+        local,
+    };
+    let authenticated = timeout(limit, relay.authenticator.authenticate(presented)).await;
+    let authenticated = match authenticated {
+        Ok(authenticated) => authenticated.map_err(|error| error.refusal()),
+        Err(_elapsed) => Err(proto::Refuse {
+            reason: proto::RefuseReason::Overloaded.into(),
+            detail: "the credential could not be looked at in time".to_owned(),
+            retry_after_ms: 0,
+        }),
+    };
+    let admitted = authenticated.and_then(|authenticated| {
         let shard_index = |id: &SessionId, lane| shards[shard_of(id, lane)].index;
         relay.sessions.admit(&hello, authenticated, peer, shard_index)
     });
@@ -132,23 +320,27 @@ async fn shake_hands(
         Ok(admitted) => admitted,
         Err(refuse) => {
             relay.metrics.handshake_refused(refuse.reason().as_str_name());
-            tracing::warn!(%peer, name = hello.name, reason = refuse.detail, "sidecar refused");
-            send_refuse(&mut stream, &refuse, limit).await;
-            return;
+            let name = &*visible(&hello.name);
+            if refuse.reason() == proto::RefuseReason::Credential {
+                relay.door.failed(peer);
+            }
+            tracing::warn!(%peer, name, reason = refuse.detail, "sidecar refused");
+            return send_refuse(&mut transport, &refuse, limit).await;
         }
     };
+    transport.forget_peer_chain();
     let shard = shard_of(&admitted.session.id, admitted.link.number);
     let link = Arc::clone(&admitted.link);
     let session = Arc::clone(&admitted.session);
-    let prepared = match welcome(&mut stream, &admitted.welcome, limit).await {
-        Ok(()) => stream.into_std(),
+    let prepared = match welcome(&mut transport, &admitted.welcome, limit).await {
+        Ok(()) => transport.detach(),
         Err(error) => Err(error),
     };
-    drop(permit);
+    drop(place);
     let handed_over = match prepared {
-        Ok(stream) => {
+        Ok(()) => {
             let relay = Arc::clone(&relay);
-            shards[shard].spawn(async move { run_lane(relay, admitted, stream, input).await })
+            shards[shard].spawn(async move { run_lane(relay, admitted, transport, input).await })
         }
         Err(error) => {
             tracing::warn!(%peer, %error, "the sidecar's connection failed in the handshake");
@@ -163,26 +355,26 @@ async fn shake_hands(
 }
 
 async fn welcome(
-    stream: &mut TcpStream,
+    transport: &mut Transport,
     welcome: &proto::Welcome,
     limit: Duration,
 ) -> io::Result<()> {
-    dial::tune(stream)?;
-    timeout(limit, accept::send_welcome(stream, welcome))
+    dial::tune(transport.tcp().ok_or(io::ErrorKind::NotConnected)?)?;
+    timeout(limit, accept::send_welcome(transport, welcome))
         .await
         .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
-async fn send_refuse(stream: &mut TcpStream, refuse: &proto::Refuse, limit: Duration) {
+async fn send_refuse(transport: &mut Transport, refuse: &proto::Refuse, limit: Duration) {
     // Whoever does not read its refusal learns of it by the closed connection.
-    let _ = timeout(limit, accept::send_refuse(stream, refuse)).await;
+    let _ = timeout(limit, accept::send_refuse(transport, refuse)).await;
 }
 
 /// Drives a lane that was let in, on the thread that owns it.
 async fn run_lane(
     relay: Arc<Relay>,
     admitted: Admitted,
-    stream: std::net::TcpStream,
+    mut transport: Transport,
     input: BytesMut,
 ) {
     let Admitted { session, link, replaced, is_first, .. } = admitted;
@@ -197,13 +389,13 @@ async fn run_lane(
         );
         old.close();
     }
-    tracing::info!(sidecar = &*session.name, peer = %session.peer, lane = link.number, "lane up");
+    tracing::info!(sidecar = &*session.name, peer = %session.peer, lane = link.number, tls = transport.is_tls(), "lane up");
     relay.notice();
     let lost = Reset::new(failure::TUNNEL_LOST);
-    let end = match TcpStream::from_std(stream) {
-        Ok(stream) => {
+    let end = match transport.attach() {
+        Ok(()) => {
             let on_event = |link: &Arc<Link>, event| handle_event(&relay, &session, link, event);
-            chain(&drive(Arc::clone(&link), stream, input, lost, on_event).await)
+            chain(&drive(Arc::clone(&link), transport, input, lost, on_event).await)
         }
         Err(error) => {
             link.abandon(lost);

@@ -68,6 +68,23 @@ pub(crate) fn location(
     HeaderValue::from_bytes(&out).ok()
 }
 
+/// Returns where a request for `authority` and `target` is by `https` at `port`.
+pub(crate) fn https_location(authority: &[u8], port: u16, target: &[u8]) -> Option<HeaderValue> {
+    let host = without_port(authority);
+    if host.is_empty() {
+        return None;
+    }
+    let mut out = Vec::with_capacity(16 + host.len() + target.len());
+    out.extend_from_slice(b"https://");
+    out.extend_from_slice(host);
+    if port != 443 {
+        out.extend_from_slice(format!(":{port}").as_bytes());
+    }
+    // `*` of OPTIONS has no place in a URL.
+    out.extend_from_slice(if target.first() == Some(&b'/') { target } else { b"/" });
+    HeaderValue::from_bytes(&out).ok()
+}
+
 fn without_port(authority: &[u8]) -> &[u8] {
     match authority.iter().rposition(|byte| *byte == b':') {
         Some(colon) if authority[colon + 1..].iter().all(u8::is_ascii_digit) => &authority[..colon],
@@ -137,6 +154,24 @@ mod tests {
         assert_eq!(without_port(b"[::1]:80"), b"[::1]");
         assert_eq!(without_port(b"[::1]"), b"[::1]");
         assert_eq!(without_port(b"a"), b"a");
+    }
+
+    #[test]
+    fn https_is_where_the_client_asked() {
+        let table = [
+            (&b"a.example"[..], 443, &b"/x?y=/z"[..], Some("https://a.example/x?y=/z")),
+            (b"a.example:80", 443, b"/", Some("https://a.example/")),
+            (b"a.example:", 8443, b"/", Some("https://a.example:8443/")),
+            (b"[2001:db8::1]:80", 8443, b"/", Some("https://[2001:db8::1]:8443/")),
+            (b"[2001:db8::1]", 443, b"//x", Some("https://[2001:db8::1]//x")),
+            (b"a.example", 443, b"*", Some("https://a.example/")),
+            (b":80", 443, b"/", None),
+            (b"a.example", 443, b"/\n", None),
+        ];
+        for (authority, port, target, expected) in table {
+            let location = https_location(authority, port, target);
+            assert_eq!(location, expected.map(HeaderValue::from_static), "{expected:?}");
+        }
     }
 
     proptest::proptest! {

@@ -62,6 +62,8 @@ pub(super) struct PeerState {
     addresses: Vec<String>,
     accepted: Option<u64>,
     pub(super) last_error: Option<String>,
+    /// What the relay knows this sidecar by.
+    presented: Arc<[u8]>,
 }
 
 /// What is told of a session on the admin page.
@@ -69,6 +71,7 @@ pub(super) struct PeerState {
 struct SessionFacts {
     epoch: u64,
     since: Instant,
+    tls: bool,
 }
 
 impl Peer {
@@ -109,13 +112,23 @@ impl Peer {
     }
 
     /// A relay has let us in.
-    pub(super) fn session_begun(&self, epoch: u64, instance: Bytes) {
+    pub(super) fn session_begun(&self, epoch: u64, instance: Bytes, tls: bool) {
         self.with(|state| {
-            state.session = Some(SessionFacts { epoch, since: Instant::now() });
+            state.session = Some(SessionFacts { epoch, since: Instant::now(), tls });
             state.instance = instance;
             state.last_error = None;
             state.forget_answers();
         });
+    }
+
+    /// The relay was shown this credential.
+    pub(super) fn presented(&self, credential: &Arc<[u8]>) {
+        self.with(|state| state.presented = Arc::clone(credential));
+    }
+
+    /// Whether the relay was shown another one last.
+    pub(super) fn presents_other(&self, credential: &[u8]) -> bool {
+        self.with(|state| *state.presented != *credential)
     }
 
     /// The session can carry exchanges.
@@ -209,6 +222,7 @@ impl Peer {
                 "relay": &*self.relay,
                 "address": self.address.map(|address| address.to_string()),
                 "connected": self.is_connected(),
+                "tls": state.session.as_ref().map(|session| session.tls),
                 "epoch": state.session.as_ref().map(|session| session.epoch),
                 "connected_for_seconds": state.session.as_ref().map(|s| s.since.elapsed().as_secs()),
                 "lanes": state.lanes.iter().map(|link| serde_json::json!({

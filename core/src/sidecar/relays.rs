@@ -240,7 +240,7 @@ mod tests {
     use crate::metrics::Metrics;
     use crate::plugin::{HostContext, Limits, Plugins};
     use crate::shard::Shards;
-    use crate::sidecar::{Settings, dial};
+    use crate::sidecar::{Access, Settings, dial};
     use sidelane_tunnel::{LaneConfig, Side};
 
     type Answers = Arc<Mutex<VecDeque<io::Result<Vec<SocketAddr>>>>>;
@@ -261,7 +261,6 @@ mod tests {
         let answers = Arc::clone(answers);
         let settings = Settings {
             name: "test".to_owned(),
-            token: None,
             lanes: 1,
             lane: LaneConfig::new(Side::Sidecar),
             timeouts: dial::Timeouts {
@@ -280,7 +279,7 @@ mod tests {
             }),
         };
         let relays = relays.iter().map(|relay| (*relay).to_owned()).collect();
-        Sidecar::new(settings, relays, plugins, metrics, all)
+        Sidecar::new(settings, Access::plain(), relays, plugins, metrics, all)
     }
 
     /// Peers that are wanted, by what is dialled.

@@ -1,23 +1,73 @@
 //! The sidecar's half of a handshake, over a real transport.
 
+use std::fmt;
 use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
 use sidelane_tunnel::{Dialler, HandshakeError, Reply, proto};
 use thiserror::Error;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+use super::fault;
+use super::transport::{Socket, Transport};
+
+/// What a relay is dialled by.
+pub enum Carrier {
+    /// Without TLS: loopback only, unless `insecure`.
+    Plain {
+        /// Beyond loopback too.
+        insecure: bool,
+    },
+    /// By TLS.
+    Tls {
+        /// Kept for as long as the settings stay: it remembers tickets for further lanes.
+        config: Arc<ClientConfig>,
+        /// Which the relay's certificate must be for.
+        name: ServerName<'static>,
+        /// A certificate is shown where it is asked for.
+        has_certificate: bool,
+    },
+    /// By TLS, which cannot be had.
+    Unusable(String),
+}
+
+impl fmt::Debug for Carrier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Plain { insecure } => {
+                f.debug_struct("Plain").field("insecure", insecure).finish()
+            }
+            Self::Tls { name, .. } => f.debug_tuple("Tls").field(name).finish(),
+            Self::Unusable(why) => f.debug_tuple("Unusable").field(why).finish(),
+        }
+    }
+}
+
+impl Carrier {
+    const fn has_certificate(&self) -> bool {
+        matches!(self, Self::Tls { has_certificate: true, .. })
+    }
+}
 
 /// How long a relay may take.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
     /// For the connection to come up.
     pub connect: Duration,
-    /// For the answer to a hello.
+    /// For TLS and the answer to a hello.
     pub answer: Duration,
 }
+
+/// Longest time that a relay can make this end stay away.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
 
 /// Bytes the kernel keeps unsent before it says the socket is full. Low, so that what is written
 /// next is chosen late and a small message overtakes bulk.
@@ -63,13 +113,42 @@ pub enum DialError {
     },
     /// Without a token both ends must be on loopback.
     #[error(
-        "relay {relay} is at {address}, not on loopback, and no token is set; set sidecar.token"
+        "relay {relay} is at {address}, not on loopback, and nothing is presented to it; set \
+         sidecar.token, or the relay's tls.certificate"
     )]
     NoToken {
         /// Its address as configured.
         relay: String,
         /// Where it is.
-        address: std::net::IpAddr,
+        address: IpAddr,
+    },
+    /// Plain beyond loopback.
+    #[error(
+        "relay {relay} is at {address}, not on loopback, and is dialled without TLS; give it a tls \
+         block, or insecure: true where nobody on the way can do harm"
+    )]
+    NoTls {
+        /// Its address as configured.
+        relay: String,
+        /// Where it is.
+        address: IpAddr,
+    },
+    /// TLS came to nothing.
+    #[error("no TLS with relay {relay}: {reason}")]
+    Tls {
+        /// Its address as configured.
+        relay: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// TLS without the tunnel's protocol.
+    #[error(
+        "relay {relay} speaks TLS and not sidelane/1 (ALPN): that is no tunnel's port, or something \
+         on the way ends TLS"
+    )]
+    NoAlpn {
+        /// Its address as configured.
+        relay: String,
     },
     /// The relay refused.
     #[error("relay {relay} refused: {}", .refuse.detail)]
@@ -87,10 +166,17 @@ impl DialError {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Refused { refuse, .. } if refuse.retry_after_ms > 0 => {
-                Some(Duration::from_millis(refuse.retry_after_ms.into()))
+                Some(Duration::from_millis(refuse.retry_after_ms.into()).min(RETRY_AFTER_MAX))
             }
             _ => None,
         }
+    }
+
+    /// Whether the relay refuses who this sidecar says that it is.
+    #[must_use]
+    pub fn is_credential(&self) -> bool {
+        matches!(self, Self::Refused { refuse, .. }
+            if refuse.reason() == proto::RefuseReason::Credential)
     }
 
     /// Whether the relay has forgotten the session that a further lane was dialled for.
@@ -101,34 +187,79 @@ impl DialError {
     }
 }
 
-/// Dials `relay` and sends `hello`. Returns the connection, the answer, and the bytes that came
-/// after it.
+/// Dials `target`, an address of `relay`, and sends `hello`. Returns the connection, the answer, and
+/// the bytes that came after it.
 ///
 /// # Errors
 /// As [`DialError`] says.
 pub async fn dial(
     relay: &str,
+    target: &str,
+    carrier: &Carrier,
     hello: &proto::Hello,
     timeouts: Timeouts,
-) -> Result<(TcpStream, proto::Welcome, BytesMut), DialError> {
-    let mut stream = connect(relay, timeouts.connect).await?;
-    if hello.credential.is_empty() {
-        let peer = stream.peer_addr().map_err(|source| io_error(relay, source))?.ip();
-        if !peer.to_canonical().is_loopback() {
-            return Err(DialError::NoToken { relay: relay.to_owned(), address: peer });
-        }
+) -> Result<(Transport, proto::Welcome, BytesMut), DialError> {
+    if let Carrier::Unusable(reason) = carrier {
+        return Err(DialError::Tls { relay: relay.to_owned(), reason: reason.clone() });
     }
+    let stream = connect(relay, target, timeouts.connect).await?;
+    let peer = stream.peer_addr().map_err(|source| io_error(relay, source))?.ip();
+    check_place(relay, peer, carrier, hello.credential.is_empty())?;
     let mut input = BytesMut::with_capacity(4096);
-    let answer =
-        timeout(timeouts.answer, exchange_hello(relay, &mut stream, hello, &mut input)).await;
-    let welcome = answer
+    let answer = timeout(timeouts.answer, async {
+        let mut transport = secure(relay, stream, carrier).await?;
+        let welcome = exchange_hello(relay, &mut transport, hello, &mut input).await?;
+        Ok((transport, welcome))
+    });
+    let (mut transport, welcome) = answer
+        .await
         .map_err(|_| DialError::Timeout { relay: relay.to_owned(), after: timeouts.answer })??;
-    Ok((stream, welcome, input))
+    transport.forget_peer_chain();
+    Ok((transport, welcome, input))
 }
 
-async fn connect(relay: &str, limit: Duration) -> Result<TcpStream, DialError> {
+/// Holds back from another machine what is for this one only.
+fn check_place(
+    relay: &str,
+    address: IpAddr,
+    carrier: &Carrier,
+    is_bare: bool,
+) -> Result<(), DialError> {
+    if address.to_canonical().is_loopback() {
+        return Ok(());
+    }
+    let relay = relay.to_owned();
+    match carrier {
+        Carrier::Plain { insecure: false } => Err(DialError::NoTls { relay, address }),
+        carrier if is_bare && !carrier.has_certificate() => {
+            Err(DialError::NoToken { relay, address })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Does the TLS handshake, where there is TLS.
+async fn secure(relay: &str, stream: TcpStream, carrier: &Carrier) -> Result<Transport, DialError> {
+    let Carrier::Tls { config, name, .. } = carrier else {
+        return Ok(Transport::plain(Socket::new(stream)));
+    };
+    let connector = TlsConnector::from(Arc::clone(config));
+    let socket = Socket::new(stream).reading_ahead();
+    let stream = connector
+        .connect(name.clone(), socket)
+        .await
+        .map_err(|error| DialError::Tls { relay: relay.to_owned(), reason: fault::text(&error) })?;
+    let transport = Transport::client(stream);
+    if transport.speaks_tunnel() {
+        Ok(transport)
+    } else {
+        Err(DialError::NoAlpn { relay: relay.to_owned() })
+    }
+}
+
+async fn connect(relay: &str, target: &str, limit: Duration) -> Result<TcpStream, DialError> {
     let failed = |source| DialError::Connect { relay: relay.to_owned(), source };
-    let stream = timeout(limit, TcpStream::connect(relay))
+    let stream = timeout(limit, TcpStream::connect(target))
         .await
         .map_err(|_| failed(io::ErrorKind::TimedOut.into()))?
         .map_err(failed)?;
@@ -153,7 +284,7 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
 
 async fn exchange_hello(
     relay: &str,
-    stream: &mut TcpStream,
+    stream: &mut Transport,
     hello: &proto::Hello,
     input: &mut BytesMut,
 ) -> Result<proto::Welcome, DialError> {
@@ -161,6 +292,7 @@ async fn exchange_hello(
     let mut dialler = Dialler::new();
     let hello = dialler.hello(hello).map_err(malformed)?;
     stream.write_all(&hello).await.map_err(|source| io_error(relay, source))?;
+    stream.flush().await.map_err(|source| io_error(relay, source))?;
     loop {
         let reply = dialler.handle_input(input).map_err(malformed)?;
         match reply {
@@ -176,6 +308,14 @@ async fn exchange_hello(
     }
 }
 
+/// A relay may refuse a certificate after this end took the handshake for done (TLS 1.3).
 fn io_error(relay: &str, source: io::Error) -> DialError {
-    DialError::Io { relay: relay.to_owned(), source }
+    let relay = relay.to_owned();
+    match fault::of(&source) {
+        Some(_) => DialError::Tls { relay, reason: fault::text(&source) },
+        None => DialError::Io { relay, source },
+    }
 }
+
+#[cfg(test)]
+mod tests;

@@ -30,7 +30,7 @@ const READ_ROOM_MIN: usize = 32 * 1024;
 const READS_PER_POLL: usize = 4;
 
 /// Most bytes taken from the lane for one write.
-const WRITE_BYTES: usize = 128 * 1024;
+pub(super) const WRITE_BYTES: usize = 128 * 1024;
 
 /// Most elements of one vectored write.
 const WRITE_SLICES: usize = 64;

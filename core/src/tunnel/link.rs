@@ -115,6 +115,12 @@ impl Link {
         self.with(|lane| lane.go_away(proto::GoAway { code, detail: detail.to_owned() }));
     }
 
+    /// Presents another credential to the peer. False: it is longer than that accepts.
+    pub fn authenticate(&self, credential: &[u8]) -> bool {
+        let credential = credential.to_vec().into();
+        self.with(|lane| lane.authenticate(proto::Authenticate { credential }))
+    }
+
     /// Ends the lane and its exchanges where no driver will.
     pub fn abandon(&self, lost: Reset) {
         self.leave();

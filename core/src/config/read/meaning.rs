@@ -4,10 +4,11 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::at;
+use super::{at, tls};
 use crate::config::error::list;
 use crate::config::policy::{Policies, Rate};
 use crate::config::raw::Field;
+use crate::config::tls::ServerTls;
 use crate::config::{
     Carries, Config, HostMatch, Listener, Relay, Relays, Route, Sidecar, Tunnel, network_text,
 };
@@ -144,6 +145,7 @@ fn byte_born(place: &Field<'_>, route: &Route, protocol_type: &str) {
         ("basic_auth", policies.basic_auth.is_some()),
         ("limits.body", policies.limits.body.is_some()),
         ("compression", policies.compression.is_some()),
+        ("hsts", policies.hsts.is_some()),
     ];
     for (path, asked) in asked {
         if asked {
@@ -281,6 +283,9 @@ pub(super) fn unlikely(
         for (index, route) in routes {
             if let Some(place) = field.item(*index) {
                 unlikely_policies(&place, route);
+                if let Some(relay) = &config.relay {
+                    unlikely_tls(&place, route, relay);
+                }
             }
         }
     }
@@ -294,6 +299,48 @@ pub(super) fn unlikely(
         && relays.iter().all(|relay| relay.address.host.parse::<std::net::IpAddr>().is_ok())
     {
         field.warn("has no effect: no relay is given by a name");
+    }
+}
+
+/// Tells hosts that clients come to by TLS and no certificate is for, and TLS that is asked for where there
+/// is none.
+fn unlikely_tls(place: &Field<'_>, route: &Route, relay: &Relay) {
+    if place.is_told("relay.listeners") || place.is_told("relay.base_domains") {
+        return;
+    }
+    let is_taken = |listener: &&Arc<Listener>| {
+        route.matches.listener.as_ref().is_none_or(|name| *name == listener.name)
+            && listener.protocol_type().is_none()
+    };
+    let ends: Vec<&ServerTls> =
+        relay.listeners.iter().filter(is_taken).filter_map(|one| one.tls.as_ref()).collect();
+    if ends.is_empty() {
+        // Where a proxy ends TLS, it may pass on what is for clients.
+        let asks = route.policies.as_ref().is_some_and(|policies| policies.hsts.is_some());
+        if asks
+            && relay.trusted_proxies.is_empty()
+            && let Some(field) = place.child("hsts")
+        {
+            field.warn("has no effect: no listener that the route is taken at has tls");
+        }
+        return;
+    }
+    let (key, hosts) = match &route.matches.host {
+        HostMatch::Exact(host) => ("host", vec![host.to_string()]),
+        HostMatch::Subdomain(name) => {
+            let below = |base: &Arc<str>| format!("{name}.{base}");
+            ("subdomain", relay.base_domains.iter().map(below).collect())
+        }
+        _ => return,
+    };
+    let is_covered = |host: &String| ends.iter().any(|tls| tls::is_covered(tls, host));
+    if !hosts.iter().any(is_covered)
+        && let Some(field) = place.child(key)
+    {
+        field.warn(format!(
+            "no listener with tls has a certificate for {}: browsers refuse what is shown",
+            list(hosts.iter().map(String::as_str))
+        ));
     }
 }
 

@@ -7,13 +7,13 @@ use std::time::Duration;
 use http::{HeaderName, HeaderValue};
 
 use super::{COUNT_MAX, networks, size, timeout};
+use crate::config::files::Files;
 use crate::config::policy::{
-    Addresses, BasicAuth, Compression, HeaderChanges, Policies, Rate, Redirect, Retries, Rewrite,
-    RouteLimits, RouteTimeouts,
+    Addresses, BasicAuth, Compression, HeaderChanges, Hsts, Policies, Rate, Redirect, Retries,
+    Rewrite, RouteLimits, RouteTimeouts,
 };
 use crate::config::raw::{Field, Section, Value};
-use crate::config::substitute::Files;
-use crate::config::value;
+use crate::config::{duration_text, value};
 
 pub(crate) const POLICY_KEYS: &[&str] = &[
     "timeouts",
@@ -26,6 +26,7 @@ pub(crate) const POLICY_KEYS: &[&str] = &[
     "addresses",
     "limits",
     "compression",
+    "hsts",
 ];
 pub(crate) const TIMEOUTS_KEYS: &[&str] = &["connect", "response_head", "idle", "total"];
 pub(crate) const RETRIES_KEYS: &[&str] = &["attempts", "budget", "budget_min"];
@@ -37,6 +38,7 @@ pub(crate) const ADDRESSES_KEYS: &[&str] = &["allow", "deny"];
 pub(crate) const LIMITS_KEYS: &[&str] = &["rate", "rate_per_client", "concurrent", "body"];
 pub(crate) const RATE_KEYS: &[&str] = &["count", "per", "burst"];
 pub(crate) const COMPRESSION_KEYS: &[&str] = &["level", "min_size"];
+pub(crate) const HSTS_KEYS: &[&str] = &["max_age", "include_subdomains", "preload"];
 
 /// Most retries of one exchange: each holds what was sent, and a service that fails so often is not
 /// helped by more.
@@ -76,6 +78,11 @@ pub(crate) const COMPRESSION_LEVEL: u32 = 5;
 pub(crate) const COMPRESSION_MIN_SIZE: u64 = 1024;
 const COMPRESSION_MIN_SIZE_MAX: u64 = 1 << 30;
 
+/// A year: the shortest that browsers' lists take.
+pub(crate) const HSTS_MAX_AGE: Duration = Duration::from_secs(365 * 24 * 3600);
+/// Ten years. Longer ones are a mistaken unit.
+pub(crate) const HSTS_MAX_AGE_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
 /// Fields that belong to the connection, to the framing of a message or to Sidelane.
 const FIELDS_NOT_CHANGED: [&str; 18] = [
     "connection",
@@ -112,6 +119,7 @@ pub(super) fn policies(section: &Section<'_>, files: Option<&mut Files<'_>>) -> 
     section.set("addresses", &mut policies.addresses, addresses);
     section.set("limits", &mut policies.limits, limits);
     section.set("compression", &mut policies.compression, |field| compression(field).map(Some));
+    section.set("hsts", &mut policies.hsts, |field| hsts(field).map(Some));
     policies
 }
 
@@ -486,4 +494,31 @@ fn compression(field: &Field<'_>) -> Option<Compression> {
         size(field, 0, COMPRESSION_MIN_SIZE_MAX)
     });
     Some(compression)
+}
+
+fn hsts(field: &Field<'_>) -> Option<Hsts> {
+    let section = field.section(HSTS_KEYS)?;
+    let mut hsts = Hsts { max_age: HSTS_MAX_AGE, include_subdomains: false, preload: false };
+    section.set("max_age", &mut hsts.max_age, |field| {
+        field.parse(|text| {
+            let value = value::duration(text)?;
+            if value <= HSTS_MAX_AGE_MAX && value.subsec_nanos() == 0 {
+                return Ok(value);
+            }
+            let max = duration_text(HSTS_MAX_AGE_MAX);
+            Err(format!("{text} is out of bounds (accepted: whole seconds, 0s to {max})"))
+        })
+    });
+    section.set("include_subdomains", &mut hsts.include_subdomains, Field::boolean);
+    section.set("preload", &mut hsts.preload, Field::boolean);
+    if let Some(field) = section.field("preload").filter(|_| hsts.preload)
+        && !(hsts.include_subdomains && hsts.max_age >= HSTS_MAX_AGE)
+    {
+        let year = duration_text(HSTS_MAX_AGE);
+        field.fail(format!(
+            "browsers' lists take no less than all subdomains for a year (accepted: with \
+             include_subdomains: true, and max_age of {year} or more)"
+        ));
+    }
+    Some(hsts)
 }

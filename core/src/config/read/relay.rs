@@ -9,6 +9,7 @@ use super::{
     size, timeout, twice, unique,
 };
 use crate::config::credentials::Credentials;
+use crate::config::error::list;
 use crate::config::raw::{Field, Section};
 use crate::config::{
     Balance, Carries, Listener, Relay, RelayLimits, RelayTimeouts, RelayTunnel, value,
@@ -47,7 +48,7 @@ impl Reader<'_> {
             timeouts: RelayTimeouts::default(),
         };
         if let Some(field) = section.field("listeners") {
-            let listeners = items(&field, listener);
+            let listeners = items(&field, |item| self.listener(item));
             unique(&field, "listener", &listeners, |listener| &listener.name);
             relay.listeners = arcs(listeners);
             if field.is_empty() {
@@ -67,11 +68,21 @@ impl Reader<'_> {
             timeout(f, CONNECTION_AGE_MIN).map(Some)
         });
         proxies(&section, &relay);
-        if let Some(field) = section.field("tunnel")
+        // What cannot be read is not as good as nothing: nobody is asked who they are then.
+        let mut is_open = section.field("credentials").is_none_or(|field| field.is_empty());
+        is_open &= !section.is_mistyped("credentials");
+        let tunnel = section.field("tunnel");
+        if let Some(field) = &tunnel
             && let Some(section) = field.section(RELAY_TUNNEL_KEYS)
         {
-            self.relay_tunnel(&section, &mut relay.tunnel);
+            is_open &= self.relay_tunnel(&section, &mut relay.tunnel);
+            tunnel_end(&section, &relay, is_open);
         }
+        self.credentials(&section, tunnel.as_ref(), &mut relay);
+        if let Some(field) = section.field("acme") {
+            relay.acme = self.acme(&field);
+        }
+        acme_for_names(&section, &relay);
         section.set("threads", &mut relay.threads, |f| f.integer(0, THREADS_MAX));
         if let Some(field) = section.field("limits") {
             relay_limits(&field, &mut relay.limits);
@@ -85,24 +96,162 @@ impl Reader<'_> {
             section.set("idle", &mut timeouts.idle, positive);
             section.set("open_wait", &mut timeouts.open_wait, |f| timeout(f, Duration::ZERO));
             section.set("handshake", &mut timeouts.handshake, positive);
+            section.set("tls_handshake", &mut timeouts.tls_handshake, positive);
         }
         Some(relay)
     }
 
-    fn relay_tunnel(&mut self, section: &Section<'_>, tunnel: &mut RelayTunnel) {
-        section.set("address", &mut tunnel.address, |f| f.parse(value::socket_address).map(Some));
-        let as_written = self.token(section, &mut tunnel.token);
-        if as_written
-            && tunnel.token.is_none()
-            && let Some(address) = tunnel.address.filter(|address| !address.ip().is_loopback())
-            && let Some(field) = section.field("address")
-        {
-            field.fail(format!(
-                "{} is open to others and asks for no token (accepted: a loopback address, or one \
-                 of token, token_file, token_env beside it)",
-                address
-            ));
+    /// Reads where sidecars come in. Returns whether they are asked for no token; false after a fault.
+    fn relay_tunnel(&mut self, section: &Section<'_>, tunnel: &mut RelayTunnel) -> bool {
+        if section.field("listener").is_some() {
+            tunnel.address = None;
         }
+        section.set("address", &mut tunnel.address, |f| f.parse(value::socket_address).map(Some));
+        section.set("listener", &mut tunnel.listener, |f| f.parse(value::name).map(Some));
+        let is_shared = section.field("listener").is_some() && section.field("address").is_none();
+        if let Some(field) = section.field("tls") {
+            tunnel.tls = self.tunnel_tls(&field, is_shared);
+        }
+        section.set("insecure", &mut tunnel.insecure, Field::boolean);
+        let as_written = self.token(section, &mut tunnel.token).is_some();
+        as_written && tunnel.token.is_none()
+    }
+
+    fn listener(&mut self, field: &Field<'_>) -> Option<Listener> {
+        let section = field.section(LISTENER_KEYS)?;
+        let name = section.require("name", "text").and_then(|f| f.parse(value::name));
+        let address = section
+            .require("address", "IP:port, as in 127.0.0.1:9080")
+            .and_then(|f| f.parse(value::socket_address));
+        let mut protocol_type = None;
+        section
+            .set("protocol_type", &mut protocol_type, |f| f.parse(value::protocol_type).map(Some));
+        let mut sniff = false;
+        section.set("sniff", &mut sniff, Field::boolean);
+        let mut proxy_protocol = false;
+        section.set("proxy_protocol", &mut proxy_protocol, Field::boolean);
+        let mut balance = Balance::default();
+        section.set("balance", &mut balance, |f| {
+            f.one_of(&[("kernel", Balance::Kernel), ("exact", Balance::Exact)])
+        });
+        let tls = section.field("tls").and_then(|field| self.listener_tls(&field));
+        let mut https_redirect = None;
+        section.set("https_redirect", &mut https_redirect, |f| f.integer(1, u16::MAX).map(Some));
+        for key in ["tls", "protocol_type", "sniff"] {
+            if let (Some(redirect), Some(other)) =
+                (section.field("https_redirect"), section.field(key))
+                && (key != "sniff" || other.is_true())
+            {
+                redirect.fail(format!(
+                    "stands beside {key} (accepted: on a listener of plain HTTP, which sends all to the \
+                     port of a listener with tls)"
+                ));
+            }
+        }
+        let carries = match (protocol_type, sniff) {
+            (Some(_), true) => {
+                section.fail(
+                    "has protocol_type and sniff at once (accepted: one of them; without both: the \
+                     HTTP front)",
+                );
+                return None;
+            }
+            (Some(protocol_type), false) => Carries::Type(protocol_type),
+            (None, true) => Carries::Sniffed,
+            (None, false) => Carries::Http,
+        };
+        Some(Listener {
+            name: name?,
+            address: address?,
+            carries,
+            proxy_protocol,
+            balance,
+            tls,
+            https_redirect,
+        })
+    }
+}
+
+/// Tells ends of sidecars that are open to everybody, or plain where others can read along.
+fn tunnel_end(section: &Section<'_>, relay: &Relay, is_open: bool) {
+    let tunnel = &relay.tunnel;
+    let exposed = tunnel.address.filter(|address| !address.ip().is_loopback());
+    if let (Some(field), Some(name)) = (section.field("listener"), &tunnel.listener) {
+        let listener = relay.listeners.iter().find(|listener| listener.name == *name);
+        let declared = list(relay.listeners.iter().map(|listener| &*listener.name));
+        match listener {
+            // Of a listener with a fault nothing is known.
+            None if field.is_told("relay.listeners") => {}
+            None => field.fail(format!("unknown listener \"{name}\" (declared: {declared})")),
+            Some(listener) if listener.tls.is_none() && !field.is_told("relay.listeners") => {
+                field.fail(format!(
+                    "listener \"{name}\" has no tls, by which sidecars are told from clients (accepted: one \
+                     with tls)"
+                ));
+            }
+            Some(_) => {}
+        }
+        if is_open {
+            field.fail(
+                "is open to others and nobody is asked who they are (accepted: relay.credentials, or one \
+                 of token, token_file, token_env beside it)",
+            );
+        }
+    }
+    if let (true, Some(address), Some(field)) = (is_open, exposed, section.field("address")) {
+        field.fail(format!(
+            "{address} is open to others and nobody is asked who they are (accepted: a loopback address, \
+             relay.credentials, or one of token, token_file, token_env beside it)"
+        ));
+    }
+    let insecure = section.field("insecure").filter(|_| tunnel.insecure);
+    if let Some(insecure) = insecure {
+        match (tunnel.address, section.field("tls")) {
+            (_, Some(_)) => insecure.fail(
+                "stands beside tls (accepted: one of the two; with tls nobody on the way reads along)",
+            ),
+            (None, _) => insecure.fail(
+                "is about `address`, which is not there (accepted: leave it out; a listener's sidecars \
+                 come by its tls)",
+            ),
+            (Some(_), None) if exposed.is_none() => {
+                insecure.warn("has no effect: on loopback nobody reads along");
+            }
+            (Some(address), None) => insecure.warn(format!(
+                "{address} is plain: anybody on the way reads and changes everything, credentials too"
+            )),
+        }
+    } else if let (Some(address), Some(field)) = (exposed, section.field("address"))
+        && section.field("tls").is_none()
+        && !section.is_mistyped("tls")
+        && !section.is_mistyped("insecure")
+    {
+        field.fail(format!(
+            "{address} is open to others and plain (accepted: a loopback address, `tls` beside it, or \
+             `insecure: true` where nobody reads along on the way)"
+        ));
+    }
+}
+
+/// Tells names without an authority, and an authority without names.
+fn acme_for_names(section: &Section<'_>, relay: &Relay) {
+    let listeners = section.field("listeners").and_then(|field| field.items()).unwrap_or_default();
+    let tunnel = section.field("tunnel");
+    let ends = listeners.iter().chain(&tunnel).filter_map(|end| end.child("tls")?.child("acme"));
+    let named: Vec<Field<'_>> = ends.filter(|field| !field.is_empty()).collect();
+    match section.field("acme") {
+        None if !section.is_mistyped("acme") => {
+            for field in named {
+                field.fail(
+                    "names without an authority that gives certificates for them (accepted: with \
+                     relay.acme beside the listeners)",
+                );
+            }
+        }
+        Some(acme) if named.is_empty() && relay.acme.is_some() => {
+            acme.warn("has no effect: no listener, and not the tunnel, has names in tls.acme");
+        }
+        _ => {}
     }
 }
 
@@ -121,45 +270,6 @@ fn proxies(section: &Section<'_>, relay: &Relay) {
             );
         }
     }
-}
-
-fn listener(field: &Field<'_>) -> Option<Listener> {
-    let section = field.section(LISTENER_KEYS)?;
-    let name = section.require("name", "text").and_then(|f| f.parse(value::name));
-    let address = section
-        .require("address", "IP:port, as in 127.0.0.1:9080")
-        .and_then(|f| f.parse(value::socket_address));
-    let mut protocol_type = None;
-    section.set("protocol_type", &mut protocol_type, |f| f.parse(value::protocol_type).map(Some));
-    let mut sniff = false;
-    section.set("sniff", &mut sniff, Field::boolean);
-    let carries = match (protocol_type, sniff) {
-        (Some(_), true) => {
-            section.fail(
-                "has protocol_type and sniff at once (accepted: one of them; without both: the \
-                 HTTP front)",
-            );
-            return None;
-        }
-        (Some(protocol_type), false) => Carries::Type(protocol_type),
-        (None, true) => Carries::Sniffed,
-        (None, false) => Carries::Http,
-    };
-    let mut proxy_protocol = false;
-    section.set("proxy_protocol", &mut proxy_protocol, Field::boolean);
-    let mut balance = Balance::default();
-    section.set("balance", &mut balance, |f| {
-        f.one_of(&[("kernel", Balance::Kernel), ("exact", Balance::Exact)])
-    });
-    Some(Listener {
-        name: name?,
-        address: address?,
-        carries,
-        proxy_protocol,
-        balance,
-        tls: None,
-        https_redirect: None,
-    })
 }
 
 fn relay_limits(field: &Field<'_>, limits: &mut RelayLimits) {
@@ -187,4 +297,13 @@ fn relay_limits(field: &Field<'_>, limits: &mut RelayLimits) {
         &mut limits.handshakes_per_second_per_address,
         |f| f.integer(1, 1_000_000),
     );
+    section.set(
+        "failed_handshakes_per_minute_per_address",
+        &mut limits.failed_handshakes_per_minute_per_address,
+        |f| f.integer(1, 1_000_000),
+    );
+    section.set("tls_handshakes", &mut limits.tls_handshakes, |f| f.integer(1, 1_000_000));
+    section.set("tls_handshakes_per_address", &mut limits.tls_handshakes_per_address, |f| {
+        f.integer(1, 1_000_000)
+    });
 }

@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use super::policies::policies;
 use super::{Names, ROUTE_KEYS, SHARE_KEYS, block, refer};
+use crate::config::files::Files;
 use crate::config::policy::Policies;
 use crate::config::raw::{Field, Section};
-use crate::config::substitute::Files;
 use crate::config::{HostMatch, Match, MatchSpec, Route, Share, value};
 
 /// Most tunnels that a route's exchanges are split between.

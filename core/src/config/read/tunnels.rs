@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{HEALTH_CHECK_KEYS, POOL_KEYS, TUNNEL_KEYS, protocol_types, timeout};
+use super::tls::SERVICE_TLS_KEYS;
+use super::{HEALTH_CHECK_KEYS, POOL_KEYS, Reader, TUNNEL_KEYS, protocol_types, timeout};
 use crate::config::raw::{Field, Section};
 use crate::config::{HealthCheck, HttpVersion, Pool, Probe, ProxyVersion, Tunnel, value};
 
@@ -25,47 +26,75 @@ pub(crate) const CHECKS_MAX: u32 = 100;
 /// Longest name of a gRPC service that is asked about.
 const SERVICE_BYTES_MAX: usize = 255;
 
-pub(super) fn tunnel(field: &Field<'_>) -> Option<Tunnel> {
-    let section = field.section(TUNNEL_KEYS)?;
-    let name = section.require("name", "text").and_then(|f| f.parse(value::name));
-    let service = section
-        .require("service", "host:port, as in 127.0.0.1:3000, or unix:/path")
-        .and_then(|f| f.parse(value::service));
-    let mut protocols = None;
-    section.set("protocols", &mut protocols, |f| protocol_types(f).map(Some));
-    let mut connect_timeout = CONNECT_TIMEOUT;
-    section.set("connect_timeout", &mut connect_timeout, |f| timeout(f, Duration::from_millis(1)));
-    let mut http_version = HttpVersion::default();
-    section.set("http_version", &mut http_version, |f| {
-        f.one_of(&[("1", HttpVersion::Http1), ("2", HttpVersion::Http2)])
-    });
-    let mut pool = Pool::default();
-    section.set("pool", &mut pool, self::pool);
-    let mut proxy_protocol = None;
-    section.set("proxy_protocol", &mut proxy_protocol, |f| {
-        f.one_of(&[("v1", ProxyVersion::V1), ("v2", ProxyVersion::V2)]).map(Some)
-    });
-    if proxy_protocol.is_some()
-        && let Some(idle) = section.field("pool").and_then(|pool| pool.child("idle"))
-    {
-        idle.warn("has no effect: with proxy_protocol no connection is kept for another client");
+impl Reader<'_> {
+    pub(super) fn tunnel(&mut self, field: &Field<'_>) -> Option<Tunnel> {
+        let section = field.section(TUNNEL_KEYS)?;
+        let name = section.require("name", "text").and_then(|f| f.parse(value::name));
+        let service = section
+            .require("service", "host:port, as in 127.0.0.1:3000, https://host:port, or unix:/path")
+            .and_then(|f| f.parse(value::service));
+        let mut protocols = None;
+        section.set("protocols", &mut protocols, |f| protocol_types(f).map(Some));
+        let mut connect_timeout = CONNECT_TIMEOUT;
+        section
+            .set("connect_timeout", &mut connect_timeout, |f| timeout(f, Duration::from_millis(1)));
+        // Of a service that cannot be read it is not known.
+        let is_https = service.as_ref().is_none_or(|(_, is_https)| *is_https);
+        let mut tls = None;
+        if let Some(field) = section.field("tls") {
+            tls = self.client_tls(&field, SERVICE_TLS_KEYS);
+            if !is_https {
+                field.fail(
+                    "goes with a service by TLS (accepted: with https:// in front of the service's address)",
+                );
+            }
+        }
+        let mut http_version = if is_https { HttpVersion::Auto } else { HttpVersion::Http1 };
+        section.set("http_version", &mut http_version, |f| {
+            let version = f.one_of(&[
+                ("1", HttpVersion::Http1),
+                ("2", HttpVersion::Http2),
+                ("auto", HttpVersion::Auto),
+            ])?;
+            if version == HttpVersion::Auto && !is_https {
+                f.fail(
+                    "auto is agreed on in the TLS handshake (accepted: 1, 2; or https:// in front of the \
+                     service's address)",
+                );
+            }
+            Some(version)
+        });
+        let mut pool = Pool::default();
+        section.set("pool", &mut pool, self::pool);
+        let mut proxy_protocol = None;
+        section.set("proxy_protocol", &mut proxy_protocol, |f| {
+            f.one_of(&[("v1", ProxyVersion::V1), ("v2", ProxyVersion::V2)]).map(Some)
+        });
+        if proxy_protocol.is_some()
+            && let Some(idle) = section.field("pool").and_then(|pool| pool.child("idle"))
+        {
+            idle.warn(
+                "has no effect: with proxy_protocol no connection is kept for another client",
+            );
+        }
+        let mut health_check = None;
+        section.set("health_check", &mut health_check, |f| self::health_check(f).map(Some));
+        let mut wait = Duration::ZERO;
+        section.set("wait", &mut wait, |f| timeout(f, Duration::ZERO));
+        let (service, is_https) = service?;
+        Some(Tunnel {
+            name: name?,
+            service,
+            protocols,
+            connect_timeout,
+            tls: is_https.then(|| Arc::new(tls.unwrap_or_default())),
+            http_version,
+            pool,
+            proxy_protocol,
+            health_check,
+            wait,
+        })
     }
-    let mut health_check = None;
-    section.set("health_check", &mut health_check, |f| self::health_check(f).map(Some));
-    let mut wait = Duration::ZERO;
-    section.set("wait", &mut wait, |f| timeout(f, Duration::ZERO));
-    Some(Tunnel {
-        name: name?,
-        service: service?,
-        protocols,
-        connect_timeout,
-        tls: None,
-        http_version,
-        pool,
-        proxy_protocol,
-        health_check,
-        wait,
-    })
 }
 
 fn pool(field: &Field<'_>) -> Option<Pool> {

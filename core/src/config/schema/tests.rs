@@ -46,7 +46,7 @@ impl Keys {
             let target = match property.get("items") {
                 Some(items) => {
                     path += "[]";
-                    items.get("$ref")
+                    items.get("$ref").or_else(|| items.get("anyOf")?.get(1)?.get("$ref"))
                 }
                 None => property.get("$ref"),
             };
@@ -183,7 +183,7 @@ fn skeleton() -> Json {
         "version": 1,
         "relay": { "listeners": [{ "name": "web", "address": "127.0.0.1:1" }] },
         "sidecar": {},
-        "tunnels": [{ "name": "t", "service": "localhost:1", "health_check": { "type": "http" } }],
+        "tunnels": [{ "name": "t", "service": "https://localhost:1", "health_check": { "type": "http" } }],
         "routes": [{ "subdomain": "a", "tunnel": "t", "limits": {
             "rate": { "count": 1 }, "rate_per_client": { "count": 1 } } }],
         "plugins": { "libraries": [{ "name": "p", "library": "p" }] },

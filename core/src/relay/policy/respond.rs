@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_LENGTH, WWW_AUTHENTICATE};
+use http::header::{CONTENT_LENGTH, STRICT_TRANSPORT_SECURITY, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use sidelane_abi::failure;
 
@@ -33,6 +33,8 @@ pub(in crate::relay) struct Shaping {
     takes_gzip: Option<bool>,
     /// Said with a 401 of ours.
     challenge: Option<HeaderValue>,
+    /// The client came by `https`, to this relay or to a proxy that it trusts.
+    is_https: bool,
     gzip: Option<Gzip>,
     /// A chunk that the client's connection had no room for yet.
     waiting: Option<Waiting>,
@@ -47,8 +49,12 @@ struct Waiting {
 }
 
 impl Shaping {
-    /// What a route changes in the response to a request.
-    pub(in crate::relay) fn new(state: &Arc<RouteState>, head: &RequestHead) -> Box<Self> {
+    /// What a route changes in the response to a request, which came by `scheme`.
+    pub(in crate::relay) fn new(
+        state: &Arc<RouteState>,
+        head: &RequestHead,
+        scheme: &str,
+    ) -> Box<Self> {
         // What becomes a byte stream has no body.
         let may_compress = state.policies.compression.is_some() && !head.can_upgrade;
         Box::new(Self {
@@ -56,6 +62,7 @@ impl Shaping {
             is_head: head.method == http::Method::HEAD,
             takes_gzip: may_compress.then(|| compress::accepts_gzip(&head.headers)),
             challenge: None,
+            is_https: scheme == "https",
             gzip: None,
             waiting: None,
         })
@@ -78,6 +85,14 @@ impl Shaping {
         }
         self.compress(head, first, end);
         change(&mut head.headers, &self.state.policies.response_headers);
+        if let Some(hsts) = &self.state.hsts {
+            // RFC 6797 §7.2: not a word of it without TLS, the service's own included.
+            if self.is_https {
+                head.headers.insert(STRICT_TRANSPORT_SECURITY, hsts.clone());
+            } else {
+                head.headers.remove(STRICT_TRANSPORT_SECURITY);
+            }
+        }
     }
 
     fn compress(&mut self, head: &mut ResponseHead, first: &mut Option<Bytes>, end: bool) {
@@ -313,7 +328,7 @@ mod tests {
     use http::HeaderName;
 
     use super::*;
-    use crate::config::policy::{Compression, HeaderChanges, Policies, RouteLimits};
+    use crate::config::policy::{Compression, HeaderChanges, Hsts, Policies, RouteLimits};
     use crate::config::{Match, Route};
     use crate::metrics::Metrics;
 
@@ -429,7 +444,8 @@ mod tests {
     fn shaped(state: &Arc<RouteState>, head: &RequestHead) -> (Shaped<Fake>, Fake) {
         let client = Fake::default();
         let record = Arc::new(Arc::new(Metrics::new()).exchange("relay", &"HTTP".into()));
-        let responder = Shaped::new(client.clone(), &record).shape(Shaping::new(state, head));
+        let shaping = Shaping::new(state, head, &head.scheme);
+        let responder = Shaped::new(client.clone(), &record).shape(shaping);
         (responder, client)
     }
 
@@ -454,6 +470,30 @@ mod tests {
         let mut text = String::new();
         flate2::read::GzDecoder::new(&*client.body).read_to_string(&mut text).expect("gzip");
         text
+    }
+
+    #[test]
+    fn only_a_client_of_https_is_told_to_stay_with_it() {
+        let table = [
+            ("https", false, false, "max-age=60"),
+            ("https", true, true, "max-age=60; includeSubDomains; preload"),
+            ("http", true, true, ""),
+        ];
+        for (scheme, include_subdomains, preload, expected) in table {
+            let max_age = std::time::Duration::from_secs(60);
+            let hsts = Some(Hsts { max_age, include_subdomains, preload });
+            let state = state(Policies { hsts, ..Policies::default() });
+            let (mut responder, client) =
+                shaped(&state, &RequestHead { scheme: scheme.into(), ..request(&[]) });
+            let own = [("strict-transport-security", "max-age=1")];
+            let head = ResponseHead { headers: request(&own).headers, ..json(None) };
+            responder.head(head, None, true).unwrap();
+            let client = client.0.lock().unwrap();
+            let headers = &client.head.as_ref().unwrap().headers;
+            let told: Vec<_> = headers.get_all(STRICT_TRANSPORT_SECURITY).iter().collect();
+            let told: Vec<_> = told.iter().map(|value| value.to_str().unwrap()).collect();
+            assert_eq!(told.join("|"), expected, "{scheme}");
+        }
     }
 
     const GZIP: &[(&str, &str)] = &[("accept-encoding", "gzip")];

@@ -1,0 +1,206 @@
+//! What sidecars' handshakes go by, on the tunnel's own address and on listeners that they share with
+//! clients: bounds, TLS, and what was told of those that failed.
+//!
+//! Knows settings and counts; what is said in a handshake is `tunnels`' business.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use arc_swap::{ArcSwap, ArcSwapOption};
+use rustls::{ClientConfig, ServerConfig};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::config;
+use crate::config::tls::{ClientCertificates, ServerTls};
+use crate::error::chain;
+use crate::metrics::Metrics;
+use crate::tls::{self, ACME_ALPN, Issued, Resolver, TUNNEL_ALPN, TlsError};
+use crate::tunnel::accept::HANDSHAKES_MAX;
+use crate::tunnel::gate::{Bounds, Gate, TurnedAway};
+
+/// Diallers at once that are told to come back; further ones are closed unanswered.
+const TURNED_AWAY_MAX: usize = 64;
+
+/// Where sidecars knock.
+pub(super) struct Door {
+    gate: Gate,
+    bounds: ArcSwap<Bounds>,
+    handshakes: Arc<Semaphore>,
+    turned_away: Arc<Semaphore>,
+    way: ArcSwap<Way>,
+    /// By which this process's own sidecar dials; `None`: plain.
+    embedded: ArcSwapOption<ClientConfig>,
+    /// What `way` and `embedded` were made of.
+    made_of: Mutex<Option<Source>>,
+}
+
+/// What a configuration says of the way in.
+#[derive(PartialEq)]
+struct Source {
+    /// What is shown at the tunnel's own address, or at the listener where it has none.
+    shown: Option<ServerTls>,
+    insecure: bool,
+}
+
+/// How one comes in at the tunnel's own address.
+pub(super) enum Way {
+    /// Without TLS.
+    Plain,
+    /// By TLS.
+    Tls(Arc<ServerConfig>),
+    /// By TLS, which cannot be had: nobody does.
+    Closed,
+}
+
+/// Its place among the handshakes under way.
+pub(super) type Place = OwnedSemaphorePermit;
+
+impl Door {
+    /// Returns the door of a configuration.
+    pub(super) fn new(section: &config::Relay, issued: &Arc<Issued>) -> Self {
+        let door = Self {
+            gate: Gate::default(),
+            bounds: ArcSwap::from_pointee(bounds(section)),
+            handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
+            turned_away: Arc::new(Semaphore::new(TURNED_AWAY_MAX)),
+            way: ArcSwap::from_pointee(Way::Plain),
+            embedded: ArcSwapOption::empty(),
+            made_of: Mutex::default(),
+        };
+        door.set_tls(section, issued);
+        door
+    }
+
+    /// Takes another configuration, for handshakes that begin from here on. Tickets given out before
+    /// are worth nothing where its TLS is another.
+    pub(super) fn set(&self, section: &config::Relay, issued: &Arc<Issued>) {
+        self.bounds.store(Arc::new(bounds(section)));
+        self.set_tls(section, issued);
+    }
+
+    fn set_tls(&self, section: &config::Relay, issued: &Arc<Issued>) {
+        let tunnel = &section.tunnel;
+        let shared = tunnel.listener.as_ref().and_then(|name| {
+            let listener = section.listeners.iter().find(|listener| listener.name == *name)?;
+            listener.tls.as_ref()
+        });
+        let shown = if tunnel.address.is_some() { tunnel.tls.as_ref() } else { shared };
+        let source = Source { shown: shown.cloned(), insecure: tunnel.insecure };
+        let mut made_of = self.made_of.lock().unwrap_or_else(PoisonError::into_inner);
+        if made_of.as_ref() == Some(&source) {
+            // Tickets go on to count.
+            return;
+        }
+        let (way, embedded) = match source.shown.as_ref().map(|shown| configs(shown, issued)) {
+            None => (Way::Plain, None),
+            Some(Ok((server, client))) => (Way::Tls(server), Some(client)),
+            Some(Err(error)) => {
+                let error = chain(&error);
+                tracing::error!(error, "relay.tunnel.tls cannot be used: no sidecar is let in");
+                (Way::Closed, None)
+            }
+        };
+        if source.insecure && matches!(way, Way::Plain) {
+            tracing::warn!(
+                setting = "relay.tunnel.insecure",
+                "sidecars come in without TLS: anybody on the way reads and changes everything"
+            );
+        }
+        self.way.store(Arc::new(way));
+        self.embedded.store(embedded);
+        *made_of = Some(source);
+    }
+
+    /// By which this process's own sidecar dials; `None`: plain.
+    pub(super) fn embedded(&self) -> Option<Arc<ClientConfig>> {
+        self.embedded.load_full()
+    }
+
+    /// How one comes in at the tunnel's own address.
+    pub(super) fn way(&self) -> Arc<Way> {
+        self.way.load_full()
+    }
+
+    /// What handshakes are bounded by.
+    pub(super) fn bounds(&self) -> Bounds {
+        **self.bounds.load()
+    }
+
+    /// Gives a handshake its place.
+    ///
+    /// # Errors
+    /// Why it has none.
+    pub(super) fn enter(&self, peer: SocketAddr) -> Result<Place, TurnedAway> {
+        let place = Arc::clone(&self.handshakes).try_acquire_owned();
+        self.gate.enter(&self.bounds(), peer.ip(), Instant::now())?;
+        place.map_err(|_full| TurnedAway::Rate)
+    }
+
+    /// Whether an address has failed too often to be listened to.
+    ///
+    /// # Errors
+    /// It has.
+    pub(super) fn check_failures(&self, peer: SocketAddr) -> Result<(), TurnedAway> {
+        self.gate.check_failures(&self.bounds(), peer.ip(), Instant::now())
+    }
+
+    /// A handshake has failed by what was, or was not, said in it.
+    pub(super) fn failed(&self, peer: SocketAddr) {
+        self.gate.failed(peer.ip(), Instant::now());
+    }
+
+    /// The place of one that is told to come back; `None`: too many are.
+    pub(super) fn tell(&self) -> Option<Place> {
+        Arc::clone(&self.turned_away).try_acquire_owned().ok()
+    }
+}
+
+/// Counts one that is turned away, and tells of the first of an address.
+pub(super) fn note(metrics: &Metrics, peer: SocketAddr, why: TurnedAway) {
+    metrics.handshake_refused(why.label());
+    tracing::debug!(%peer, reason = why.detail(), "turned away");
+    if let TurnedAway::Failures { retry_after, is_first: true } = why {
+        tracing::warn!(
+            address = %peer.ip().to_canonical(),
+            seconds = retry_after.as_secs(),
+            setting = "relay.limits.failed_handshakes_per_minute_per_address",
+            "too many handshakes of sidecars at this address have failed: it is turned away"
+        );
+    }
+}
+
+fn bounds(section: &config::Relay) -> Bounds {
+    let limits = &section.limits;
+    Bounds {
+        timeout: section.timeouts.handshake,
+        tls_timeout: section.timeouts.tls_handshake,
+        per_second: limits.handshakes_per_second,
+        per_second_and_address: limits.handshakes_per_second_per_address,
+        failures_per_minute_and_address: limits.failed_handshakes_per_minute_per_address,
+    }
+}
+
+/// Both ends of the tunnel's own TLS. A certificate is asked for where authorities are named, and never
+/// demanded: a token does as well, and which of the two a principal has is the credentials' business.
+fn configs(
+    shown: &ServerTls,
+    issued: &Arc<Issued>,
+) -> Result<(Arc<ServerConfig>, Arc<ClientConfig>), TlsError> {
+    let resolver =
+        Resolver::new(shown, Arc::clone(issued)).map_err(|error| TlsError::Unusable {
+            what: "relay.tunnel.tls".to_owned(),
+            source: rustls::Error::General(error),
+        })?;
+    let resolver = Arc::new(resolver);
+    let clients = shown.clients.clone();
+    let shown = ServerTls {
+        clients: clients.map(|clients| ClientCertificates { required: false, ..clients }),
+        ..shown.clone()
+    };
+    // ACME proves the tunnel's names here too, where this is the port it knocks at.
+    let alpn = [TUNNEL_ALPN, ACME_ALPN];
+    let alpn = if shown.acme.is_empty() { &alpn[..1] } else { &alpn[..] };
+    let server = tls::server_config(&shown, Arc::clone(&resolver) as _, alpn)?;
+    Ok((Arc::new(server), Arc::new(tls::embedded_client_config(resolver)?)))
+}

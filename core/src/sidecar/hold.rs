@@ -1,0 +1,391 @@
+//! Holds a session with each relay: dials, keeps lanes up, and dials them anew where the way to the
+//! relay has changed.
+//!
+//! Knows lanes and their ends; what comes on them is delivered elsewhere.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use sidelane_abi::failure;
+use sidelane_tunnel::{Lane, ProtocolTable, proto};
+use tokio::sync::mpsc;
+
+use super::{Peer, Session, Sidecar, Texts};
+use crate::error::chain;
+use crate::plugin::lend::Reset;
+use crate::random;
+use crate::tunnel::backoff::{Backoff, SETTLED, jitter};
+use crate::tunnel::dial::{self, Carrier, DialError};
+use crate::tunnel::session::FEATURE_ANNOUNCE;
+use crate::tunnel::transport::{Movable as _, Transport};
+use crate::tunnel::{LaneEnd, Link, drive};
+
+/// Further lanes of a new session are dialled within this, so that a relay's restart does not meet
+/// all of them at once.
+const LANE_STAGGER: Duration = Duration::from_millis(50);
+
+/// How often a peer whose relay another session leads to looks whether that is still so: about a lost
+/// session's first delays.
+const REACHED_LOOK: Duration = Duration::from_secs(1);
+
+/// How often lanes that are on their way out are looked at.
+const LEAVING_LOOK: Duration = Duration::from_millis(250);
+
+/// How long after it was told to a relay that nothing new is to come on a lane that may still come, and
+/// is refused, which it understands better than an end.
+const LEAVING_GRACE: Duration = Duration::from_secs(1);
+
+/// Ends of lanes that the session's task has not looked at yet: one per lane at most.
+const LANE_ENDS_MAX: usize = 64;
+
+impl Sidecar {
+    /// Begins sessions with one relay, one after the other, until the sidecar stops or the address is
+    /// not wanted any more.
+    pub(super) async fn hold_peer(self: Arc<Self>, peer: Arc<Peer>) {
+        let mut backoff = Backoff::default();
+        let mut stopping = self.stopping.subscribe();
+        let mut wanted = peer.wanted.subscribe();
+        let mut access = self.access_changes.subscribe();
+        while !self.is_stopping() && !self.let_go(&peer) {
+            let mut wait_at_least = Duration::ZERO;
+            let wait = if self.is_reached_otherwise(&peer) {
+                REACHED_LOOK
+            } else {
+                match self.begin_session(&peer).await {
+                    Ok((session, lane)) => {
+                        let began = Instant::now();
+                        self.hold_session(&peer, session, lane).await;
+                        if began.elapsed() >= SETTLED {
+                            backoff.reset();
+                        }
+                        if !self.is_stopping() {
+                            tracing::warn!(relay = peer.name, "session lost; dialling again");
+                        }
+                    }
+                    Err(error) => {
+                        let cause = chain(&error);
+                        if error.is_credential() {
+                            tracing::error!(
+                                relay = peer.name,
+                                error = cause,
+                                "the relay refuses this sidecar's credential; dialling again"
+                            );
+                        } else if self.has_connected_sibling(&peer) {
+                            tracing::debug!(relay = peer.name, error = cause, "no session");
+                        } else {
+                            tracing::warn!(relay = peer.name, error = cause, "no session");
+                        }
+                        peer.with(|state| state.last_error = Some(cause));
+                        self.answers.send_replace(());
+                        wait_at_least = error.retry_after().unwrap_or_default();
+                    }
+                }
+                backoff.next(random::number()).max(wait_at_least)
+            };
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                _ = stopping.changed() => {}
+                _ = wanted.changed() => {}
+                // What kept it out may be gone.
+                _ = access.changed() => backoff.reset(),
+            }
+        }
+    }
+
+    /// Takes a peer that is not wanted off the list; false: it is wanted.
+    fn let_go(&self, peer: &Arc<Peer>) -> bool {
+        let mut is_gone = false;
+        if !peer.is_wanted() {
+            self.change_peers(|peers| {
+                // It may have come back meanwhile.
+                is_gone = !peer.is_wanted();
+                if is_gone {
+                    peers.retain(|other| !Arc::ptr_eq(other, peer));
+                }
+            });
+        }
+        if is_gone {
+            tracing::info!(relay = peer.name, "the address is dialled no more");
+        }
+        is_gone
+    }
+
+    async fn begin_session(&self, peer: &Peer) -> Result<(Session, NewLane), DialError> {
+        let protocols = self.protocols();
+        let (lane, welcome) = self.dial(peer, &protocols, proto::Hello::default()).await?;
+        let session = Session {
+            id: welcome.session,
+            secret: welcome.secret,
+            protocols,
+            lane: self.settings.lane.clone().with_peer(welcome.window, welcome.message_bytes_max),
+            lanes_max: welcome.lanes_max,
+        };
+        self.metrics.session_begun();
+        let (relay, epoch, tls) = (&*peer.name, welcome.epoch, lane.transport.is_tls());
+        tracing::info!(relay, epoch, tls, "session begun");
+        peer.session_begun(welcome.epoch, welcome.relay_instance, tls);
+        Ok((session, lane))
+    }
+
+    async fn join_session(
+        &self,
+        peer: &Peer,
+        session: &Session,
+        wait: Duration,
+    ) -> Result<NewLane, DialError> {
+        tokio::time::sleep(wait).await;
+        let of_session = proto::Hello {
+            session: session.id.clone(),
+            secret: session.secret.clone(),
+            ..proto::Hello::default()
+        };
+        Ok(self.dial(peer, &session.protocols, of_session).await?.0)
+    }
+
+    /// Dials a relay as it is to be dialled now, with the credential as it is now.
+    async fn dial(
+        &self,
+        peer: &Peer,
+        protocols: &ProtocolTable,
+        of_session: proto::Hello,
+    ) -> Result<(NewLane, proto::Welcome), DialError> {
+        let carrier = self.access.load().carrier(&peer.relay);
+        let credential = self.credential().await;
+        let hello = proto::Hello {
+            version: sidelane_tunnel::VERSION,
+            features: FEATURE_ANNOUNCE,
+            instance: self.instance.to_vec().into(),
+            name: self.settings.name.clone(),
+            credential: credential.to_vec().into(),
+            protocols: protocols.to_wire(),
+            window: self.settings.lane.receive_window,
+            message_bytes_max: self.settings.lane.message_bytes_max,
+            ..of_session
+        };
+        let timeouts = self.settings.timeouts;
+        let dialled = dial::dial(&peer.name, &peer.target, &carrier, &hello, timeouts).await;
+        let (transport, welcome, input) = dialled?;
+        peer.presented(&credential);
+        Ok((NewLane { transport, carrier, input, number: welcome.lane }, welcome))
+    }
+
+    /// Numbers of the protocol types that plugins serve, for one session.
+    fn protocols(&self) -> ProtocolTable {
+        let types = self.plugins.types();
+        ProtocolTable::bind(types.iter().map(AsRef::as_ref)).unwrap_or_else(|error| {
+            // The loader holds names to the same rules.
+            tracing::error!(%error, "protocol types cannot be offered");
+            ProtocolTable::default()
+        })
+    }
+
+    /// Keeps a session's lanes up until the last is lost or the relay has forgotten it. Where the relay
+    /// is to be dialled in another way, a lane that is dialled so comes up before an older one goes, and
+    /// that one goes once its exchanges have ended.
+    async fn hold_session(self: &Arc<Self>, peer: &Arc<Peer>, session: Session, first: NewLane) {
+        let (ended, mut lane_ends) = mpsc::channel::<Arc<Link>>(LANE_ENDS_MAX);
+        let session = Arc::new(session);
+        let mut document = self.document.subscribe();
+        let mut access = self.access_changes.subscribe();
+        let mut backoff = Backoff::default();
+        let lanes_max = session.lanes_max.max(1) as usize;
+        let wanted = (self.settings.lanes as usize).min(lanes_max);
+        let mut held = Held::default();
+        let carrier = Arc::clone(&first.carrier);
+        held.add(carrier, self.start_lane(peer, &session, first, ended.clone()));
+        peer.connected();
+        let _up = self.metrics.session_up("sidecar");
+        self.announce(peer);
+        document.mark_unchanged();
+        let mut wait = jitter(LANE_STAGGER, random::number());
+        // One dial at a time; it begins anew when it is done.
+        let mut dial = Box::pin(self.join_session(peer, &session, wait));
+        while !held.lanes.is_empty() {
+            let carrier = self.access.load().carrier(&peer.relay);
+            held.retire(&carrier, wanted, lanes_max);
+            let dials = held.fresh(&carrier) < wanted && held.lanes.len() < lanes_max;
+            tokio::select! {
+                Some(link) = lane_ends.recv() => {
+                    peer.with(|state| state.lanes.retain(|other| !Arc::ptr_eq(other, &link)));
+                    held.lanes.retain(|lane| !Arc::ptr_eq(&lane.link, &link));
+                    self.announce(peer);
+                }
+                result = &mut dial, if dials && !self.is_stopping() => {
+                    match result {
+                        Ok(lane) => {
+                            let carrier = Arc::clone(&lane.carrier);
+                            let link = self.start_lane(peer, &session, lane, ended.clone());
+                            held.add(carrier, link);
+                            backoff.reset();
+                            wait = jitter(LANE_STAGGER, random::number());
+                        }
+                        Err(error) if error.is_unknown_session() => {
+                            tracing::warn!(relay = peer.name, "the relay has forgotten the session");
+                            for link in peer.with(|state| state.lanes.clone()) {
+                                link.close();
+                            }
+                            wait = backoff.next(random::number());
+                        }
+                        Err(error) => {
+                            tracing::warn!(relay = peer.name, error = chain(&error), "no further lane");
+                            let asked = error.retry_after().unwrap_or_default();
+                            wait = backoff.next(random::number()).max(asked);
+                        }
+                    }
+                    dial = Box::pin(self.join_session(peer, &session, wait));
+                }
+                Ok(()) = document.changed() => self.announce(peer),
+                Ok(()) = access.changed() => {
+                    let carrier = self.access.load().carrier(&peer.relay);
+                    if held.fresh(&carrier) < held.lanes.len() {
+                        tracing::info!(
+                            relay = peer.name,
+                            "the relay is dialled in another way: its lanes are, one after the other"
+                        );
+                        // A wait was for what was before.
+                        backoff.reset();
+                        wait = jitter(LANE_STAGGER, random::number());
+                        dial = Box::pin(self.join_session(peer, &session, wait));
+                    }
+                }
+                () = tokio::time::sleep(LEAVING_LOOK), if held.is_any_leaving() => held.close(),
+            }
+        }
+        peer.session_ended();
+        self.count_refusals();
+        self.answers.send_replace(());
+    }
+
+    fn start_lane(
+        self: &Arc<Self>,
+        peer: &Arc<Peer>,
+        session: &Arc<Session>,
+        mut lane: NewLane,
+        ended: mpsc::Sender<Arc<Link>>,
+    ) -> Option<Arc<Link>> {
+        let shard = &self.shards[lane.number as usize % self.shards.len()];
+        // The socket belongs to the runtime that dialled; the lane's thread may be another. One that is
+        // lost by it ends as soon as it is driven.
+        if let Err(error) = lane.transport.detach() {
+            tracing::warn!(relay = peer.name, %error, "a lane's connection is lost between threads");
+        }
+        let link =
+            Link::new(lane.number, shard.index, Lane::new(session.lane.clone(), Instant::now()));
+        if self.is_stopping() {
+            link.leave();
+        }
+        peer.with(|state| state.lanes.push(Arc::clone(&link)));
+        let sidecar = Arc::clone(self);
+        let (task_peer, session) = (Arc::clone(peer), Arc::clone(session));
+        let driven = Arc::clone(&link);
+        let task = async move {
+            let (peer, number) = (task_peer, driven.number);
+            let _up = sidecar.metrics.lane_up("sidecar");
+            let end = sidecar.drive_lane(&peer, &session, lane, Arc::clone(&driven)).await;
+            let is_ours = matches!(end, LaneEnd::Local);
+            if is_ours || sidecar.is_stopping() {
+                tracing::debug!(relay = peer.name, lane = number, "lane closed");
+            } else {
+                sidecar.metrics.lane_lost("sidecar");
+                tracing::warn!(relay = peer.name, lane = number, error = chain(&end), "lane lost");
+            }
+            // An error means that the session's task is gone, and with it whoever would care.
+            let _ = ended.send(driven).await;
+        };
+        if shard.spawn(task) {
+            return Some(link);
+        }
+        peer.with(|state| state.lanes.retain(|other| !Arc::ptr_eq(other, &link)));
+        None
+    }
+
+    async fn drive_lane(
+        self: &Arc<Self>,
+        peer: &Arc<Peer>,
+        session: &Arc<Session>,
+        lane: NewLane,
+        link: Arc<Link>,
+    ) -> LaneEnd {
+        let mut transport = lane.transport;
+        if let Err(error) = transport.attach() {
+            return LaneEnd::Io(error);
+        }
+        tracing::info!(relay = peer.name, lane = lane.number, "lane up");
+        let lost = Reset::new(failure::TUNNEL_LOST);
+        let mut texts = Texts::default();
+        drive(link, transport, lane.input, lost, |link: &Arc<Link>, event| {
+            self.handle_event(peer, session, link, event, &mut texts);
+        })
+        .await
+    }
+}
+
+/// A lane that was let in, not driven yet.
+struct NewLane {
+    transport: Transport,
+    carrier: Arc<Carrier>,
+    input: BytesMut,
+    number: u32,
+}
+
+/// The lanes of a session.
+#[derive(Default)]
+struct Held {
+    lanes: Vec<HeldLane>,
+}
+
+struct HeldLane {
+    link: Arc<Link>,
+    /// What it was dialled by.
+    carrier: Arc<Carrier>,
+    /// Since when it is on its way out.
+    leaving: Option<Instant>,
+}
+
+impl HeldLane {
+    fn is_stale(&self, carrier: &Arc<Carrier>) -> bool {
+        self.leaving.is_none() && !Arc::ptr_eq(&self.carrier, carrier)
+    }
+}
+
+impl Held {
+    fn add(&mut self, carrier: Arc<Carrier>, link: Option<Arc<Link>>) {
+        self.lanes.extend(link.map(|link| HeldLane { link, carrier, leaving: None }));
+    }
+
+    /// Lanes that were dialled as they are to be.
+    fn fresh(&self, carrier: &Arc<Carrier>) -> usize {
+        let is_fresh = |lane: &&HeldLane| lane.leaving.is_none() && !lane.is_stale(carrier);
+        self.lanes.iter().filter(is_fresh).count()
+    }
+
+    /// Lets lanes go that were dialled otherwise, as far as others have taken their place, or where
+    /// there is no room for others beside them.
+    fn retire(&mut self, carrier: &Arc<Carrier>, wanted: usize, lanes_max: usize) {
+        let fresh = self.fresh(carrier);
+        let stale = self.lanes.iter().filter(|lane| lane.is_stale(carrier)).count();
+        let is_full = self.lanes.len() >= lanes_max && !self.is_any_leaving() && fresh < wanted;
+        let count = (fresh + stale).saturating_sub(wanted).max(usize::from(is_full)).min(stale);
+        let leaving = self.lanes.iter_mut().filter(|lane| lane.is_stale(carrier)).take(count);
+        for lane in leaving {
+            lane.link.go_away(failure::DRAINING, "the lane is dialled anew");
+            lane.leaving = Some(Instant::now());
+        }
+    }
+
+    fn is_any_leaving(&self) -> bool {
+        self.lanes.iter().any(|lane| lane.leaving.is_some())
+    }
+
+    /// Ends lanes that are on their way out and have no exchange any more.
+    fn close(&self) {
+        let has_gone = |lane: &&HeldLane| {
+            lane.leaving.is_some_and(|since| since.elapsed() >= LEAVING_GRACE)
+                && lane.link.with(|lane| lane.stats().exchanges) == 0
+        };
+        for lane in self.lanes.iter().filter(has_gone) {
+            lane.link.close();
+        }
+    }
+}

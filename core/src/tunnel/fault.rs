@@ -1,0 +1,117 @@
+//! What became of TLS with a relay, in words that say what to do.
+
+use std::fmt::Write as _;
+use std::io;
+use std::time::{Duration, UNIX_EPOCH};
+
+use rustls::pki_types::UnixTime;
+use rustls::{AlertDescription, CertificateError, Error, InvalidMessage};
+
+use crate::error::visible;
+
+/// Most names of a certificate that are told.
+const NAMES_TOLD_MAX: usize = 8;
+
+/// Returns rustls's error inside of an I/O error.
+#[must_use]
+pub fn of(error: &io::Error) -> Option<&Error> {
+    error.get_ref()?.downcast_ref()
+}
+
+/// Returns what an error of TLS means at the dialling end, and what to do.
+#[must_use]
+pub fn text(error: &io::Error) -> String {
+    let Some(fault) = of(error) else {
+        return match error.kind() {
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset => {
+                "it closed the connection in the TLS handshake".to_owned()
+            }
+            _ => format!("TLS failed: {error}"),
+        };
+    };
+    match fault {
+        Error::InvalidCertificate(fault) => certificate(fault),
+        Error::InvalidMessage(
+            InvalidMessage::InvalidContentType | InvalidMessage::UnknownProtocolVersion,
+        ) => "it answers without TLS: set relay.tunnel.tls there, or insecure: true here where \
+              nobody on the way can do harm"
+            .to_owned(),
+        Error::AlertReceived(alert) => self::alert(*alert),
+        Error::PeerIncompatible(fault) => {
+            format!("it speaks no TLS that is spoken here: {fault:?}")
+        }
+        fault => format!("TLS failed: {fault}"),
+    }
+}
+
+fn certificate(fault: &CertificateError) -> String {
+    match fault {
+        CertificateError::UnknownIssuer => {
+            "its certificate is signed by nobody who is trusted here: name its authority by tls.ca"
+                .to_owned()
+        }
+        CertificateError::NotValidForNameContext { expected, presented } => {
+            let mut names = String::new();
+            for name in presented.iter().take(NAMES_TOLD_MAX) {
+                let separator = if names.is_empty() { "" } else { ", " };
+                // Writing to a string does not fail.
+                let _ = write!(names, "{separator}{}", bare(name));
+            }
+            if names.is_empty() {
+                names += "no name at all";
+            }
+            let names = visible(&names);
+            let expected = expected.to_str();
+            format!(
+                "its certificate is for {names}, not for {expected}: set tls.server_name to a name \
+                 that it is for"
+            )
+        }
+        CertificateError::NotValidForName => {
+            "its certificate is for other names: set tls.server_name to one that it is for"
+                .to_owned()
+        }
+        CertificateError::ExpiredContext { not_after, .. } => {
+            format!("its certificate ended at {}", date(*not_after))
+        }
+        CertificateError::Expired => "its certificate has ended".to_owned(),
+        CertificateError::NotValidYetContext { not_before, .. } => {
+            format!("its certificate begins at {} only", date(*not_before))
+        }
+        CertificateError::NotValidYet => "its certificate is not valid yet".to_owned(),
+        fault => format!("its certificate does not hold: {fault}"),
+    }
+}
+
+fn alert(alert: AlertDescription) -> String {
+    match alert {
+        AlertDescription::CertificateRequired => {
+            "it wants a certificate of this sidecar: set tls.certificate".to_owned()
+        }
+        AlertDescription::UnknownCA
+        | AlertDescription::BadCertificate
+        | AlertDescription::CertificateExpired
+        | AlertDescription::CertificateRevoked
+        | AlertDescription::CertificateUnknown
+        | AlertDescription::UnsupportedCertificate
+        | AlertDescription::DecryptError => {
+            format!("it refuses the certificate that is set as tls.certificate ({alert:?})")
+        }
+        AlertDescription::NoApplicationProtocol => {
+            "it does not speak sidelane/1 there: that is no tunnel's port".to_owned()
+        }
+        AlertDescription::AccessDenied => {
+            "it turns this address away: too many handshakes, or too many that failed".to_owned()
+        }
+        alert => format!("it ended TLS with the alert {alert:?}"),
+    }
+}
+
+/// `relay.internal` of rustls's `DnsName("relay.internal")`.
+fn bare(name: &str) -> &str {
+    name.split_once("(\"").and_then(|(_, rest)| rest.strip_suffix("\")")).unwrap_or(name)
+}
+
+fn date(time: UnixTime) -> String {
+    httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(time.as_secs()))
+}

@@ -1,0 +1,301 @@
+//! Who may begin a handshake: bounds on how many come in a second, and on how many of one address
+//! fail in a minute.
+//!
+//! Knows addresses and times; knows nothing of what is said. What it remembers of strangers is
+//! bounded, however many there are.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// When a dialler that came too soon is asked to come back: the gate's count begins anew by then.
+const RETRY_AFTER_RATE: Duration = Duration::from_secs(1);
+
+/// How long failures of an address count, from the first of them.
+const FAILURES_KEPT: Duration = Duration::from_secs(60);
+
+/// Most addresses whose failures are remembered; the one that began first makes room.
+const FAILING_MAX: usize = 4096;
+
+/// Of an IPv6 address: what one customer is given at least, and moves about in at will.
+const IPV6_BITS: u32 = 64;
+
+/// What handshakes are bounded by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// From a dialler's connection to its whole hello, and for our answer to be taken.
+    pub timeout: Duration,
+    /// For TLS before that.
+    pub tls_timeout: Duration,
+    /// Handshakes begun in one second, over all addresses.
+    pub per_second: u32,
+    /// The same for one address.
+    pub per_second_and_address: u32,
+    /// Handshakes of one address that may fail in a minute.
+    pub failures_per_minute_and_address: u32,
+}
+
+/// Why one is not let in, before anything is known of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TurnedAway {
+    /// Too many come at once.
+    Rate,
+    /// Too many of its address have failed.
+    Failures {
+        /// When they are forgotten.
+        retry_after: Duration,
+        /// It is the first that is turned away for them.
+        is_first: bool,
+    },
+}
+
+impl TurnedAway {
+    /// The reason as a metric's label.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Rate => "rate",
+            Self::Failures { .. } => "failures",
+        }
+    }
+
+    /// What the dialler is told.
+    #[must_use]
+    pub const fn detail(self) -> &'static str {
+        match self {
+            Self::Rate => "too many sidecars dial at once",
+            Self::Failures { .. } => "too many handshakes from this address have failed",
+        }
+    }
+
+    /// When it may come back.
+    #[must_use]
+    pub const fn retry_after(self) -> Duration {
+        match self {
+            Self::Rate => RETRY_AFTER_RATE,
+            Self::Failures { retry_after, .. } => retry_after,
+        }
+    }
+}
+
+/// Lets handshakes begin.
+#[derive(Debug, Default)]
+pub struct Gate {
+    window: Mutex<Window>,
+    failing: Mutex<Failing>,
+}
+
+#[derive(Debug, Default)]
+struct Window {
+    began: Option<Instant>,
+    total: u32,
+    /// Invariant: as many entries as handshakes in this second at most, emptied each second.
+    by_address: HashMap<IpAddr, u32>,
+}
+
+/// Addresses whose handshakes fail.
+#[derive(Debug, Default)]
+struct Failing {
+    /// Invariant: at most [`FAILING_MAX`], each in `order` once.
+    by_address: HashMap<IpAddr, Failures>,
+    /// The oldest first.
+    order: VecDeque<IpAddr>,
+}
+
+#[derive(Debug)]
+struct Failures {
+    began: Instant,
+    count: u32,
+    is_told: bool,
+}
+
+impl Failing {
+    /// Forgets what has its time.
+    fn expire(&mut self, now: Instant) {
+        while let Some(oldest) = self.order.front() {
+            let is_over = self
+                .by_address
+                .get(oldest)
+                .is_none_or(|failures| now.duration_since(failures.began) >= FAILURES_KEPT);
+            if !is_over {
+                return;
+            }
+            self.drop_oldest();
+        }
+    }
+
+    fn drop_oldest(&mut self) {
+        if let Some(oldest) = self.order.pop_front() {
+            self.by_address.remove(&oldest);
+        }
+    }
+}
+
+impl Gate {
+    /// Lets one more begin.
+    ///
+    /// # Errors
+    /// Why not. What is refused for its failures counts for nobody else's rate.
+    pub fn enter(&self, bounds: &Bounds, address: IpAddr, now: Instant) -> Result<(), TurnedAway> {
+        self.check_failures(bounds, address, now)?;
+        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_over = window.began.is_none_or(|began| now - began >= Duration::from_secs(1));
+        if is_over {
+            *window = Window { began: Some(now), ..Window::default() };
+        }
+        if window.total >= bounds.per_second {
+            return Err(TurnedAway::Rate);
+        }
+        let of_address = window.by_address.entry(group(address)).or_default();
+        if *of_address >= bounds.per_second_and_address {
+            return Err(TurnedAway::Rate);
+        }
+        *of_address += 1;
+        window.total += 1;
+        Ok(())
+    }
+
+    /// Whether an address has failed too often to be listened to.
+    ///
+    /// # Errors
+    /// It has.
+    pub fn check_failures(
+        &self,
+        bounds: &Bounds,
+        address: IpAddr,
+        now: Instant,
+    ) -> Result<(), TurnedAway> {
+        let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
+        failing.expire(now);
+        let Some(failures) = failing.by_address.get_mut(&group(address)) else { return Ok(()) };
+        if failures.count < bounds.failures_per_minute_and_address {
+            return Ok(());
+        }
+        let is_first = !std::mem::replace(&mut failures.is_told, true);
+        let retry_after = FAILURES_KEPT.saturating_sub(now.duration_since(failures.began));
+        Err(TurnedAway::Failures { retry_after, is_first })
+    }
+
+    /// A handshake of this address has failed by what was, or was not, said in it.
+    pub fn failed(&self, address: IpAddr, now: Instant) {
+        let address = group(address);
+        let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
+        failing.expire(now);
+        if let Some(failures) = failing.by_address.get_mut(&address) {
+            failures.count = failures.count.saturating_add(1);
+            return;
+        }
+        if failing.order.len() >= FAILING_MAX {
+            failing.drop_oldest();
+        }
+        failing.order.push_back(address);
+        failing.by_address.insert(address, Failures { began: now, count: 1, is_told: false });
+    }
+}
+
+/// What counts as one address.
+fn group(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => {
+            let mask = u128::MAX << (128 - IPV6_BITS);
+            Ipv6Addr::from_bits(address.to_bits() & mask).into()
+        }
+        address @ IpAddr::V4(_) => address,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use super::*;
+
+    const BOUNDS: Bounds = Bounds {
+        timeout: Duration::ZERO,
+        tls_timeout: Duration::ZERO,
+        per_second: 7,
+        per_second_and_address: 3,
+        failures_per_minute_and_address: 2,
+    };
+
+    fn address(last: u8) -> IpAddr {
+        Ipv4Addr::new(192, 0, 2, last).into()
+    }
+
+    fn text(text: &str) -> IpAddr {
+        text.parse().expect("an address")
+    }
+
+    #[test]
+    fn one_address_cannot_take_all_handshakes() {
+        let gate = Gate::default();
+        let now = Instant::now();
+        let entered = (0..100).filter(|_| gate.enter(&BOUNDS, address(1), now).is_ok()).count();
+        assert_eq!(entered, 3);
+        assert_eq!(gate.enter(&BOUNDS, address(2), now), Ok(()));
+    }
+
+    #[test]
+    fn the_total_is_bounded_and_comes_back_after_a_second() {
+        let gate = Gate::default();
+        let now = Instant::now();
+        let all = (0..=255).cycle().take(2000);
+        let entered = all.filter(|n| gate.enter(&BOUNDS, address(*n), now).is_ok()).count();
+        assert_eq!(entered, 7);
+        assert_eq!(gate.enter(&BOUNDS, address(1), now + Duration::from_secs(1)), Ok(()));
+    }
+
+    #[test]
+    fn an_address_that_fails_is_turned_away_until_its_failures_are_forgotten() {
+        let gate = Gate::default();
+        let began = Instant::now();
+        for _ in 0..2 {
+            assert_eq!(gate.enter(&BOUNDS, address(1), began), Ok(()));
+            gate.failed(address(1), began);
+        }
+        let later = began + Duration::from_secs(20);
+        let away =
+            |is_first| TurnedAway::Failures { retry_after: Duration::from_secs(40), is_first };
+        assert_eq!(gate.enter(&BOUNDS, address(1), later), Err(away(true)));
+        assert_eq!(gate.enter(&BOUNDS, address(1), later), Err(away(false)), "told once");
+        assert_eq!(gate.enter(&BOUNDS, address(2), later), Ok(()), "nobody else is");
+        let over = began + FAILURES_KEPT;
+        assert_eq!(gate.enter(&BOUNDS, address(1), over), Ok(()));
+        assert!(gate.failing.lock().expect("not poisoned").by_address.is_empty());
+    }
+
+    #[test]
+    fn whoever_moves_about_in_a_network_of_its_own_is_one_address() {
+        let gate = Gate::default();
+        let now = Instant::now();
+        for host in ["2001:db8::1", "2001:db8::2"] {
+            gate.failed(text(host), now);
+        }
+        gate.enter(&BOUNDS, text("2001:db8::ffff:3"), now).expect_err("the same /64");
+        assert_eq!(gate.enter(&BOUNDS, text("2001:db8:0:1::1"), now), Ok(()));
+        for host in ["192.0.2.1", "::ffff:192.0.2.1"] {
+            gate.failed(text(host), now);
+        }
+        gate.enter(&BOUNDS, address(1), now).expect_err("one address in two forms");
+    }
+
+    #[test]
+    fn what_is_remembered_of_strangers_is_bounded() {
+        let gate = Gate::default();
+        let began = Instant::now();
+        let many = u32::try_from(3 * FAILING_MAX).expect("few");
+        for n in 0..many {
+            let now = began + Duration::from_micros(n.into());
+            gate.failed(Ipv4Addr::from_bits(n).into(), now);
+            gate.failed(Ipv4Addr::from_bits(n).into(), now);
+        }
+        let failing = gate.failing.lock().expect("not poisoned");
+        assert_eq!((failing.by_address.len(), failing.order.len()), (FAILING_MAX, FAILING_MAX));
+        drop(failing);
+        let now = began + Duration::from_secs(1);
+        assert_eq!(gate.enter(&BOUNDS, Ipv4Addr::from_bits(0).into(), now), Ok(()), "made room");
+        let last = Ipv4Addr::from_bits(many - 1).into();
+        gate.enter(&BOUNDS, last, now).expect_err("the newest are kept");
+    }
+}

@@ -1,0 +1,375 @@
+//! What a lane runs on: a TCP connection, plain or by TLS, that can go from one thread to another.
+//!
+//! A socket belongs to the runtime that registered it, and a handshake is done on another thread than
+//! the lane's. So the socket inside a TLS stream can be taken off one runtime and put on another
+//! ([`Movable`]); what TLS has read and not given out yet, and what it has still to write, goes along.
+
+use std::cell::RefCell;
+use std::io::{self, IoSlice};
+use std::mem;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf as _, BytesMut};
+use rustls::CommonState;
+use rustls::pki_types::CertificateDer;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_rustls::{client, server};
+
+use crate::tls::TUNNEL_ALPN;
+
+/// What rustls may hold of one direction: a batch of the lane's (`drive`), so that it is taken and
+/// encrypted as a whole and leaves in one system call. More is not taken before this is written,
+/// which is the lane's backpressure.
+pub const TLS_BUFFER_BYTES: usize = super::drive::WRITE_BYTES;
+
+/// Bytes read from a TLS connection's socket at once. rustls asks for 4 KiB at a time; a system call
+/// for each would cost more than what is done with them.
+const READ_AHEAD_BYTES: usize = 64 * 1024;
+
+thread_local! {
+    /// The read buffer of this thread's idle connections, which hold none.
+    static SPARE: RefCell<Option<BytesMut>> = const { RefCell::new(None) };
+}
+
+/// A stream whose socket can go from one runtime to another.
+pub trait Movable: AsyncRead + AsyncWrite + Unpin + Send {
+    /// Takes the socket off its runtime. Nothing can be read or written until it is attached.
+    ///
+    /// # Errors
+    /// The system's; the connection is lost then.
+    fn detach(&mut self) -> io::Result<()>;
+
+    /// Puts the socket on the current runtime.
+    ///
+    /// # Errors
+    /// The system's; the connection is lost then.
+    fn attach(&mut self) -> io::Result<()>;
+
+    /// The socket, where it is attached.
+    fn tcp(&self) -> Option<&TcpStream>;
+}
+
+/// A socket, and what was read of it and not given out yet.
+#[derive(Debug)]
+pub struct Socket {
+    state: State,
+    ahead: BytesMut,
+    reads_ahead: bool,
+}
+
+#[derive(Debug)]
+enum State {
+    Attached(TcpStream),
+    Detached(std::net::TcpStream),
+    Lost,
+}
+
+impl Socket {
+    /// Returns the socket, of which nothing was read yet.
+    #[must_use]
+    pub fn new(stream: TcpStream) -> Self {
+        Self::with_ahead(stream, BytesMut::new())
+    }
+
+    /// Returns the socket with what was read of it before.
+    #[must_use]
+    pub fn with_ahead(stream: TcpStream, ahead: BytesMut) -> Self {
+        Self { state: State::Attached(stream), ahead, reads_ahead: false }
+    }
+
+    /// Reads in large pieces from here on, whatever is asked for: for TLS, which asks for small ones.
+    #[must_use]
+    pub fn reading_ahead(self) -> Self {
+        Self { reads_ahead: true, ..self }
+    }
+
+    /// Waits for the first `count` bytes without taking them. Fewer: the connection ended.
+    ///
+    /// # Errors
+    /// The connection's. The time is the caller's to bound.
+    pub async fn peek(&mut self, count: usize) -> io::Result<&[u8]> {
+        while self.ahead.len() < count {
+            let mut ahead = mem::take(&mut self.ahead);
+            ahead.reserve(count);
+            let read = self.attached()?.read_buf(&mut ahead).await;
+            self.ahead = ahead;
+            if read? == 0 {
+                break;
+            }
+        }
+        Ok(&self.ahead[..count.min(self.ahead.len())])
+    }
+
+    fn attached(&mut self) -> io::Result<&mut TcpStream> {
+        match &mut self.state {
+            State::Attached(stream) => Ok(stream),
+            State::Detached(_) | State::Lost => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    /// Fills `ahead`, which is empty, with one read.
+    fn poll_fill(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let mut ahead = SPARE.with_borrow_mut(Option::take).unwrap_or_default();
+        ahead.reserve(READ_AHEAD_BYTES);
+        let read = {
+            let mut read = std::pin::pin!(self.attached()?.read_buf(&mut ahead));
+            read.as_mut().poll(cx)
+        };
+        self.ahead = ahead;
+        self.return_spare();
+        Poll::Ready(ready!(read).map(drop))
+    }
+
+    /// What holds nothing lends its buffer to the next connection of the thread.
+    fn return_spare(&mut self) {
+        if self.ahead.is_empty() && self.ahead.capacity() > 0 {
+            let mut buffer = mem::take(&mut self.ahead);
+            // From the front again. A smaller one than is read into is of no use.
+            if buffer.try_reclaim(READ_AHEAD_BYTES) {
+                SPARE.with_borrow_mut(|spare| *spare = Some(buffer));
+            }
+        }
+    }
+}
+
+impl Movable for Socket {
+    fn detach(&mut self) -> io::Result<()> {
+        self.state = match mem::replace(&mut self.state, State::Lost) {
+            State::Attached(stream) => State::Detached(stream.into_std()?),
+            other => other,
+        };
+        Ok(())
+    }
+
+    fn attach(&mut self) -> io::Result<()> {
+        self.state = match mem::replace(&mut self.state, State::Lost) {
+            State::Detached(stream) => State::Attached(TcpStream::from_std(stream)?),
+            other => other,
+        };
+        Ok(())
+    }
+
+    fn tcp(&self) -> Option<&TcpStream> {
+        match &self.state {
+            State::Attached(stream) => Some(stream),
+            State::Detached(_) | State::Lost => None,
+        }
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.ahead.is_empty() {
+            if !self.reads_ahead || buf.remaining() >= READ_AHEAD_BYTES {
+                return Pin::new(self.attached()?).poll_read(cx, buf);
+            }
+            ready!(self.poll_fill(cx))?;
+        }
+        let length = self.ahead.len().min(buf.remaining());
+        buf.put_slice(&self.ahead[..length]);
+        self.ahead.advance(length);
+        self.return_spare();
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(self.attached()?).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(self.attached()?).poll_write_vectored(cx, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(self.attached()?).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(self.attached()?).poll_shutdown(cx)
+    }
+}
+
+macro_rules! movable {
+    ($stream:ty) => {
+        impl<S: Movable> Movable for $stream {
+            fn detach(&mut self) -> io::Result<()> {
+                self.get_mut().0.detach()
+            }
+
+            fn attach(&mut self) -> io::Result<()> {
+                self.get_mut().0.attach()
+            }
+
+            fn tcp(&self) -> Option<&TcpStream> {
+                self.get_ref().0.tcp()
+            }
+        }
+    };
+}
+
+movable!(client::TlsStream<S>);
+movable!(server::TlsStream<S>);
+
+/// A lane's connection.
+pub struct Transport {
+    io: Io,
+    /// Of the other end, verified in the handshake.
+    chain: Vec<CertificateDer<'static>>,
+    speaks_tunnel: bool,
+}
+
+enum Io {
+    Plain(Socket),
+    Tls(Box<dyn Movable>),
+}
+
+impl std::fmt::Debug for Transport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Transport").field("is_tls", &self.is_tls()).finish_non_exhaustive()
+    }
+}
+
+impl Transport {
+    /// Returns a plain connection.
+    #[must_use]
+    pub fn plain(socket: Socket) -> Self {
+        Self { io: Io::Plain(socket), chain: Vec::new(), speaks_tunnel: true }
+    }
+
+    /// Returns the dialler's end of a TLS connection whose handshake is done.
+    #[must_use]
+    pub fn client<S: Movable + 'static>(mut stream: client::TlsStream<S>) -> Self {
+        let session = stream.get_mut().1;
+        session.set_buffer_limit(Some(TLS_BUFFER_BYTES));
+        let (chain, speaks_tunnel) = facts(session);
+        Self { io: Io::Tls(Box::new(stream)), chain, speaks_tunnel }
+    }
+
+    /// Returns the acceptor's end of a TLS connection whose handshake is done.
+    #[must_use]
+    pub fn server<S: Movable + 'static>(mut stream: server::TlsStream<S>) -> Self {
+        let session = stream.get_mut().1;
+        session.set_buffer_limit(Some(TLS_BUFFER_BYTES));
+        let (chain, speaks_tunnel) = facts(session);
+        Self { io: Io::Tls(Box::new(stream)), chain, speaks_tunnel }
+    }
+
+    /// Whether nobody on the way reads it.
+    #[must_use]
+    pub const fn is_tls(&self) -> bool {
+        matches!(self.io, Io::Tls(_))
+    }
+
+    /// Whether the tunnel's protocol was agreed on (ALPN); of a plain connection it is supposed.
+    #[must_use]
+    pub const fn speaks_tunnel(&self) -> bool {
+        self.speaks_tunnel
+    }
+
+    /// The other end's certificates, its own first; empty: it has shown none.
+    #[must_use]
+    pub fn peer_chain(&self) -> &[CertificateDer<'static>] {
+        &self.chain
+    }
+
+    /// Forgets the other end's certificates: a lane has no use for them.
+    pub fn forget_peer_chain(&mut self) {
+        self.chain = Vec::new();
+    }
+
+    const fn io(&self) -> &dyn Movable {
+        match &self.io {
+            Io::Plain(socket) => socket,
+            Io::Tls(stream) => &**stream,
+        }
+    }
+
+    fn io_mut(&mut self) -> Pin<&mut dyn Movable> {
+        Pin::new(match &mut self.io {
+            Io::Plain(socket) => socket,
+            Io::Tls(stream) => &mut **stream,
+        })
+    }
+}
+
+fn facts(session: &CommonState) -> (Vec<CertificateDer<'static>>, bool) {
+    let chain = session.peer_certificates().unwrap_or_default().to_vec();
+    (chain, session.alpn_protocol() == Some(TUNNEL_ALPN))
+}
+
+impl Movable for Transport {
+    fn detach(&mut self) -> io::Result<()> {
+        self.io_mut().detach()
+    }
+
+    fn attach(&mut self) -> io::Result<()> {
+        self.io_mut().attach()
+    }
+
+    fn tcp(&self) -> Option<&TcpStream> {
+        self.io().tcp()
+    }
+}
+
+impl AsyncRead for Transport {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.io_mut().poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Transport {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.io_mut().poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.io_mut().poll_write_vectored(cx, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.io_mut().poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.io_mut().poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests;
