@@ -31,6 +31,7 @@ mod several_files;
 mod shutdown;
 mod start;
 mod streaming;
+mod tls_service;
 mod two_processes;
 mod websocket;
 mod websocket_ends;
