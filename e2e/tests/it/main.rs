@@ -1,5 +1,6 @@
 //! The program as its users meet it, one module per behaviour.
 
+mod acme;
 mod bounds;
 mod browser;
 mod commands;
