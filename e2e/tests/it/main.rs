@@ -29,6 +29,7 @@ mod several_files;
 mod shutdown;
 mod start;
 mod streaming;
+mod tls_tunnel;
 mod two_processes;
 mod websocket;
 mod websocket_ends;
