@@ -155,6 +155,10 @@ impl Process {
             if changes.is_routing() || are_plugins_other {
                 relay.configure(config);
             }
+            // Before listeners, too: a new one finds the certificates that are kept.
+            if let Some(acme) = &self.acme {
+                acme.set(section);
+            }
             if let Some(prepared) = opened.listeners {
                 relay.listen(prepared);
             }

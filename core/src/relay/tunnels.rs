@@ -19,11 +19,11 @@ use super::Relay;
 use super::door::{self, Place, Way};
 use super::tls::{Bounds, Over, Permit};
 use crate::credentials::Presented;
-use crate::error::{chain, visible};
+use crate::error::chain;
 use crate::plugin::lend::Reset;
 use crate::tunnel::accept::{self, HelloError};
 use crate::tunnel::gate::TurnedAway;
-use crate::tunnel::session::{Admitted, Session, SessionId};
+use crate::tunnel::session::{Admitted, Session, SessionId, shown_name};
 use crate::tunnel::transport::{Movable as _, Socket, Transport};
 use crate::tunnel::{Link, dial, drive};
 
@@ -345,7 +345,7 @@ async fn shake_hands(
         Ok(admitted) => admitted,
         Err(refuse) => {
             relay.metrics.handshake_refused(refuse.reason().as_str_name());
-            let name = &*visible(&hello.name);
+            let name = &*shown_name(&hello.name);
             if refuse.reason() == proto::RefuseReason::Credential {
                 relay.door.failed(peer);
             }
@@ -415,6 +415,7 @@ async fn run_lane(
         old.close();
     }
     tracing::info!(sidecar = &*session.name, peer = %session.peer, lane = link.number, tls = transport.is_tls(), "lane up");
+    relay.confirm(&session);
     relay.notice();
     let lost = Reset::new(failure::TUNNEL_LOST);
     let end = match transport.attach() {
@@ -450,6 +451,7 @@ fn handle_event(relay: &Arc<Relay>, session: &Arc<Session>, link: &Arc<Link>, ev
         }
         // Exchanges opened by a sidecar are reserved.
         Event::Opened { key, .. } => link.refuse(key, Reset::new(failure::UNSUPPORTED)),
-        Event::Announced(_) | Event::Authenticate(_) | Event::Rtt(_) => {}
+        Event::Authenticate(presented) => relay.renew(session, presented.credential),
+        Event::Announced(_) | Event::Rtt(_) => {}
     }
 }
