@@ -33,6 +33,7 @@ mod shutdown;
 mod start;
 mod streaming;
 mod tls_service;
+mod tls_tunnel;
 mod two_processes;
 mod websocket;
 mod websocket_ends;
