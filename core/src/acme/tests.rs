@@ -149,7 +149,7 @@ async fn answer(mut stream: TcpStream, issued: Option<Arc<Issued>>) -> std::io::
     let path = head.split(' ').nth(1).unwrap_or_default();
     let token = path.strip_prefix("/.well-known/acme-challenge/").unwrap_or_default();
     let answer = issued.and_then(|issued| issued.answers.load().get(token).cloned());
-    let (status, body) = answer.map_or((404, "".into()), |answer| (200, answer));
+    let (status, body) = answer.map_or_else(|| (404, "".into()), |answer| (200, answer));
     let length = body.len();
     let text = format!(
         "HTTP/1.1 {status} X\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
