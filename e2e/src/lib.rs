@@ -5,6 +5,7 @@
 //! nothing of core's code; what it knows is the command line, the YAML and the wire.
 #![allow(clippy::print_stderr, reason = "a failing test shows the program's log")]
 
+pub mod authority;
 pub mod browser;
 pub mod client;
 pub mod load;
@@ -14,6 +15,7 @@ pub mod peer;
 pub mod process;
 pub mod service;
 pub mod stage;
+pub mod tls;
 pub mod tools;
 pub mod wait;
 pub mod websocket;

@@ -29,6 +29,8 @@ mod several_files;
 mod shutdown;
 mod start;
 mod streaming;
+mod tls_entry;
+mod tls_requests;
 mod two_processes;
 mod websocket;
 mod websocket_ends;
