@@ -5,6 +5,7 @@
 //! nothing of core's code; what it knows is the command line, the YAML and the wire.
 #![allow(clippy::print_stderr, reason = "a failing test shows the program's log")]
 
+pub mod authority;
 pub mod browser;
 pub mod client;
 pub mod load;
@@ -13,6 +14,7 @@ pub mod pebble;
 pub mod peer;
 pub mod process;
 pub mod service;
+pub mod signer;
 pub mod stage;
 pub mod tools;
 pub mod wait;

@@ -239,6 +239,19 @@ impl Pattern {
         !suffix.is_empty() && (labels_fit(rest, suffix) || self.fits(suffix))
     }
 
+    /// Returns whether a URI fits: `*` stands for any characters of one of its segments.
+    #[must_use]
+    pub fn fits_uri(&self, uri: &str) -> bool {
+        let (mut patterns, mut segments) = (self.0.split('/'), uri.split('/'));
+        loop {
+            match (patterns.next(), segments.next()) {
+                (None, None) => return true,
+                (Some(pattern), Some(segment)) if glob(pattern.as_bytes(), segment.as_bytes()) => {}
+                _ => return false,
+            }
+        }
+    }
+
     /// Returns whether a text that has no labels fits: `*` stands for any characters.
     #[must_use]
     pub fn fits_text(&self, text: &str) -> bool {
@@ -307,6 +320,16 @@ mod tests {
         for (pattern, name, fits) in table {
             assert_eq!(Pattern::new(pattern).fits(name), *fits, "{pattern} {name}");
         }
+    }
+
+    #[test]
+    fn a_star_stays_within_a_segment_of_a_uri() {
+        let pattern = Pattern::new("spiffe://example.org/ns/shop/sa/*");
+        assert!(pattern.fits_uri("spiffe://example.org/ns/shop/sa/web"));
+        assert!(!pattern.fits_uri("spiffe://example.org/ns/shop/sa/web/admin"));
+        assert!(!pattern.fits_uri("spiffe://example.org/ns/bank/sa/web"));
+        let pattern = Pattern::new("spiffe://example.org/ns/*/sa/web");
+        assert!(!pattern.fits_uri("spiffe://example.org/ns/a/sa/b/sa/web"));
     }
 
     #[test]
