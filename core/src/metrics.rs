@@ -24,6 +24,7 @@ use crate::plugin::MetricSink;
 
 mod acme;
 mod cell;
+mod credentials;
 mod ended;
 mod plugins;
 mod process;
@@ -32,6 +33,7 @@ mod sidecar;
 mod tls;
 
 pub use acme::AcmeMetrics;
+pub use credentials::CredentialMetrics;
 pub use ended::Ended;
 
 use cell::Timing;
@@ -168,6 +170,8 @@ pub struct Metrics {
     panics: Family<PluginLabels, Gauge>,
     generations: Family<GenerationLabels, Gauge>,
     quarantined: Family<PluginLabels, Gauge>,
+    /// What is counted of sidecars' credentials.
+    pub credentials: CredentialMetrics,
     /// What the sidecar's end counts beside exchanges.
     pub sidecar: SidecarMetrics,
     /// What is counted of TLS.
@@ -227,6 +231,7 @@ impl Metrics {
             panics: Family::default(),
             generations: Family::default(),
             quarantined: Family::default(),
+            credentials: CredentialMetrics::default(),
             sidecar: SidecarMetrics::default(),
             tls: TlsMetrics::default(),
             acme: AcmeMetrics::default(),
@@ -341,6 +346,7 @@ impl Metrics {
             "1 where a plugin panicked too often and takes nothing",
             self.quarantined.clone(),
         );
+        self.credentials.register(r);
         self.sidecar.register(r);
         self.tls.register(r);
         self.acme.register(r);
@@ -362,6 +368,7 @@ impl Metrics {
         drop(self.lanes.get_or_create(&RoleLabel { role }));
         drop(self.lanes_lost.get_or_create(&RoleLabel { role }));
         if role == "relay" {
+            self.credentials.begin();
             for reason in HANDSHAKE_REASONS {
                 drop(self.handshakes_refused.get_or_create(&ReasonLabel { reason }));
             }

@@ -2,17 +2,15 @@
 //!
 //! Knows routes, sessions and documents; what a protocol says is the plugins' business.
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
-use sidelane_tunnel::proto;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use crate::config::{self, Match, Route};
+use crate::config;
 use crate::credentials::Authenticator;
 use crate::metrics::{Flows, Metrics};
 use crate::plugin::lend::{Meta, Text};
@@ -22,6 +20,7 @@ use crate::tls::Issued;
 use crate::tunnel::pressure;
 use crate::tunnel::session::{Session, Sessions};
 
+mod announce;
 mod bounds;
 mod document;
 mod door;
@@ -34,7 +33,9 @@ mod plain;
 mod policy;
 mod proxy_header;
 mod public;
+mod revoke;
 mod routing;
+mod sources;
 mod stream;
 mod summary;
 mod tls;
@@ -44,19 +45,16 @@ pub use listen::bind;
 pub use listeners::{BindError, Prepared, Settings as EntrySettings};
 
 use bounds::{credential_rules, millis, session_settings};
-use document::{Document, refused_options};
 use door::Door;
 use entry::HttpEntry;
 use listeners::Listeners;
 use routing::Routing;
+use sources::Sources;
 use tls::Handshakes;
 
 /// How long a name that a lost sidecar announced answers 503 (come back) before it answers 404
 /// (never heard of it). Longer than a rollout of a Deployment with its images to pull.
 const LOST_ROUTES_KEPT: Duration = Duration::from_secs(600);
-
-/// Documents of lost sidecars that are kept; the oldest makes room.
-const LOST_DOCUMENTS_MAX: usize = 1024;
 
 /// The relay's role of this process.
 pub struct Relay {
@@ -76,7 +74,7 @@ pub struct Relay {
     entry: OnceLock<Arc<HttpEntry>>,
     /// Where sidecars knock.
     door: Door,
-    authenticator: Authenticator,
+    authenticator: Arc<Authenticator>,
     /// What is obtained by ACME.
     issued: Arc<Issued>,
     /// Under way, on listeners of clients.
@@ -86,91 +84,14 @@ pub struct Relay {
     flows: Flows,
 }
 
-/// What the routing is made of. Whoever changes it makes the routing anew before letting go.
-struct Sources {
-    base_domains: Vec<Arc<str>>,
-    own: Vec<Arc<Route>>,
-    /// By epoch: the older document wins where two take the same.
-    documents: BTreeMap<u64, Document>,
-    /// Documents that are not in force because an older session holds what they take, by epoch.
-    /// They come into force when nobody does any more.
-    waiting: BTreeMap<u64, Document>,
-    /// Documents of sidecars that are gone, newest last, and since when.
-    lost: VecDeque<(Instant, Document)>,
-}
-
-impl Sources {
-    /// What older sessions hold of what `document` takes, one line each.
-    fn conflicts(&self, document: &Document) -> Vec<String> {
-        let others = self.documents.range(..document.session.epoch);
-        document.conflicts(others.map(|(_, other)| other))
-    }
-
-    /// Returns the routes of `document` that neither the file nor its sidecar's document before has.
-    fn fresh_routes(&self, document: &Document) -> Vec<Arc<Route>> {
-        let before = self.documents.get(&document.session.epoch);
-        let known: HashSet<&Match> = before
-            .iter()
-            .flat_map(|before| &before.routes)
-            .chain(&self.own)
-            .map(|route| &route.matches)
-            .collect();
-        document.routes.iter().filter(|route| !known.contains(&route.matches)).cloned().collect()
-    }
-
-    /// What is worth telling a sidecar of its document that is in force.
-    fn notes(&self, document: &Document) -> Vec<String> {
-        let others = self.documents.range(..document.session.epoch);
-        document.notes(&self.own, others.map(|(_, other)| other))
-    }
-
-    fn put_in_force(&mut self, mut document: Document) {
-        let session = Arc::clone(&document.session);
-        let of_its_last = || {
-            let lost = self.lost.iter().rev().find(|(_, lost)| lost.session.name == session.name);
-            lost.map(|(_, lost)| lost)
-        };
-        if let Some(before) = self.documents.get(&session.epoch).or_else(of_its_last) {
-            document.keep_routes_of(before);
-        }
-        // A sidecar that is back says anew what it serves.
-        self.lost.retain(|(_, lost)| lost.session.name != session.name);
-        self.waiting.remove(&session.epoch);
-        self.documents.insert(session.epoch, document);
-    }
-
-    /// Puts waiting documents in force, the oldest first, where nothing stands in their way any
-    /// more. Returns which.
-    fn take_waiting(&mut self) -> Vec<Accepted> {
-        let mut accepted = Vec::new();
-        for (epoch, document) in std::mem::take(&mut self.waiting) {
-            if self.conflicts(&document).is_empty() {
-                accepted.push(Accepted {
-                    session: Arc::clone(&document.session),
-                    version: document.version,
-                    notes: self.notes(&document),
-                });
-                self.put_in_force(document);
-            } else {
-                self.waiting.insert(epoch, document);
-            }
-        }
-        accepted
-    }
-}
-
-/// A document that waited and is in force.
-struct Accepted {
-    session: Arc<Session>,
-    version: u64,
-    notes: Vec<String>,
-}
-
 impl Relay {
     /// Returns the role; nobody is let in before [`Relay::start`].
     pub fn new(section: &config::Relay, plugins: Arc<Plugins>, metrics: Arc<Metrics>) -> Arc<Self> {
         let settings = session_settings(section, &plugins);
+        let rules = credential_rules(section);
+        let authenticator = Arc::new(Authenticator::new(rules, Arc::clone(&metrics)));
         let issued = Arc::default();
+        let door = Door::new(section, &issued, &metrics);
         Arc::new(Self {
             plugins,
             metrics,
@@ -179,17 +100,15 @@ impl Relay {
             sources: Mutex::new(Sources {
                 base_domains: section.base_domains.clone(),
                 own: Vec::new(),
-                documents: BTreeMap::new(),
-                waiting: BTreeMap::new(),
-                lost: VecDeque::new(),
+                ..Sources::default()
             }),
             stopping: watch::Sender::new(false),
             changes: watch::Sender::new(()),
             open_wait_ms: AtomicU64::new(millis(section.timeouts.open_wait)),
             listeners: Listeners::new(EntrySettings::of(section)),
             entry: OnceLock::new(),
-            door: Door::new(section, &issued),
-            authenticator: Authenticator::new(credential_rules(section)),
+            door,
+            authenticator,
             issued,
             tls_handshakes: Arc::default(),
             connections: AtomicUsize::new(0),
@@ -205,7 +124,10 @@ impl Relay {
         if let Some(section) = &config.relay {
             sources.base_domains.clone_from(&section.base_domains);
         }
+        // What a document claims, and what others have of that, depends on base domains.
+        let settled = sources.settle();
         self.reroute(&sources);
+        self.tell(sources, settled);
     }
 
     /// Takes a configuration's limits and timeouts: for new connections and sessions, and where a
@@ -214,8 +136,9 @@ impl Relay {
         self.listeners.set_settings(EntrySettings::of(section));
         self.listeners.set_tunnel(&section.tunnel, &self.issued);
         self.sessions.set(session_settings(section, &self.plugins));
-        self.door.set(section, &self.issued);
+        self.door.set(section, &self.issued, &self.metrics);
         self.authenticator.set(credential_rules(section));
+        self.recheck();
         self.open_wait_ms.store(millis(section.timeouts.open_wait), Ordering::Relaxed);
     }
 
@@ -242,6 +165,7 @@ impl Relay {
         tunnel: Option<std::net::TcpListener>,
     ) {
         self.listeners.set_threads(shards);
+        self.keep_credentials(&shards[0]);
         self.listen(listeners);
         let Some(tunnel) = tunnel else { return };
         let relay = Arc::clone(self);
@@ -331,22 +255,32 @@ impl Relay {
         let sources = self.lock_sources();
         let describe = |session: &Arc<Session>| {
             let document = sources.documents.get(&session.epoch);
-            let waiting = sources.waiting.get(&session.epoch).map(|document| {
-                serde_json::json!({
-                    "announcement": document.version,
-                    "reasons": sources.conflicts(document),
+            let held = |is_forbidden: bool| {
+                let held = sources.held.get(&session.epoch);
+                let held = held.filter(|held| held.is_forbidden == is_forbidden);
+                held.map(|held| {
+                    serde_json::json!({
+                        "announcement": held.document.version,
+                        "reasons": held.reasons,
+                    })
                 })
-            });
+            };
             let lanes = session.lanes();
+            let authenticated = session.authenticated();
+            let expires = authenticated.expires.map(httpdate::fmt_http_date);
             serde_json::json!({
                 "sidecar": &*session.name,
+                "principal": &*authenticated.grant.principal,
+                "credential": authenticated.proof.to_string(),
+                "expires": expires,
                 "peer": session.peer.to_string(),
                 "epoch": session.epoch,
                 "connected_for_seconds": session.since.elapsed().as_secs(),
                 "tunnels": document.map(|document| document.tunnel_names()),
                 "unavailable": document.map(|document| document.unavailable()),
                 "announcement": document.map(|document| document.version),
-                "waiting": waiting,
+                "waiting": held(false),
+                "forbidden": held(true),
                 "notes": document.map(|document| sources.notes(document)),
                 "lanes": lanes.iter().map(|link| link.describe()).collect::<Vec<_>>(),
             })
@@ -361,7 +295,9 @@ impl Relay {
     fn reroute(&self, sources: &Sources) {
         let routing = Routing::build(sources, &self.routing.load(), &self.metrics);
         self.routing.store(Arc::new(routing));
-        self.metrics.set_announcements_waiting(sources.waiting.len());
+        let (waiting, forbidden) = sources.held_counts();
+        self.metrics.set_announcements_waiting(waiting);
+        self.metrics.credentials.set_forbidden(forbidden);
         self.notice();
     }
 
@@ -382,110 +318,38 @@ impl Relay {
 
     fn session_begun(&self, session: &Arc<Session>) {
         self.metrics.set_sessions("relay", self.sessions.len());
-        tracing::info!(sidecar = &*session.name, peer = %session.peer, epoch = session.epoch, "session begun");
+        let authenticated = session.authenticated();
+        tracing::info!(
+            sidecar = &*session.name,
+            principal = &*authenticated.grant.principal,
+            credential = %authenticated.proof,
+            peer = %session.peer,
+            epoch = session.epoch,
+            "session begun"
+        );
     }
 
     fn session_ended(&self, session: &Arc<Session>) {
         self.metrics.set_sessions("relay", self.sessions.len());
         tracing::info!(sidecar = &*session.name, epoch = session.epoch, "session ended");
         let mut sources = self.lock_sources();
-        if sources.waiting.remove(&session.epoch).is_some() {
-            self.metrics.set_announcements_waiting(sources.waiting.len());
-        }
-        if let Some(document) = sources.documents.remove(&session.epoch) {
-            if sources.lost.len() >= LOST_DOCUMENTS_MAX {
-                sources.lost.pop_front();
-            }
-            sources.lost.push_back((Instant::now(), document));
-            let accepted = sources.take_waiting();
+        if sources.lose(session.epoch, Instant::now()) {
+            let settled = sources.settle();
             self.reroute(&sources);
-            let accepted = self.accepted(&sources, accepted);
-            drop(sources);
-            self.tell_accepted(accepted);
+            self.tell(sources, settled);
         }
     }
 
-    /// Tells sidecars whose documents waited that they are in force.
-    fn tell_accepted(&self, accepted: Vec<(Arc<Session>, proto::Announced)>) {
-        for (session, announced) in accepted {
-            self.metrics.announced(true);
-            tracing::info!(
-                sidecar = &*session.name,
-                version = announced.version,
-                "announcement accepted: what it takes is free now"
-            );
-            session.answer(announced);
-        }
-    }
-
-    /// Forgets the routes of sidecars that have been gone for long; called now and then.
+    /// Forgets the routes of sidecars that have been gone for long, and ends sessions whose credential has
+    /// expired; called every second.
     pub fn expire(&self, now: Instant) {
+        self.end_expired(SystemTime::now());
         let mut sources = self.lock_sources();
         let before = sources.lost.len();
         sources.lost.retain(|(since, _)| now.duration_since(*since) < LOST_ROUTES_KEPT);
         if sources.lost.len() != before {
             self.reroute(&sources);
         }
-    }
-
-    /// Takes a sidecar's document whole, or refuses it whole and keeps the one before.
-    fn announce(&self, session: &Arc<Session>, announce: &proto::Announce) -> proto::Announced {
-        let document = Document::parse(session, announce).and_then(|document| {
-            let refused = refused_options(&document.routes, |protocol_type, options| {
-                // A type that no plugin here serves is said to the client, not to the sidecar.
-                let served = self.plugins.find(protocol_type).is_some();
-                if served { self.plugins.validate_route(protocol_type, options) } else { Ok(()) }
-            });
-            if refused.is_empty() { Ok(document) } else { Err(refused) }
-        });
-        let mut sources = self.lock_sources();
-        let mut freed = Vec::new();
-        let mut notes = Vec::new();
-        let mut waiting = false;
-        let reasons = match document {
-            Ok(document) => {
-                let conflicts = sources.conflicts(&document);
-                if conflicts.is_empty() {
-                    let fresh = sources.fresh_routes(&document);
-                    public::tell(&fresh, &self.public(&sources));
-                    notes = sources.notes(&document);
-                    sources.put_in_force(document);
-                    freed = sources.take_waiting();
-                    self.reroute(&sources);
-                } else {
-                    waiting = true;
-                    sources.waiting.insert(session.epoch, document);
-                    self.metrics.set_announcements_waiting(sources.waiting.len());
-                }
-                conflicts
-            }
-            Err(reasons) => reasons,
-        };
-        let accepted = reasons.is_empty();
-        let freed = self.accepted(&sources, freed);
-        let addresses = if accepted { self.addresses(&sources, session.epoch) } else { Vec::new() };
-        drop(sources);
-        self.tell_accepted(freed);
-        self.metrics.announced(accepted);
-        if accepted {
-            tracing::info!(
-                sidecar = &*session.name,
-                version = announce.version,
-                tunnels = announce.tunnels.len(),
-                routes = announce.routes.len(),
-                notes = notes.join("; "),
-                "announcement accepted"
-            );
-        } else {
-            tracing::warn!(
-                sidecar = &*session.name,
-                version = announce.version,
-                reasons = reasons.join("; "),
-                "announcement refused"
-            );
-        }
-        let version = announce.version;
-        proto::Announced { version, accepted, reasons, notes, addresses, waiting }
     }
 
     /// What is known of an exchange before it is opened.

@@ -89,6 +89,19 @@ impl std::error::Error for Ambiguity {}
 impl RouteTable {
     /// Builds the table; `base_domains` are lower case.
     pub fn build(routes: &[Arc<Route>], base_domains: &[Arc<str>]) -> Result<Self, Ambiguity> {
+        match Self::build_in_order(routes, base_domains) {
+            (table, None) => Ok(table),
+            (_, Some(ambiguity)) => Err(ambiguity),
+        }
+    }
+
+    /// Builds the table. Where routes take the same exchanges the first has them, and the ambiguity says
+    /// which those are.
+    #[must_use]
+    pub fn build_in_order(
+        routes: &[Arc<Route>],
+        base_domains: &[Arc<str>],
+    ) -> (Self, Option<Ambiguity>) {
         let mut table = Self::default();
         let mut pairs: Vec<(Arc<Route>, Arc<Route>)> = Vec::new();
         let mut insert = |paths: &mut Paths, route: &Arc<Route>| {
@@ -129,7 +142,8 @@ impl RouteTable {
         table.routes = routes.to_vec();
         table.has_prefixes = routes.iter().any(|route| !route.matches.path_prefix.is_empty());
         table.longest_wildcard = table.wildcards.keys().map(|key| key.len()).max().unwrap_or(0);
-        if pairs.is_empty() { Ok(table) } else { Err(Ambiguity { pairs }) }
+        let ambiguity = (!pairs.is_empty()).then_some(Ambiguity { pairs });
+        (table, ambiguity)
     }
 }
 

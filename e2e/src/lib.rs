@@ -14,6 +14,7 @@ pub mod pebble;
 pub mod peer;
 pub mod process;
 pub mod service;
+pub mod signer;
 pub mod stage;
 pub mod tls;
 pub mod tools;

@@ -668,6 +668,19 @@ impl Lane {
         self.wake_driver();
     }
 
+    /// Ends every exchange with `reset`, and drops what was received of them. The lane goes on: what it
+    /// has to say for itself is sent.
+    pub fn end_exchanges(&mut self, reset: Reset) {
+        for index in self.exchanges.indices() {
+            let exchange = self.exchanges.at(index);
+            if exchange.closed.is_none() {
+                let queue = std::mem::take(&mut exchange.recv.queue);
+                self.receive_queued -= queue.iter().map(outbox::cost).sum::<usize>() as u64;
+                self.end(index, reset);
+            }
+        }
+    }
+
     /// Returns how the lane was closed.
     #[must_use]
     pub const fn closed(&self) -> Option<Reset> {

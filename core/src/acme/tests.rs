@@ -18,6 +18,7 @@ use crate::config::tls::{Authorities, Certificate, ClientTls, ServerTls, TlsVers
 use crate::tls::{ACME_ALPN, HTTP1_ALPN, Resolver, client_config, server_config};
 
 const NAME: &str = "shop.example.org";
+const OTHER: &str = "other.example.org";
 
 /// A storage, and two listeners that show what is issued.
 struct Rig {
@@ -148,7 +149,7 @@ async fn answer(mut stream: TcpStream, issued: Option<Arc<Issued>>) -> std::io::
     let path = head.split(' ').nth(1).unwrap_or_default();
     let token = path.strip_prefix("/.well-known/acme-challenge/").unwrap_or_default();
     let answer = issued.and_then(|issued| issued.answers.load().get(token).cloned());
-    let (status, body) = answer.map_or((404, "".into()), |answer| (200, answer));
+    let (status, body) = answer.map_or_else(|| (404, "".into()), |answer| (200, answer));
     let length = body.len();
     let text = format!(
         "HTTP/1.1 {status} X\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
@@ -193,7 +194,7 @@ async fn each_kind_of_challenge_proves_a_name() {
         let row = format!("sidelane_acme_certificate_expiry_timestamp_seconds{{name=\"{name}\"}}");
         assert!(rig.metric(&row) > 0);
     }
-    assert_eq!(rig.shown("other.example.org").await, None, "nobody else's name is answered");
+    assert_eq!(rig.shown(OTHER).await, None, "nobody else's name is answered");
     // What proved the names is gone.
     assert!(rig.issued.answers.load().is_empty() && rig.issued.challenges.load().is_empty());
 }
@@ -207,16 +208,6 @@ async fn the_other_kind_is_tried_where_the_first_fails() {
     until("a certificate", || rig.succeeded() == 1).await;
     assert_eq!(rig.failed(), 1);
     assert!(rig.shown(NAME).await.is_some());
-}
-
-#[tokio::test]
-async fn an_address_is_proved_by_http() {
-    let rig = Rig::new(&["127.0.0.1"], true).await;
-    let Some(pebble) = Pebble::start("an_address_is_proved_by_http", &rig.rules()) else { return };
-    let _kept = rig.keep(rig.settings(&pebble, &[("127.0.0.1", &[Kind::Http])]));
-    until("a certificate", || rig.succeeded() == 1).await;
-    // Who asks by address asks for no name.
-    assert!(rig.shown("127.0.0.1").await.is_some());
 }
 
 #[tokio::test]
@@ -234,7 +225,7 @@ async fn a_start_finds_what_the_last_one_obtained() {
     let kept = again.keep(again.settings(&pebble, &[(NAME, &[Kind::TlsAlpn])]));
     assert_eq!(again.shown(NAME).await.unwrap(), first, "before anything was asked");
     // Another name is ordered by the account that is kept.
-    let both = [(NAME, &[Kind::TlsAlpn][..]), ("127.0.0.1", &[Kind::Http])];
+    let both = [(NAME, &[Kind::TlsAlpn][..]), (OTHER, &[Kind::Http])];
     kept.acme.want(Some(again.settings(&pebble, &both)));
     until("another certificate", || again.succeeded() == 1).await;
     assert_eq!(again.shown(NAME).await.unwrap(), first);
@@ -281,7 +272,7 @@ async fn what_is_damaged_in_storage_is_obtained_anew() {
 
 #[tokio::test]
 async fn an_account_that_the_authority_has_forgotten_is_made_anew() {
-    let rig = Rig::new(&[NAME, "127.0.0.1"], true).await;
+    let rig = Rig::new(&[NAME, OTHER], true).await;
     let test = "an_account_that_the_authority_has_forgotten_is_made_anew";
     let Some(pebble) = Pebble::start(test, &rig.rules()) else { return };
     let kept = rig.keep(rig.settings(&pebble, &[(NAME, &[Kind::Http])]));
@@ -292,7 +283,7 @@ async fn an_account_that_the_authority_has_forgotten_is_made_anew() {
     let id = account["credentials"]["id"].as_str().unwrap();
     account["credentials"]["id"] = format!("{id}0").into();
     fs::write(&path, account.to_string()).unwrap();
-    let both = [(NAME, &[Kind::Http][..]), ("127.0.0.1", &[Kind::Http])];
+    let both = [(NAME, &[Kind::Http][..]), (OTHER, &[Kind::Http])];
     let _kept = rig.keep(rig.settings(&pebble, &both));
     until("another certificate", || rig.succeeded() == 2).await;
     assert_eq!(rig.failed(), 0);
@@ -300,13 +291,13 @@ async fn an_account_that_the_authority_has_forgotten_is_made_anew() {
 
 #[tokio::test]
 async fn contacts_follow_the_configuration() {
-    let rig = Rig::new(&[NAME, "127.0.0.1"], true).await;
+    let rig = Rig::new(&[NAME, OTHER], true).await;
     let Some(pebble) = Pebble::start("contacts_follow_the_configuration", &rig.rules()) else {
         return;
     };
     let kept = rig.keep(rig.settings(&pebble, &[(NAME, &[Kind::Http])]));
     until("a certificate", || rig.succeeded() == 1).await;
-    let both = [(NAME, &[Kind::Http][..]), ("127.0.0.1", &[Kind::Http])];
+    let both = [(NAME, &[Kind::Http][..]), (OTHER, &[Kind::Http])];
     let mut settings = rig.settings(&pebble, &both);
     settings.acme.contacts = vec!["mailto:other@example.org".into()];
     kept.acme.want(Some(settings));
@@ -336,23 +327,23 @@ async fn accounts_are_bound_to_external_ones() {
 
 #[tokio::test]
 async fn names_come_and_go_while_it_runs() {
-    let rig = Rig::new(&[NAME, "other.example.org"], true).await;
+    let rig = Rig::new(&[NAME, OTHER], true).await;
     let Some(pebble) = Pebble::start("names_come_and_go_while_it_runs", &rig.rules()) else {
         return;
     };
     let kept = rig.keep(rig.settings(&pebble, &[(NAME, &[Kind::TlsAlpn])]));
     until("a certificate", || rig.succeeded() == 1).await;
-    kept.acme.want(Some(rig.settings(&pebble, &[("other.example.org", &[Kind::TlsAlpn])])));
+    kept.acme.want(Some(rig.settings(&pebble, &[(OTHER, &[Kind::TlsAlpn])])));
     assert_eq!(rig.shown(NAME).await, None);
     let row =
         |name| format!("sidelane_acme_certificate_expiry_timestamp_seconds{{name=\"{name}\"}}");
     assert_eq!(rig.metric(&row(NAME)), 0);
     until("the other certificate", || rig.succeeded() == 2).await;
-    assert!(rig.shown("other.example.org").await.is_some());
+    assert!(rig.shown(OTHER).await.is_some());
     // It comes back from storage at once.
-    let both = [(NAME, &[Kind::TlsAlpn][..]), ("other.example.org", &[Kind::TlsAlpn])];
+    let both = [(NAME, &[Kind::TlsAlpn][..]), (OTHER, &[Kind::TlsAlpn])];
     kept.acme.want(Some(rig.settings(&pebble, &both)));
-    assert!(rig.shown(NAME).await.is_some() && rig.shown("other.example.org").await.is_some());
+    assert!(rig.shown(NAME).await.is_some() && rig.shown(OTHER).await.is_some());
     // Nothing is wanted any more.
     kept.acme.want(None);
     assert_eq!(rig.shown(NAME).await, None);
@@ -396,4 +387,120 @@ async fn two_that_share_a_storage_order_once() {
     kept.acme.want(Some(changed));
     until("it finds the certificate", || !rig.issued.certificates.load().is_empty()).await;
     assert_eq!((rig.succeeded(), rig.failed()), (0, 1));
+}
+
+/// What a relay with these listeners, and this tunnel, wants: names and the ways to prove them.
+fn wanted(listeners: &str, tunnel: &str) -> Vec<(String, Vec<Kind>)> {
+    let text = format!(
+        "version: 1\nrelay:\n  listeners: [{listeners}]\n  base_domains: [example.org]\n  \
+         tunnel: {{ address: \"127.0.0.1:9081\"{tunnel} }}\n  \
+         acme: {{ storage: /var/lib/acme, accept_terms: true }}\n\
+         plugins: {{ libraries: [{{ name: http, library: ./libsidelane_http.so }}] }}\n"
+    );
+    let source = config::Source::from_text(std::path::Path::new("/test.yaml"), &text);
+    let config = config::parse(&source, &|_| None).unwrap_or_else(|errors| panic!("{errors}"));
+    let settings = Settings::of(config.relay.as_ref().unwrap());
+    let names = settings.into_iter().flat_map(|settings| settings.names);
+    names.map(|wanted| (wanted.name.to_string(), wanted.kinds)).collect()
+}
+
+#[test]
+fn names_come_of_all_ends_once_and_are_proved_where_somebody_answers() {
+    const HIGH: &str =
+        r#"{ name: a, address: "0.0.0.0:8443", tls: { acme: [a.example, b.example] } }"#;
+    const AT_PORT: &str = r#"{ name: b, address: "0.0.0.0:443", tls: { acme: [b.example] } }"#;
+    const PLAIN: &str = r#"{ name: c, address: "0.0.0.0:80" }"#;
+    const LINES: &str = r#"{ name: d, address: "0.0.0.0:7000", protocol_type: LINE }"#;
+    const TUNNEL: &str = ", tls: { acme: [a.example, t.example] }";
+    let (tls, http) = (Kind::TlsAlpn, Kind::Http);
+    let cases = [
+        (PLAIN.to_owned(), "", vec![]),
+        (HIGH.to_owned(), "", vec![("a.example", vec![tls]), ("b.example", vec![tls])]),
+        (
+            format!("{HIGH}, {AT_PORT}, {PLAIN}"),
+            "",
+            vec![("a.example", vec![http, tls]), ("b.example", vec![tls, http])],
+        ),
+        (format!("{AT_PORT}, {LINES}"), "", vec![("b.example", vec![tls])]),
+        (
+            format!("{AT_PORT}, {PLAIN}"),
+            TUNNEL,
+            vec![
+                ("b.example", vec![tls, http]),
+                ("a.example", vec![http, tls]),
+                ("t.example", vec![http, tls]),
+            ],
+        ),
+    ];
+    for (listeners, tunnel, expected) in cases {
+        let found = wanted(&listeners, tunnel);
+        let found: Vec<_> = found.iter().map(|(name, kinds)| (&**name, kinds.clone())).collect();
+        assert_eq!(found, expected, "{listeners} {tunnel}");
+    }
+}
+
+#[tokio::test]
+async fn a_failure_says_which_step_and_what_the_authority_said() {
+    let test = "a_failure_says_which_step_and_what_the_authority_said";
+    // Nothing is issued for the names that the listeners of this rig show: no proof is seen.
+    let rig = Rig::new(&[NAME], false).await;
+    let nobody = sidelane_e2e::nobody::Nobody::new();
+    let Some(pebble) = Pebble::start(test, &rig.rules()) else { return };
+    let deaf =
+        Rules { http_port: nobody.address().port(), tls_port: rig.http.port(), ..Rules::default() };
+    let Some(deaf) = Pebble::start(test, &deaf) else { return };
+    let acme = |pebble: &Pebble| rig.settings(pebble, &[]).acme;
+    let gone: Arc<str> = format!("https://{}/dir", nobody.address()).into();
+    let elsewhere: Arc<str> = format!("{}/nowhere", pebble.url()).into();
+    let file = rig.directory.path().join("file");
+    fs::write(&file, "").unwrap();
+    let cases = [
+        (
+            tls::Acme { directory: gone, ..acme(&pebble) },
+            Kind::Http,
+            Step::Account,
+            "cannot connect to ",
+        ),
+        (
+            tls::Acme {
+                trust: Trust::Authorities(
+                    Authorities::from_pem("other.pem", &fs::read_to_string(deaf.ca()).unwrap())
+                        .unwrap(),
+                ),
+                ..acme(&pebble)
+            },
+            Kind::Http,
+            Step::Account,
+            "invalid peer certificate: ",
+        ),
+        (
+            tls::Acme { directory: elsewhere, ..acme(&pebble) },
+            Kind::Http,
+            Step::Account,
+            " answers 404 Not Found, and does not say why",
+        ),
+        (
+            tls::Acme { storage: file, ..acme(&pebble) },
+            Kind::Http,
+            Step::Storage,
+            "cannot make the directory ",
+        ),
+        (acme(&pebble), Kind::Http, Step::Challenge, "urn:ietf:params:acme:error:unauthorized"),
+        (acme(&deaf), Kind::Http, Step::Challenge, "urn:ietf:params:acme:error:connection"),
+        (acme(&deaf), Kind::TlsAlpn, Step::Challenge, "urn:ietf:params:acme:error:"),
+    ];
+    for (acme, kind, step, expected) in cases {
+        let settings = Settings { acme, names: Vec::new() };
+        let met = Arc::new(Met::new(&settings, &rig.issued).unwrap());
+        let outcome = Authority::obtain(met, NAME.into(), kind, None).await;
+        let Err(failure) = outcome else { panic!("no failure: {expected}") };
+        assert_eq!(failure.step, step, "{failure:?}");
+        assert!(failure.reason.contains(expected), "{failure:?} ({expected})");
+        assert_eq!(
+            failure.is_of_authority,
+            step == Step::Account,
+            "{failure:?}: others need not try"
+        );
+    }
+    assert!(rig.issued.answers.load().is_empty() && rig.issued.challenges.load().is_empty());
 }

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sha2::{Digest as _, Sha256};
+
 use super::HostMatch;
 use super::tls::Authorities;
 
@@ -37,6 +39,20 @@ pub struct Principal {
 /// SHA-256 of a token.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TokenHash(pub [u8; 32]);
+
+impl TokenHash {
+    /// Returns a token's.
+    #[must_use]
+    pub fn of(token: &str) -> Self {
+        Self(Sha256::digest(token).into())
+    }
+
+    /// Returns it as it stands in a file: `sha256:…`. For whoever makes it; nobody else is shown it.
+    #[must_use]
+    pub fn to_text(self) -> String {
+        self.0.iter().fold("sha256:".to_owned(), |text, byte| format!("{text}{byte:02x}"))
+    }
+}
 
 impl fmt::Debug for TokenHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -223,6 +239,19 @@ impl Pattern {
         !suffix.is_empty() && (labels_fit(rest, suffix) || self.fits(suffix))
     }
 
+    /// Returns whether a URI fits: `*` stands for any characters of one of its segments.
+    #[must_use]
+    pub fn fits_uri(&self, uri: &str) -> bool {
+        let (mut patterns, mut segments) = (self.0.split('/'), uri.split('/'));
+        loop {
+            match (patterns.next(), segments.next()) {
+                (None, None) => return true,
+                (Some(pattern), Some(segment)) if glob(pattern.as_bytes(), segment.as_bytes()) => {}
+                _ => return false,
+            }
+        }
+    }
+
     /// Returns whether a text that has no labels fits: `*` stands for any characters.
     #[must_use]
     pub fn fits_text(&self, text: &str) -> bool {
@@ -291,6 +320,16 @@ mod tests {
         for (pattern, name, fits) in table {
             assert_eq!(Pattern::new(pattern).fits(name), *fits, "{pattern} {name}");
         }
+    }
+
+    #[test]
+    fn a_star_stays_within_a_segment_of_a_uri() {
+        let pattern = Pattern::new("spiffe://example.org/ns/shop/sa/*");
+        assert!(pattern.fits_uri("spiffe://example.org/ns/shop/sa/web"));
+        assert!(!pattern.fits_uri("spiffe://example.org/ns/shop/sa/web/admin"));
+        assert!(!pattern.fits_uri("spiffe://example.org/ns/bank/sa/web"));
+        let pattern = Pattern::new("spiffe://example.org/ns/*/sa/web");
+        assert!(!pattern.fits_uri("spiffe://example.org/ns/a/sa/b/sa/web"));
     }
 
     #[test]

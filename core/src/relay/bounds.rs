@@ -40,5 +40,7 @@ pub(super) fn credential_rules(section: &config::Relay) -> Rules {
         token: section.tunnel.token.clone(),
         credentials: section.credentials.clone(),
         authorities: clients.map(|clients| clients.authorities.clone()),
+        // The sidecar is to be told why, within its handshake's time.
+        wait: section.timeouts.handshake / 2,
     }
 }

@@ -8,6 +8,7 @@ use sidelane_tunnel::proto;
 use crate::announcement::{self, Tunnel};
 use crate::config::policy::{HeaderChanges, Policies};
 use crate::config::{Match, Route};
+use crate::credentials::{Grant, why_not_route, why_not_tunnel};
 use crate::plugin::ConfigFault;
 use crate::tunnel::session::Session;
 
@@ -39,6 +40,8 @@ const REASON_BYTES_MAX: usize = 512;
 /// A document in force, or one that waits for another to go.
 pub(super) struct Document {
     pub(super) session: Arc<Session>,
+    /// What it is in force by, or was looked at by last.
+    pub(super) grant: Arc<Grant>,
     pub(super) version: u64,
     pub(super) tunnels: Vec<Tunnel>,
     pub(super) routes: Vec<Arc<Route>>,
@@ -94,32 +97,20 @@ impl Document {
         }
         reasons.extend(above_bounds(&routes));
         if reasons.is_empty() {
-            Ok(Self { session: Arc::clone(session), version: announce.version, tunnels, routes })
+            let (session, grant) = (Arc::clone(session), session.grant());
+            Ok(Self { session, grant, version: announce.version, tunnels, routes })
         } else {
-            reasons.truncate(REASONS_MAX);
-            Err(reasons.into_iter().map(shorten).collect())
+            Err(shortened(reasons))
         }
     }
 
-    /// Returns what `others`, of older sessions, hold already and for other tunnels, one line each.
-    /// Replicas that announce the same for the same tunnels share it.
-    pub(super) fn conflicts<'a>(&self, others: impl Iterator<Item = &'a Self>) -> Vec<String> {
-        let ours = self.by_match();
-        let theirs = others.flat_map(|other| other.routes.iter().map(move |route| (other, route)));
-        theirs
-            .filter_map(|(other, theirs)| {
-                let ours = ours.get(&theirs.matches).filter(|ours| !is_same_goal(ours, theirs))?;
-                Some(format!(
-                    "route {}: taken by sidecar {} for tunnel {}; the older session keeps it, and \
-                     this document waits until that session ends or gives it up",
-                    ours.name,
-                    other.session.name,
-                    theirs.tunnels_text()
-                ))
-            })
-            .take(REASONS_MAX)
-            .map(shorten)
-            .collect()
+    /// Returns what it claims that its principal may not, one line each.
+    pub(super) fn beyond_claims(&self, base_domains: &[Arc<str>]) -> Vec<String> {
+        let tunnels =
+            self.tunnels.iter().filter_map(|tunnel| why_not_tunnel(&self.grant, &tunnel.name));
+        let routes =
+            self.routes.iter().filter_map(|route| why_not_route(&self.grant, route, base_domains));
+        tunnels.chain(routes).take(REASONS_MAX).map(shorten).collect()
     }
 
     /// Returns what is worth knowing of the document where it is in force, one line each: routes that
@@ -149,12 +140,16 @@ impl Document {
         overruled(&ours, own).chain(shared).take(REASONS_MAX).map(shorten).collect()
     }
 
-    /// Keeps the routes of the document `before` that are the same: the same objects, whose policies
-    /// go on with what they remember.
-    pub(super) fn keep_routes_of(&mut self, before: &Self) {
-        let known = before.by_match();
+    /// Its routes, to be given to a document that follows.
+    pub(super) fn routes_by_match(&self) -> HashMap<Match, Arc<Route>> {
+        self.routes.iter().map(|route| (route.matches.clone(), Arc::clone(route))).collect()
+    }
+
+    /// Keeps the routes of a document before that are the same: the same objects, whose policies go on
+    /// with what they remember.
+    pub(super) fn keep_routes(&mut self, known: &HashMap<Match, Arc<Route>>) {
         for route in &mut self.routes {
-            if let Some(same) = known.get(&route.matches).filter(|known| ***known == *route) {
+            if let Some(same) = known.get(&route.matches).filter(|known| ***known == **route) {
                 *route = Arc::clone(same);
             }
         }
@@ -217,7 +212,7 @@ fn announces(tunnels: &HashSet<Arc<str>>, route: &Route) -> bool {
 }
 
 /// Returns whether both go to the same tunnels, by whatever weights, or both nowhere.
-fn is_same_goal(a: &Route, b: &Route) -> bool {
+pub(super) fn is_same_goal(a: &Route, b: &Route) -> bool {
     let goes_to =
         |route: &Route, tunnel: &str| route.tunnels.iter().any(|share| *share.tunnel == *tunnel);
     a.tunnels.len() == b.tunnels.len() && a.tunnels.iter().all(|share| goes_to(b, &share.tunnel))
@@ -253,6 +248,12 @@ fn above_bounds(routes: &[Arc<Route>]) -> Vec<String> {
     ];
     let above = counts.into_iter().filter(|(_, count, max)| count > max);
     above.map(|(what, count, max)| format!("{count} {what}, at most {max} are accepted")).collect()
+}
+
+/// Returns as many reasons as are told, none too long.
+pub(super) fn shortened(mut reasons: Vec<String>) -> Vec<String> {
+    reasons.truncate(REASONS_MAX);
+    reasons.into_iter().map(shorten).collect()
 }
 
 fn shorten(mut reason: String) -> String {

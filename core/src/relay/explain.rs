@@ -7,8 +7,9 @@ use std::sync::Arc;
 use serde_json::{Value as Json, json};
 use sidelane_tunnel::proto;
 
+use super::Relay;
 use super::routing::{Routing, Serving};
-use super::{Accepted, Relay, Sources};
+use super::sources::{Accepted, Sources};
 use crate::config::{self, Match, Route};
 use crate::explain::{self, Facts, Public, PublicListener, Question};
 use crate::tunnel::session::Session;
@@ -30,7 +31,8 @@ impl<'a> Known<'a> {
     fn of(relay: &Relay, sources: &'a Sources, routing: &'a Routing) -> Self {
         let own = sources.own.iter().map(|route| (route, "file"));
         let lost = sources.lost.iter().map(|(_, lost)| lost);
-        let documents = sources.documents.values().chain(sources.waiting.values()).chain(lost);
+        let held = sources.held.values().map(|held| &held.document);
+        let documents = sources.documents.values().chain(held).chain(lost);
         let announced = documents.flat_map(|document| {
             document.routes.iter().map(|route| (route, &*document.session.name))
         });
@@ -102,7 +104,7 @@ impl Relay {
 
     /// What the admin page says of routes: those of the file, those announced, those of documents that
     /// wait. `from` says whose a route is; `overruled_by` whose takes its place, `same_as` whose is the same, and `waits_for` why its
-    /// document is not in force.
+    /// document is not in force, `forbidden` what it claims that its principal may not.
     #[must_use]
     pub fn describe_routes(&self) -> Json {
         let sources = self.lock_sources();
@@ -124,11 +126,11 @@ impl Relay {
             }
             all.push(Json::from(described));
         }
-        for document in sources.waiting.values() {
-            let reasons = sources.conflicts(document);
-            for route in &document.routes {
+        for held in sources.held.values() {
+            let key = if held.is_forbidden { "forbidden" } else { "waits_for" };
+            for route in &held.document.routes {
                 let mut described = explain::described(route, &public, &known);
-                described.insert("waits_for".to_owned(), reasons.clone().into());
+                described.insert(key.to_owned(), held.reasons.clone().into());
                 all.push(described.into());
             }
         }

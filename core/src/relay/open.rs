@@ -157,6 +157,10 @@ impl RelayOpener {
             let mut reason = tunnel.why_not();
             for serving in tunnel.in_turn() {
                 let Some(number) = serving.carries(protocol_type) else { continue };
+                if !serving.is_granted() {
+                    reason = (failure::NO_SIDECAR, "its sidecar may not serve it any more".into());
+                    continue;
+                }
                 let options = route.options_for(protocol_type);
                 let left = known.deadline.map(|at| at.saturating_duration_since(Instant::now()));
                 let open = proto::Open {

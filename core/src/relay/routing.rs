@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sidelane_abi::failure;
 
-use super::Sources;
 use super::policy::RouteStates;
+use super::sources::{Slots, Sources};
 use crate::config::{Match, Route};
+use crate::credentials::Grant;
 use crate::metrics::Metrics;
 use crate::router::RouteTable;
 use crate::tunnel::session::Session;
@@ -40,6 +41,8 @@ pub(super) struct Tunnel {
 /// One session's part in a tunnel.
 pub(super) struct Serving {
     pub(super) session: Arc<Session>,
+    /// What the session's document is in force by.
+    grant: Arc<Grant>,
     /// Protocol types that the sidecar carries on this tunnel; `None`: all of the session.
     protocols: Option<Arc<[Arc<str>]>>,
 }
@@ -68,23 +71,30 @@ impl Routing {
                 }
                 tunnel.serving.push(Serving {
                     session: Arc::clone(&document.session),
+                    grant: Arc::clone(&document.grant),
                     protocols: announced.protocols.clone(),
                 });
             }
         }
-        // Nobody serves these; their clients hear 503 and not 404.
-        for (_, document) in &sources.lost {
-            for route in &document.routes {
-                if taken.insert(route.matches.clone()) {
-                    routes.push(Arc::clone(route));
+        // Nobody serves these; their clients hear 503 and not 404. None is in the way of a route that is
+        // served, however either says its host.
+        if !sources.lost.is_empty() {
+            let live = Slots::of(routes.iter(), &sources.base_domains);
+            for (_, document) in &sources.lost {
+                for route in &document.routes {
+                    if !live.has_any_of(route, &sources.base_domains)
+                        && taken.insert(route.matches.clone())
+                    {
+                        routes.push(Arc::clone(route));
+                    }
                 }
             }
         }
-        let table = RouteTable::build(&routes, &sources.base_domains).unwrap_or_else(|ambiguity| {
-            // The file was checked when it was read, and what is announced is left out above.
-            tracing::error!(%ambiguity, "routes contradict each other; only the file's are in force");
-            RouteTable::build(&sources.own, &sources.base_domains).unwrap_or_default()
-        });
+        // What is announced in other words than the file's may still be the same.
+        let (table, ambiguity) = RouteTable::build_in_order(&routes, &sources.base_domains);
+        if let Some(ambiguity) = ambiguity {
+            tracing::debug!(%ambiguity, "the first of these routes has them");
+        }
         let policies = RouteStates::build(&routes, &before.policies, metrics);
         Self { table, policies, tunnels }
     }
@@ -179,6 +189,11 @@ impl Tunnel {
 }
 
 impl Serving {
+    /// Returns whether the session may still be given exchanges by what its document claimed.
+    pub(super) fn is_granted(&self) -> bool {
+        self.session.is_granted(&self.grant)
+    }
+
     /// Returns the number under which the session carries this protocol on the tunnel.
     pub(super) fn carries(&self, protocol_type: &str) -> Option<u32> {
         let is_carried = self

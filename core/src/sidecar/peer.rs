@@ -149,6 +149,11 @@ impl Peer {
     pub(super) fn answered(&self, announced: &proto::Announced) {
         let (relay, version) = (&*self.name, announced.version);
         let keeps = self.with(|state| {
+            // One that was accepted may be taken out of force.
+            if state.accepted == Some(version) {
+                state.accepted = None;
+                state.addresses.clear();
+            }
             let keeps = state.accepted;
             if announced.accepted {
                 state.accepted = Some(version);

@@ -136,6 +136,9 @@ where
     F: FnMut(&Arc<Link>, Event) + Unpin,
 {
     fn poll_lane(&mut self, cx: &mut Context<'_>) -> Poll<LaneEnd> {
+        if self.link.is_severed() {
+            return Poll::Ready(LaneEnd::Local);
+        }
         let more_to_read = match self.read(cx) {
             Ok(more) => more,
             Err(end) => return Poll::Ready(end),

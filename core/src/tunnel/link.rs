@@ -20,6 +20,8 @@ pub struct Link {
     leaving: AtomicBool,
     /// The driver ends once everything queued is written.
     closing: AtomicBool,
+    /// The driver ends at once.
+    severed: AtomicBool,
     exchanges: AtomicUsize,
 }
 
@@ -42,6 +44,7 @@ impl Link {
             lane: Mutex::new(lane),
             leaving: AtomicBool::new(false),
             closing: AtomicBool::new(false),
+            severed: AtomicBool::new(false),
             exchanges: AtomicUsize::new(0),
         })
     }
@@ -134,6 +137,24 @@ impl Link {
         self.with(Lane::wake_driver);
     }
 
+    /// Ends its exchanges at once, tells the peer why, and asks the driver to end once that is written.
+    pub fn revoke(&self, code: u32, detail: &str, reset: Reset) {
+        self.leave();
+        self.with(|lane| {
+            lane.end_exchanges(reset);
+            lane.go_away(proto::GoAway { code, detail: detail.to_owned() });
+        });
+        self.close();
+    }
+
+    /// Asks the driver to end at once, whatever is queued: at the latest when it looks at the time next,
+    /// for a ping.
+    pub fn sever(&self) {
+        self.leave();
+        self.severed.store(true, Ordering::Release);
+        self.with(Lane::wake_driver);
+    }
+
     /// What the admin page says of it.
     pub fn describe(&self) -> serde_json::Value {
         let stats = self.with(|lane| lane.stats());
@@ -154,6 +175,10 @@ impl Link {
 
     pub(super) fn is_closing(&self) -> bool {
         self.closing.load(Ordering::Acquire)
+    }
+
+    pub(super) fn is_severed(&self) -> bool {
+        self.severed.load(Ordering::Acquire)
     }
 
     pub(super) fn exchange_ended(&self) {

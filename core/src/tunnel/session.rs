@@ -2,20 +2,23 @@
 //!
 //! Knows bounds and who was let in; what an announcement means is the relay's business.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
+use bytes::Bytes;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
-use sha2::{Digest as _, Sha256};
 use sidelane_abi::failure;
-use sidelane_tunnel::{Lane, LaneConfig, OpenError, ProtocolTable, RequestId, proto};
+use sidelane_tunnel::{Lane, LaneConfig, OpenError, ProtocolTable, RequestId, Reset, proto};
+use subtle::ConstantTimeEq as _;
 
 use super::{Link, RecvHalf, SendHalf};
 use crate::credentials::{Authenticated, Grant};
+use crate::error::visible;
 use crate::metrics::Flow;
 use crate::random;
 
@@ -27,6 +30,9 @@ pub const FEATURE_ANNOUNCE: u64 = 2;
 
 /// Bytes of an instance's id.
 const INSTANCE_BYTES: usize = 16;
+
+/// Longest name of a sidecar that is shown.
+const NAME_BYTES_MAX: usize = 128;
 
 /// How long a dialler is asked to wait where the relay is full.
 const RETRY_AFTER_FULL_MS: u32 = 5_000;
@@ -60,12 +66,15 @@ pub struct Session {
     pub peer: SocketAddr,
     /// Who it is, by what its last hello presented.
     authenticated: ArcSwap<Authenticated>,
+    revoked: AtomicBool,
+    /// Credentials that it presents while it runs.
+    pub(crate) renewal: Mutex<Renewal>,
     /// Numbers of the protocol types that both ends carry.
     pub protocols: ProtocolTable,
     secret: [u8; 32],
     lane: LaneConfig,
     lanes: ArcSwap<Vec<Arc<Link>>>,
-    /// Serialises changes of `lanes`; readers never take it.
+    /// Serialises changes of `lanes` and of `authenticated`; readers never take it.
     lanes_change: Mutex<()>,
     lanes_made: AtomicU32,
     requests: AtomicU64,
@@ -86,6 +95,74 @@ impl Session {
     #[must_use]
     pub fn grant(&self) -> Arc<Grant> {
         Arc::clone(&self.authenticated.load().grant)
+    }
+
+    /// Who it is, by what, and until when.
+    #[must_use]
+    pub fn authenticated(&self) -> Arc<Authenticated> {
+        self.authenticated.load_full()
+    }
+
+    /// Whether what was granted is still `grant`, the same object. Takes no lock: every exchange asks.
+    #[must_use]
+    pub fn is_granted(&self, grant: &Arc<Grant>) -> bool {
+        Arc::ptr_eq(&self.authenticated.load().grant, grant)
+    }
+
+    /// Whether its credential was withdrawn, or has expired: it ends.
+    #[must_use]
+    pub fn is_revoked(&self) -> bool {
+        self.revoked.load(Ordering::Acquire)
+    }
+
+    /// Takes what `change` makes of what it was let in by. An error revokes it: from then on nothing is
+    /// granted, and nothing changes that. True: it was changed.
+    ///
+    /// # Errors
+    /// What `change` gives, the first time.
+    pub fn regrant<E>(
+        &self,
+        change: impl FnOnce(&Authenticated) -> Result<Authenticated, E>,
+    ) -> Result<(), E> {
+        let _held = self.lock_changes();
+        if self.is_revoked() {
+            return Ok(());
+        }
+        let before = self.authenticated.load_full();
+        match change(&before) {
+            Ok(mut after) => {
+                if *after.grant == *before.grant {
+                    after.grant = Arc::clone(&before.grant);
+                }
+                self.authenticated.store(Arc::new(after));
+                Ok(())
+            }
+            Err(error) => {
+                self.revoked.store(true, Ordering::Release);
+                let grant = Arc::new(before.grant.withdrawn());
+                self.authenticated.store(Arc::new(Authenticated { grant, ..(*before).clone() }));
+                Err(error)
+            }
+        }
+    }
+
+    /// Ends every lane for good: its exchanges end here and now, and the sidecar is told why as far as it
+    /// listens.
+    pub fn revoke_lanes(&self, detail: &str) {
+        for link in self.lanes.load().iter() {
+            link.revoke(failure::FORBIDDEN, detail, Reset::new(failure::TUNNEL_LOST));
+        }
+    }
+
+    /// Ends every lane now, whatever is queued.
+    pub fn sever(&self) {
+        for link in self.lanes.load().iter() {
+            link.sever();
+        }
+    }
+
+    fn lock_changes(&self) -> std::sync::MutexGuard<'_, ()> {
+        self.lanes_change.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Lanes that are up.
@@ -161,13 +238,21 @@ impl Session {
     }
 
     fn change_lanes(&self, change: impl FnOnce(&mut Vec<Arc<Link>>)) -> usize {
-        let _held = self.lanes_change.lock().unwrap_or_else(PoisonError::into_inner);
+        let _held = self.lock_changes();
         let mut lanes = Vec::clone(&self.lanes.load());
         change(&mut lanes);
         let count = lanes.len();
         self.lanes.store(Arc::new(lanes));
         count
     }
+}
+
+/// Credentials that a session presents while it runs: one at a time is looked at, of further ones the
+/// last is kept.
+#[derive(Default)]
+pub(crate) struct Renewal {
+    pub(crate) is_running: bool,
+    pub(crate) next: Option<Bytes>,
 }
 
 /// All sessions of this relay.
@@ -287,11 +372,13 @@ impl Sessions {
         let session = Arc::new(Session {
             id,
             instance,
-            name: hello.name.as_str().into(),
+            name: shown_name(&hello.name),
             epoch: self.epochs.fetch_add(1, Ordering::Relaxed) + 1,
             since: Instant::now(),
             peer,
             authenticated: ArcSwap::from_pointee(authenticated),
+            revoked: AtomicBool::new(false),
+            renewal: Mutex::default(),
             protocols: ProtocolTable::parse(&hello.protocols)
                 .map_err(|error| refuse(proto::RefuseReason::Malformed, error.to_string(), 0))?,
             secret: random::bytes(),
@@ -305,13 +392,29 @@ impl Sessions {
         // All that can be refused comes before the registry knows of the session.
         let protocols = answer_protocols(settings, &session)?;
         let link = self.add_lane(settings, &session, shard_of)?;
-        self.by_id.insert(id, Arc::clone(&session));
         let replaced = match self.by_instance.entry(instance) {
             Entry::Occupied(mut entry) => {
-                let old = entry.insert(id);
-                self.by_id.get(&old).map(|old| Arc::clone(&old))
+                let old = self.by_id.get(entry.get()).map(|old| Arc::clone(&old));
+                let principal = &session.grant().principal;
+                // An instance is its principal's: whoever else knows the id does not end its session.
+                if old
+                    .as_ref()
+                    .is_some_and(|old| !old.is_revoked() && old.grant().principal != *principal)
+                {
+                    return Err(refuse(
+                        proto::RefuseReason::Credential,
+                        "another principal's session has this instance; the same instance is \
+                         accepted by the same principal, or once that session has ended"
+                            .to_owned(),
+                        RETRY_AFTER_FULL_MS,
+                    ));
+                }
+                self.by_id.insert(id, Arc::clone(&session));
+                entry.insert(id);
+                old
             }
             Entry::Vacant(entry) => {
+                self.by_id.insert(id, Arc::clone(&session));
                 entry.insert(id);
                 None
             }
@@ -338,10 +441,11 @@ impl Sessions {
         let session =
             self.by_id.get(&id).map(|session| Arc::clone(&session)).ok_or_else(unknown)?;
         let is_same_principal = session.grant().principal == authenticated.grant.principal;
-        if !same_secret(&session.secret, &hello.secret) || !is_same_principal {
+        let is_its = same_secret(&session.secret, &hello.secret) && is_same_principal;
+        if !is_its || session.is_revoked() {
             return Err(unknown());
         }
-        session.authenticated.store(Arc::new(authenticated));
+        let Ok(()) = session.regrant(|_| Ok::<_, Infallible>(authenticated));
         let protocols = answer_protocols(settings, &session)?;
         let link = self.add_lane(settings, &session, shard_of)?;
         let welcome = self.welcome(settings, &session, &link, &protocols);
@@ -427,9 +531,17 @@ fn answer_protocols(
         .map_err(|error| refuse(proto::RefuseReason::Malformed, error.to_string(), 0))
 }
 
-/// Compares by digest: the time it takes says nothing of where the two differ.
+/// In a time that says nothing of where the two differ.
 fn same_secret(ours: &[u8], theirs: &[u8]) -> bool {
-    Sha256::digest(ours) == Sha256::digest(theirs)
+    ours.ct_eq(theirs).into()
+}
+
+/// A sidecar's name as logs and pages show it: on one line, and not long.
+#[must_use]
+pub fn shown_name(name: &str) -> Arc<str> {
+    let shown = visible(name);
+    let end = (0..=NAME_BYTES_MAX.min(shown.len())).rev().find(|at| shown.is_char_boundary(*at));
+    shown[..end.unwrap_or_default()].into()
 }
 
 #[cfg(test)]
@@ -461,13 +573,17 @@ mod tests {
         }
     }
 
+    fn authenticated(principal: &str) -> Authenticated {
+        let grant = Grant { principal: principal.into(), claims: Claims::everything() };
+        Authenticated { grant: Arc::new(grant), proof: Proof::Loopback, expires: None }
+    }
+
     fn admit(
         sessions: &Sessions,
         hello: &proto::Hello,
         peer: IpAddr,
     ) -> Result<Admitted, proto::Refuse> {
-        let grant = Grant { principal: "p".into(), claims: Claims::everything(), expires: None };
-        let known = Authenticated { grant: Arc::new(grant), proof: Proof::Loopback };
+        let known = authenticated("p");
         sessions.admit(hello, known, SocketAddr::new(peer, 4711), |_, lane| lane as usize)
     }
 
@@ -505,6 +621,38 @@ mod tests {
         assert!(sessions.lane_ended(&new.session, &new.link));
         assert!(sessions.is_empty());
         assert!(sessions.by_instance.is_empty());
+    }
+
+    #[test]
+    fn an_instance_and_a_session_are_their_principals() {
+        let sessions = Sessions::new(settings());
+        let first = admit(&sessions, &hello(1), LOOPBACK).unwrap();
+        let by = |hello: &proto::Hello, principal: &str| {
+            let peer = SocketAddr::new(LOOPBACK, 4711);
+            sessions.admit(hello, authenticated(principal), peer, |_, lane| lane as usize)
+        };
+        assert_eq!(reason(by(&hello(1), "other")), proto::RefuseReason::Credential);
+        assert_eq!(sessions.len(), 1);
+        let mut further = hello(1);
+        further.session = first.welcome.session.clone();
+        further.secret = first.welcome.secret.clone();
+        assert_eq!(reason(by(&further, "other")), proto::RefuseReason::UnknownSession);
+        // A session that was revoked ends: nobody joins it, and it is in nobody's way.
+        let grant = first.session.grant();
+        assert!(first.session.is_granted(&grant));
+        first.session.regrant(|_| Err("withdrawn")).unwrap_err();
+        assert!(first.session.is_revoked() && !first.session.is_granted(&grant));
+        assert_eq!(first.session.grant().claims, Claims::default());
+        assert_eq!(reason(by(&further, "p")), proto::RefuseReason::UnknownSession);
+        by(&hello(1), "other").unwrap();
+    }
+
+    #[test]
+    fn names_are_shown_on_one_line() {
+        let forged = "x\n2026-01-01T00:00:00Z ERROR forged\u{1b}[2J";
+        assert!(!shown_name(forged).contains(char::is_control));
+        assert_eq!(&*shown_name("laptop"), "laptop");
+        assert!(shown_name(&"é".repeat(1000)).len() <= NAME_BYTES_MAX);
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! The program as its users meet it, one module per behaviour.
 
+mod acme;
 mod bounds;
 mod browser;
 mod commands;
+mod credentials;
 mod crowd;
 mod entry;
 mod examples;
@@ -23,6 +25,7 @@ mod reload_files;
 mod reload_listeners;
 mod reload_soak;
 mod residue;
+mod secrets;
 mod service;
 mod service_double;
 mod several_files;
@@ -31,6 +34,8 @@ mod start;
 mod streaming;
 mod tls_entry;
 mod tls_requests;
+mod tls_service;
+mod tls_tunnel;
 mod two_processes;
 mod websocket;
 mod websocket_ends;

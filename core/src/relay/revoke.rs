@@ -1,0 +1,213 @@
+//! Credentials while sessions run: looked at again when the configuration or an issuer's keys change,
+//! renewed by the sidecar, and ended where they are worth nothing any more.
+
+use std::net::IpAddr;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+
+use super::Relay;
+use crate::credentials::{AuthError, Presented};
+use crate::shard::Shard;
+use crate::tunnel::session::Session;
+
+/// Between two credentials that one session presents. Each may cost a check of a signature; a token is
+/// renewed a few times in an hour.
+const RENEWAL_PAUSE: Duration = Duration::from_secs(1);
+
+/// What a sidecar is told at the end of its session.
+const WITHDRAWN: &str = "the credential was withdrawn";
+const EXPIRED: &str = "the credential has expired; renew it before its end";
+
+impl Relay {
+    /// Fetches issuers' keys from here on, and looks at sessions again when they change.
+    pub(super) fn keep_credentials(self: &Arc<Self>, shard: &Shard) {
+        let mut stopping = self.stopping.subscribe();
+        let mut changed = self.authenticator.keys_changed();
+        let authenticator = Arc::clone(&self.authenticator);
+        shard.spawn(authenticator.keep_keys(self.stopping.subscribe()));
+        let relay = Arc::clone(self);
+        shard.spawn(async move {
+            loop {
+                tokio::select! {
+                    _ = stopping.wait_for(|stopping| *stopping) => return,
+                    result = changed.changed() => if result.is_err() { return },
+                }
+                relay.recheck();
+            }
+        });
+    }
+
+    /// Looks at every session's credential and claims again: those that are worth nothing any more end,
+    /// and documents come into force, or go, by what their principals may claim now.
+    pub fn recheck(&self) {
+        let mut sources = self.lock_sources();
+        let mut revoked = Vec::new();
+        for session in self.sessions.all() {
+            if let Err(error) = session.regrant(|before| self.authenticator.regrant(before)) {
+                sources.forget(session.epoch);
+                revoked.push((session, error));
+            }
+        }
+        // A name that somebody was served by may be nobody's any more: 404 then, and not 503.
+        let base_domains = sources.base_domains.clone();
+        let mut is_changed = !revoked.is_empty();
+        sources.lost.retain_mut(|(_, lost)| {
+            let known = self.authenticator.regrant(&lost.session.authenticated());
+            let is_kept = known.is_ok_and(|known| {
+                lost.grant = known.grant;
+                lost.beyond_claims(&base_domains).is_empty()
+            });
+            is_changed |= !is_kept;
+            is_kept
+        });
+        let settled = sources.settle();
+        if is_changed || settled.is_changed || !settled.refused.is_empty() {
+            self.reroute(&sources);
+        }
+        self.tell(sources, settled);
+        for (session, error) in revoked {
+            self.end_revoked(&session, &error);
+        }
+    }
+
+    /// Looks at a session's credential once more, after the registry has it: rules that changed while it
+    /// was let in did not find it there.
+    pub(super) fn confirm(&self, session: &Arc<Session>) {
+        if session.is_revoked() {
+            session.revoke_lanes(WITHDRAWN);
+            return;
+        }
+        let before = session.grant();
+        let result = session.regrant(|before| self.authenticator.regrant(before));
+        self.regranted(session, &before, result);
+    }
+
+    /// Takes a credential that a session presents while it runs.
+    pub(super) fn renew(self: &Arc<Self>, session: &Arc<Session>, credential: Bytes) {
+        let mut renewal = session.renewal.lock().unwrap_or_else(PoisonError::into_inner);
+        renewal.next = Some(credential);
+        if std::mem::replace(&mut renewal.is_running, true) {
+            return;
+        }
+        drop(renewal);
+        let (relay, session) = (Arc::clone(self), Arc::clone(session));
+        tokio::spawn(async move {
+            loop {
+                let next = {
+                    let renewal = session.renewal.lock();
+                    let mut renewal = renewal.unwrap_or_else(PoisonError::into_inner);
+                    let next = renewal.next.take().filter(|_| !session.is_revoked());
+                    renewal.is_running = next.is_some();
+                    next
+                };
+                let Some(credential) = next else { return };
+                relay.renew_by(&session, &credential).await;
+                tokio::time::sleep(RENEWAL_PAUSE).await;
+            }
+        });
+    }
+
+    async fn renew_by(&self, session: &Arc<Session>, credential: &[u8]) {
+        let peer: IpAddr = session.peer.ip();
+        // A certificate counts where it was shown, in a handshake.
+        let presented = Presented { credential, chain: &[], peer, local: peer };
+        let result = self.authenticator.authenticate(presented).await;
+        let known = match result {
+            Ok(known) if known.grant.principal == session.grant().principal => Ok(known),
+            Ok(_) => Err("it is another principal's".to_owned()),
+            Err(error) => Err(error.to_string()),
+        };
+        self.metrics.credentials.renewed(known.is_ok());
+        match known {
+            Ok(known) => {
+                let expires = known.expires.map(httpdate::fmt_http_date);
+                let before = session.grant();
+                let result = session.regrant(|_| Ok::<_, AuthError>(known));
+                self.regranted(session, &before, result);
+                // Rules that changed meanwhile did not see it.
+                self.confirm(session);
+                tracing::info!(
+                    sidecar = &*session.name,
+                    principal = &*session.grant().principal,
+                    expires,
+                    "credential renewed"
+                );
+            }
+            Err(error) => tracing::warn!(
+                sidecar = &*session.name,
+                principal = &*session.grant().principal,
+                error,
+                "the sidecar's new credential is not accepted; the one before counts"
+            ),
+        }
+    }
+
+    /// Acts on what a session was granted anew.
+    fn regranted(
+        &self,
+        session: &Arc<Session>,
+        before: &Arc<crate::credentials::Grant>,
+        result: Result<(), AuthError>,
+    ) {
+        match result {
+            Ok(()) if session.is_granted(before) => {}
+            Ok(()) => {
+                let mut sources = self.lock_sources();
+                let settled = sources.settle();
+                self.reroute(&sources);
+                self.tell(sources, settled);
+            }
+            Err(error) => {
+                let mut sources = self.lock_sources();
+                sources.forget(session.epoch);
+                let settled = sources.settle();
+                self.reroute(&sources);
+                self.tell(sources, settled);
+                self.end_revoked(session, &error);
+            }
+        }
+    }
+
+    /// Ends sessions whose credential has expired, and what is left of those that were ended a while ago.
+    pub(super) fn end_expired(&self, now: SystemTime) {
+        for session in self.sessions.all() {
+            if session.is_revoked() {
+                // It had a second to take the reason.
+                session.sever();
+                continue;
+            }
+            if !session.authenticated().is_expired(now) {
+                continue;
+            }
+            let before = session.grant();
+            let result = session.regrant(|known| {
+                // It may have been renewed just now.
+                if known.is_expired(now) { Err(AuthError::Expired) } else { Ok(known.clone()) }
+            });
+            self.regranted(&session, &before, result);
+        }
+    }
+
+    /// Ends a session that was revoked.
+    fn end_revoked(&self, session: &Arc<Session>, cause: &AuthError) {
+        let is_expired = *cause == AuthError::Expired;
+        self.metrics.credentials.session_revoked(is_expired);
+        let authenticated = session.authenticated();
+        let (sidecar, principal) = (&*session.name, &*authenticated.grant.principal);
+        let (credential, peer) = (&authenticated.proof, session.peer);
+        if is_expired {
+            tracing::warn!(
+                sidecar, principal, %credential, %peer,
+                "session ended: its credential has expired; a sidecar renews it before its end"
+            );
+        } else {
+            tracing::warn!(
+                sidecar, principal, %credential, %peer, %cause,
+                "session ended: its credential was withdrawn"
+            );
+        }
+        session.revoke_lanes(if is_expired { EXPIRED } else { WITHDRAWN });
+    }
+}
