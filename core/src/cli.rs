@@ -20,6 +20,7 @@ mod expose;
 mod generate;
 mod page;
 mod text;
+mod token;
 mod yaml;
 
 /// The program failed, or the file does not hold.
@@ -169,19 +170,42 @@ Example:
     Plugins(Asked),
     /// Give one service an address, without a file.
     ///
-    /// With --relay it dials that relay, and the address is below the relay's base domain; without, a
-    /// relay runs in this process, for this machine. The address is printed once the relay has accepted
+    /// With --relay it dials that relay, by TLS but on loopback, and the address is below the relay's base
+    /// domain; without, a relay runs in this process, for this machine. The address is printed once the relay has accepted
     /// it, then a line for each request. Ctrl-C lets running requests
     /// end for 5s and exits 0.
     #[command(after_help = "\
 Examples:
   sidelane expose 3000
   sidelane expose 3000 --subdomain shop --relay tunnel.example.org:9081 --token-file ~/.sidelane-token
+  sidelane expose 3000 --relay 10.0.0.5:9081 --ca ca.pem --server-name relay.internal --token-file t
+  sidelane expose https://localhost:8443
   sidelane expose 127.0.0.1:50051 --protocol GRPC
 
 Plugins are looked for in --plugin-dir, else $SIDELANE_PLUGIN_DIR, else beside the program, in
 ../lib/sidelane/plugins from there, and in target/release.")]
     Expose(expose::Arguments),
+    /// Make tokens by which sidecars are known, and their hashes, which relays know.
+    ///
+    /// A sidecar's file has the token (best in a file of its own, `token_file`); the relay's file has its
+    /// hash alone, in `relay.credentials`, so that whoever reads it can be nobody.
+    #[command(after_help = "\
+Examples:
+  sidelane token new > shop.token        the token goes to the file, its hash to the terminal
+  sidelane token new                     both to the terminal
+  sidelane token hash < shop.token       the hash of a token that is there already
+
+In the relay's file:
+  relay:
+    credentials:
+      - principal: shop
+        tokens: [\"sha256:…\"]              two while sidecars change from one to the other
+        subdomains: [shop, \"shop-*\"]
+        tunnels: [shop]")]
+    Token {
+        #[command(subcommand)]
+        command: token::Command,
+    },
     /// Print a script that completes commands and options in a shell.
     #[command(after_help = "\
 Examples:
@@ -297,6 +321,7 @@ pub fn main() -> ExitCode {
         Command::Tunnels(asked) => page::run(page::Page::Tunnels, &asked),
         Command::Plugins(asked) => page::run(page::Page::Plugins, &asked),
         Command::Expose(arguments) => expose::run(&arguments),
+        Command::Token { command } => token::run(&command),
         Command::Completions { shell } => generate::completions(shell),
         Command::Man { dir } => generate::man(dir.as_deref()),
     };

@@ -15,6 +15,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{broadcast, mpsc};
 use tokio::time::MissedTickBehavior;
 
+use crate::acme::Acme;
 use crate::admin::{self, AdminState, Readiness, ReloadRequest};
 use crate::config::watch::{Reload, Watcher};
 use crate::config::{self, Config, ConfigError, ConfigErrors, Fault, PluginCheck, Relays};
@@ -126,6 +127,11 @@ pub fn run_config(
         relay.configure(&config);
         relay
     });
+    let acme = relay.as_ref().zip(config.relay.as_ref()).map(|(relay, section)| {
+        let acme = Acme::new(Arc::clone(relay.issued()), Arc::clone(&metrics));
+        acme.set(section);
+        acme
+    });
     let sockets = Sockets::bind(&config, relay.as_deref(), relay_threads)?;
     let start =
         |name, count, first| Shards::start(name, count, first, total).map_err(RunError::Start);
@@ -153,6 +159,7 @@ pub fn run_config(
     let process = Arc::new(Process {
         relay,
         relay_threads,
+        acme,
         sidecar,
         plugins,
         metrics,
@@ -184,6 +191,10 @@ pub fn run_config(
         Signals::new().map_err(RunError::Start)?
     };
     process.start(sockets, &relay_shards)?;
+    // After the listeners, at which authorities look for proofs.
+    if let Some(acme) = &process.acme {
+        runtime.spawn(acme.keep());
+    }
     let (stop, stops) = mpsc::channel(1);
     let watched = if let (Some(follow), Some(exchanges)) = (follow, exchanges) {
         let sidecar = process.sidecar.clone();
@@ -221,6 +232,8 @@ impl Signals {
 struct Process {
     relay: Option<Arc<Relay>>,
     relay_threads: usize,
+    /// There with the relay.
+    acme: Option<Acme>,
     sidecar: Option<Arc<Sidecar>>,
     plugins: Arc<Plugins>,
     metrics: Arc<Metrics>,
@@ -369,6 +382,9 @@ impl Process {
     async fn drain(&self) {
         let deadline = Instant::now() + self.config().drain_timeout;
         self.draining.store(true, Ordering::Relaxed);
+        if let Some(acme) = &self.acme {
+            acme.stop();
+        }
         if let Some(relay) = &self.relay {
             relay.drain();
         }

@@ -91,6 +91,7 @@ impl Relay {
         let rules = credential_rules(section);
         let authenticator = Arc::new(Authenticator::new(rules, Arc::clone(&metrics)));
         let issued = Arc::default();
+        let door = Door::new(section, &issued, &metrics);
         Arc::new(Self {
             plugins,
             metrics,
@@ -106,7 +107,7 @@ impl Relay {
             open_wait_ms: AtomicU64::new(millis(section.timeouts.open_wait)),
             listeners: Listeners::new(EntrySettings::of(section)),
             entry: OnceLock::new(),
-            door: Door::new(section, &issued),
+            door,
             authenticator,
             issued,
             tls_handshakes: Arc::default(),
@@ -135,7 +136,7 @@ impl Relay {
         self.listeners.set_settings(EntrySettings::of(section));
         self.listeners.set_tunnel(&section.tunnel, &self.issued);
         self.sessions.set(session_settings(section, &self.plugins));
-        self.door.set(section, &self.issued);
+        self.door.set(section, &self.issued, &self.metrics);
         self.authenticator.set(credential_rules(section));
         self.recheck();
         self.open_wait_ms.store(millis(section.timeouts.open_wait), Ordering::Relaxed);

@@ -8,11 +8,12 @@ Show     unary: the request's metadata as JSON    Fail     unary: 3, a message, 
 Hang     server streaming: one message, no end    Late     server streaming: one message, then 9
 Ignore   client streaming: never reads
 
-Usage: grpc_server.py. Prints {"port": …}; once its input ends, which calls were cancelled.
+Usage: grpc_server.py [CERT KEY]; with them by TLS. Prints {"port": …}; once its input ends, which calls were cancelled.
 """
 
 import asyncio
 import json
+import pathlib
 import sys
 
 import grpc
@@ -132,7 +133,12 @@ async def main():
     await servicer.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    if len(sys.argv) > 2:
+        cert, key = (pathlib.Path(name).read_bytes() for name in sys.argv[1:3])
+        credentials = grpc.ssl_server_credentials([(key, cert)])
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+    else:
+        port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(json.dumps({"port": port}), flush=True)
     end = asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)

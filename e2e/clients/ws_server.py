@@ -7,11 +7,12 @@
 /silent   never reads
 /wait     reads until the client closes
 
-Usage: ws_server.py. Prints {"port": …}; once its input ends, how each connection was closed.
+Usage: ws_server.py [CERT KEY]; with them by TLS. Prints {"port": …}; once its input ends, how each connection was closed.
 """
 
 import asyncio
 import json
+import ssl
 import sys
 
 import websockets
@@ -63,11 +64,21 @@ async def handle(connection):
     closes.append({"path": path, "code": connection.close_code, "reason": connection.close_reason})
 
 
+def tls():
+    if len(sys.argv) < 3:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(sys.argv[1], sys.argv[2])
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
 async def main():
     async with serve(
         handle,
         "127.0.0.1",
         0,
+        ssl=tls(),
         process_request=refuse,
         subprotocols=["v2", "v1"],
         select_subprotocol=choose,

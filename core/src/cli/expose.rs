@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 
 use super::{Failed, Paint};
 use crate::config::{self, Source};
-use crate::error::chain;
+use crate::error::{chain, visible};
 use crate::process::{self, Followed, RunError};
 use crate::random;
 
@@ -38,7 +38,7 @@ const LAST_LINES_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Args)]
 pub(super) struct Arguments {
-    /// The service: a port of this machine, HOST:PORT, or unix:/path.
+    /// The service: a port of this machine, HOST:PORT, https://HOST:PORT, or unix:/path.
     #[arg(value_name = "PORT|HOST:PORT")]
     service: String,
     /// Label below the relay's base domain; without it two words and a number, at random.
@@ -47,6 +47,15 @@ pub(super) struct Arguments {
     /// Relay's tunnel address, HOST:PORT; without it a relay runs in this process, for this machine.
     #[arg(long, value_name = "ADDRESS")]
     relay: Option<String>,
+    /// PEM file of those who sign the relay's certificate; without it the system's authorities.
+    #[arg(long, value_name = "FILE", requires = "relay")]
+    ca: Option<PathBuf>,
+    /// Name that the relay's certificate must be for; without it the host of --relay.
+    #[arg(long, value_name = "NAME", requires = "relay")]
+    server_name: Option<String>,
+    /// Dial the relay without TLS: anybody on the way reads and changes everything, the token too.
+    #[arg(long, requires = "relay", conflicts_with_all = ["ca", "server_name"])]
+    insecure: bool,
     /// File with the token that the relay wants of sidecars.
     #[arg(long, value_name = "FILE", requires = "relay")]
     token_file: Option<PathBuf>,
@@ -75,8 +84,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failed> {
     let document = document(arguments, &subdomain, &tunnel, &libraries);
     let source = Source::from_text(SOURCE.as_ref(), document.to_string());
     let config = config::parse(&source, &|_| None).map_err(|errors| Failed::said(said(&errors)))?;
+    // The log, where a start tells them, shows errors alone.
+    for warning in &config.warnings {
+        eprintln!("warning: {}", visible(&line(warning)));
+    }
     let view = View {
-        service: config.tunnels.iter().map(|tunnel| tunnel.service.to_string()).collect(),
+        service: config.tunnels.iter().map(|tunnel| tunnel.service_text()).collect(),
         subdomain,
         is_embedded: arguments.relay.is_none(),
         is_named: arguments.subdomain.is_some(),
@@ -126,7 +139,7 @@ fn document(
     });
     match &arguments.relay {
         Some(relay) => {
-            sidecar["relays"] = json!([plain(relay)]);
+            sidecar["relays"] = json!([self::relay(arguments, relay)]);
             if let Some(file) = &arguments.token_file {
                 sidecar["token_file"] = path(file);
             }
@@ -144,6 +157,19 @@ fn document(
     document
 }
 
+/// Returns an item of `sidecar.relays`.
+fn relay(arguments: &Arguments, address: &str) -> Json {
+    let Arguments { ca, server_name, insecure, .. } = arguments;
+    if *insecure {
+        return json!({ "address": plain(address), "insecure": true });
+    }
+    let mut tls = serde_json::Map::new();
+    tls.extend(ca.as_deref().map(|file| ("ca".to_owned(), path(file))));
+    tls.extend(server_name.as_deref().map(|name| ("server_name".to_owned(), plain(name))));
+    // Without any of them the address alone says what is done: TLS, but on loopback.
+    if tls.is_empty() { plain(address) } else { json!({ "address": plain(address), "tls": tls }) }
+}
+
 /// Returns a text that stays as it is: `${` would ask for a value from elsewhere.
 fn plain(text: &str) -> Json {
     text.replace("${", "$${").into()
@@ -154,26 +180,30 @@ fn path(path: &Path) -> Json {
     plain(&path.to_string_lossy())
 }
 
-/// Says what is wrong with an argument in the words of the command line.
+/// Says what is wrong with arguments in the words of the command line.
 fn said(errors: &config::ConfigErrors) -> String {
-    let line = |error: &config::ConfigError| {
-        let argument = match &*error.path {
-            path if path.starts_with("tunnels[0].service") => "PORT|HOST:PORT",
-            path if path.starts_with("tunnels[0].protocols") => "--protocol",
-            path if path.starts_with("routes[0]") => "--subdomain",
-            path if path.starts_with("sidecar.relays") => "--relay",
-            path if path.starts_with("sidecar.token_file") => "--token-file",
-            path if path.starts_with("relay.listeners") => "--listen",
-            path if path.starts_with("log") => "--log",
-            path => path,
-        };
-        let hint = match argument {
-            "--relay" if error.message.contains("token") => " (--token-file FILE gives one)",
-            _ => "",
-        };
-        format!("{argument}: {}{hint}", error.message)
-    };
     errors.errors().iter().map(line).collect::<Vec<_>>().join("\n")
+}
+
+fn line(error: &config::ConfigError) -> String {
+    let argument = match &*error.path {
+        path if path.starts_with("tunnels[0].service") => "PORT|HOST:PORT",
+        path if path.starts_with("tunnels[0].protocols") => "--protocol",
+        path if path.starts_with("routes[0]") => "--subdomain",
+        "sidecar.relays[0].tls.ca" => "--ca",
+        "sidecar.relays[0].tls.server_name" => "--server-name",
+        "sidecar.relays[0].insecure" => "--insecure",
+        path if path.starts_with("sidecar.relays") => "--relay",
+        path if path.starts_with("sidecar.token_file") => "--token-file",
+        path if path.starts_with("relay.listeners") => "--listen",
+        path if path.starts_with("log") => "--log",
+        path => path,
+    };
+    let hint = match argument {
+        "--relay" if error.message.contains("token") => " (--token-file FILE gives one)",
+        _ => "",
+    };
+    format!("{argument}: {}{hint}", error.message)
 }
 
 fn failed(error: &RunError, arguments: &Arguments) -> Failed {
@@ -223,12 +253,41 @@ mod tests {
     }
 
     #[test]
+    fn another_machines_relay_is_dialled_by_tls() {
+        let token = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(token.path(), "0123456789abcdef").unwrap();
+        let dialled = |more: &[&str]| {
+            let file = token.path().to_str().unwrap();
+            let line = [&["3000", "--token-file", file, "--relay"], more].concat();
+            let config = configured(&line).unwrap();
+            let config::Relays::Listed(mut relays) = config.sidecar.unwrap().relays else {
+                panic!("no list")
+            };
+            let warned: Vec<String> = config.warnings.iter().map(super::line).collect();
+            (relays.remove(0), warned.concat())
+        };
+        let (relay, warned) = dialled(&["relay.example.org:1"]);
+        assert!(relay.tls.is_some_and(|tls| tls.server_name.is_none()) && warned.is_empty());
+        assert!(dialled(&["127.0.0.1:1"]).0.tls.is_none());
+        let (relay, _) = dialled(&["127.0.0.1:1", "--server-name", "relay.internal"]);
+        assert_eq!(relay.tls.unwrap().server_name.as_deref(), Some("relay.internal"));
+        let (relay, warned) = dialled(&["relay.example.org:1", "--insecure"]);
+        assert!(relay.tls.is_none());
+        assert!(
+            warned.starts_with("--insecure: relay.example.org:1 is dialled without"),
+            "{warned}"
+        );
+    }
+
+    #[test]
     fn faults_are_told_by_argument() {
         let faults = [
             vec!["app"],
             vec!["3000", "--relay", "relay.example.org"],
             vec!["3000", "--relay", "relay.example.org:9081"],
             vec!["3000", "--relay", "127.0.0.1:9081", "--token-file", "/does/not/exist"],
+            vec!["3000", "--relay", "127.0.0.1:9081", "--ca", "/does/not/exist"],
+            vec!["3000", "--relay", "127.0.0.1:9081", "--server-name", "a:1"],
             vec!["3000", "--listen", "9080"],
             vec!["3000", "--log", "a=b=c"],
         ];
@@ -236,8 +295,10 @@ mod tests {
         insta::assert_snapshot!(told.join("\n"), @r#"
         PORT|HOST:PORT: "app" is not an address (accepted: host:port, as in 127.0.0.1:3000, relay.example.org:9081 or [::1]:3000)
         --relay: "relay.example.org" is not an address (accepted: host:port, as in 127.0.0.1:3000, relay.example.org:9081 or [::1]:3000)
-        --relay: relay.example.org:9081 is another machine and gets no token (accepted: loopback addresses, or one of token, token_file, token_env) (--token-file FILE gives one)
+        --relay: relay.example.org:9081 is another machine and gets neither token nor certificate (accepted: a loopback address, tls.certificate, or one of token, token_file, token_env) (--token-file FILE gives one)
         --token-file: cannot read /does/not/exist: No such file or directory (os error 2)
+        --ca: cannot read /does/not/exist: No such file or directory (os error 2)
+        --server-name: "a:1" is not a host name (accepted: labels of letters, digits and '-', joined by dots, at most 253 characters); leave out the port
         --listen: "9080" is not an address to listen on (accepted: IP:port, as in 127.0.0.1:9080 or [::1]:9080); did you mean "127.0.0.1:9080"?
         --log: "c" is not a level (accepted: error, warn, info, debug, trace, off; also target=level, joined by commas)
         "#);

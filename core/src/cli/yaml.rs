@@ -9,6 +9,8 @@ use crate::config::ROOT_KEYS;
 /// Keys that stand first in whatever has them: what it is, before what it does.
 const FIRST_KEYS: &[&str] = &[
     "name",
+    "principal",
+    "cert",
     "type",
     "address",
     "library",
@@ -27,6 +29,9 @@ const FIRST_KEYS: &[&str] = &[
 
 /// Keys below which everything is a plugin's, a null too.
 const PLUGINS_KEYS: &[&str] = &["config", "options"];
+
+/// What a certificate says, and a file does not.
+const CERTIFICATE_FACTS: [&str; 2] = ["names", "not_after"];
 
 /// Returns the configuration as YAML.
 pub(super) fn of(config: &Json) -> String {
@@ -61,8 +66,12 @@ impl Serialize for Value<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self.json {
             Json::Object(map) => {
-                let is_set = |json: &Json| self.is_plugins || !json.is_null();
-                let mut entries: Vec<_> = map.iter().filter(|(_, json)| is_set(json)).collect();
+                let is_certificate = map.contains_key("cert");
+                let is_written = |(key, json): &(&String, &Json)| {
+                    let is_fact = is_certificate && CERTIFICATE_FACTS.contains(&key.as_str());
+                    self.is_plugins || !(json.is_null() || is_fact)
+                };
+                let mut entries: Vec<_> = map.iter().filter(is_written).collect();
                 entries.sort_by_key(|(key, _)| self.place(key));
                 let mut written = serializer.serialize_map(Some(entries.len()))?;
                 for (key, json) in entries {
@@ -90,6 +99,8 @@ impl Serialize for Value<'_> {
 mod tests {
     use std::path::Path;
 
+    use serde_json::json;
+
     use super::*;
     use crate::config::{Config, Source, parse};
 
@@ -102,16 +113,28 @@ relay:
     - { name: web, address: 127.0.0.1:9080, proxy_protocol: true, balance: exact }
     - { name: any, address: 127.0.0.1:9443, sniff: true }
     - { name: lines, address: "[::1]:9444", protocol_type: LINE }
+    - { name: https, address: 127.0.0.1:9445, tls: { acme: [a.example.org], min_version: "1.3" } }
+    - { name: plain, address: 127.0.0.1:9446, https_redirect: 443 }
   base_domains: [localhost, example.org]
   trusted_proxies: [10.0.0.0/8, 192.0.2.7]
   max_connection_age: 1h
-  tunnel: { address: 127.0.0.1:9081 }
+  tunnel: { address: 127.0.0.1:9081, listener: https, tls: { acme: [t.example.org] } }
+  credentials:
+    - principal: cluster
+      jwt: [{ issuer: c, subject: "*:a", namespace: "n-*", service_account: "*" }]
+      subdomains: ["{service_account}.{namespace}"]
+      hosts: ["*.example.org"]
+      tunnels: ["{namespace}-*"]
+      listeners: [lines]
+  token_issuers:
+    - { name: c, issuer: i, audiences: [a, b], jwks_url: "https://k.example/keys", refresh: 1m, leeway: 5s }
+  acme: { directory: "https://ca.example/d", contacts: ["mailto:a@b.example"], storage: /s, accept_terms: true }
   threads: 2
   limits: { connections: 77, request_head: 17KiB, window: 1MiB }
   timeouts: { request_head: 9s, open_wait: 0s }
 sidecar:
   name: laptop
-  relays: [127.0.0.1:9081]
+  relays: [127.0.0.1:9081, { address: 127.0.0.1:9181, tls: { server_name: a.internal } }]
   resolve_interval: 20s
   lanes: 3
   timeouts: { dial: 4s }
@@ -125,6 +148,8 @@ tunnels:
     health_check: { type: http, path: /healthz, host: app.local, interval: 5s }
     wait: 30s
   - { name: rpc, service: "unix:/run/$${x}.sock", health_check: { type: grpc, service: a.B } }
+  - { name: tls, service: "https://h.example:2", tls: { server_name: x.internal } }
+  - { name: any, service: "https://h.example:3", http_version: 1, tls: { insecure_skip_verify: true } }
   - { name: tcp, service: "h.example:1", health_check: { type: tcp } }
 routes:
   - name: shop
@@ -140,6 +165,7 @@ routes:
     addresses: { allow: [10.0.0.0/8], deny: [10.1.0.0/16] }
     limits: { rate: { count: 100, per: 1s, burst: 200 }, concurrent: 50, body: 10MiB }
     compression: { level: 5, min_size: 1KiB }
+    hsts: { max_age: 1h, include_subdomains: true }
     options: { HTTP: { a: null, b: [1, "1", 1.5, "no"], c: "$${d}" } }
   - { name: old, host: "*.old.example", redirect: { status: 308, scheme: https, path_prefix: /x } }
   - { name: rest, wildcard: "*", tunnel: rpc, protocol_type: GRPC }
@@ -186,6 +212,14 @@ log: { level: "info,sidelane=debug", format: json }
         check("version: 1\nrelay: {}\nsidecar: {}\n");
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../sidecar.yaml");
         check(&std::fs::read_to_string(file).unwrap());
+    }
+
+    #[test]
+    fn a_certificate_is_written_as_a_file_has_it() {
+        let shown = json!({ "certificates": [
+            { "cert": "a.crt", "key": "***", "names": ["a.example"], "not_after": "then" },
+        ] });
+        assert_eq!(of(&shown), "certificates:\n- cert: a.crt\n  key: \"***\"\n");
     }
 
     #[test]

@@ -19,8 +19,8 @@ const SNIPPET_COLUMNS_MAX: usize = 160;
 const SECRET_WORDS: [&str; 9] =
     ["token", "secret", "password", "key", "users", "$2", "authorization", "cookie", "credential"];
 
-/// Values below these paths are never shown: a password may stand where its hash belongs.
-const SECRET_PATHS: [&str; 1] = ["basic_auth.users."];
+/// Values below these paths are never shown: a password, or a token, may stand where its hash belongs.
+const SECRET_PATHS: [&str; 3] = ["basic_auth.users.", ".tokens[", ".external_account.key"];
 
 /// Where something stands in a configuration. Lines and columns count characters from 1; line 0:
 /// nowhere.

@@ -115,7 +115,7 @@ const PROXIES_MAX: usize = 256;
 const TOKEN_BYTES_MIN: usize = 16;
 
 /// Longest token; it travels in the hello.
-const TOKEN_BYTES_MAX: usize = 4096;
+pub(crate) const TOKEN_BYTES_MAX: usize = 4096;
 
 const fn loopback(port: u16) -> SocketAddr {
     SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port)
@@ -451,15 +451,8 @@ impl Reader<'_> {
     ) -> Option<Option<PathBuf>> {
         let keys = ["token", "token_file", "token_env"];
         let Some((field, text)) = self.secret(section, keys)? else { return Some(None) };
-        if !(TOKEN_BYTES_MIN..=TOKEN_BYTES_MAX).contains(&text.len()) {
-            field.fail(format!(
-                "is a token of {} bytes (accepted: {TOKEN_BYTES_MIN} to {TOKEN_BYTES_MAX})",
-                text.len()
-            ));
-            return None;
-        }
-        if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
-            field.fail("is a token with white space or control characters in it (accepted: none)");
+        if let Err(message) = token(&text) {
+            field.fail(message);
             return None;
         }
         *target = Some(Secret::new(&text));
@@ -503,6 +496,22 @@ impl Reader<'_> {
             }
         }
     }
+}
+
+/// Returns what is wrong with a token, of which it says nothing.
+pub(crate) fn token(text: &str) -> Result<(), String> {
+    if !(TOKEN_BYTES_MIN..=TOKEN_BYTES_MAX).contains(&text.len()) {
+        return Err(format!(
+            "is a token of {} bytes (accepted: {TOKEN_BYTES_MIN} to {TOKEN_BYTES_MAX})",
+            text.len()
+        ));
+    }
+    if text.chars().any(|c| c.is_whitespace() || c.is_control()) {
+        return Err(
+            "is a token with white space or control characters in it (accepted: none)".to_owned()
+        );
+    }
+    Ok(())
 }
 
 /// Tells a sidecar that would have to dial the relay of its own process where that has no address.

@@ -822,8 +822,8 @@ struct Tunnel {
     /// How the service's health is found out; absent: it is taken for healthy. The first check
     /// decides. While it is unhealthy relays send nothing here.
     health_check: HealthCheck,
-    /// After a start of the process nothing is sent to the service before it accepts a connection, or
-    /// this has passed. A tunnel that a reload adds is not waited for.
+    /// After a start of the process nothing is sent to the service before it accepts a connection (TLS
+    /// is not waited for), or this has passed. A tunnel that a reload adds is not waited for.
     wait: Duration<0, DAY>,
 }
 
@@ -844,8 +844,8 @@ struct Pool {
 /// How a service's health is found out.
 #[derive(JsonSchema)]
 struct HealthCheck {
-    /// `tcp`: a connection is accepted; `http`: a GET is answered with 200 to 399; `grpc`:
-    /// `grpc.health.v1.Health/Check` says SERVING.
+    /// `tcp`: a connection is accepted, with `https://` TLS included; `http`: a GET is answered with 200
+    /// to 399; `grpc`: `grpc.health.v1.Health/Check` says SERVING.
     #[schemars(rename = "type", extend("x-required" = true))]
     kind: ProbeType,
     /// With `http`: path and query.

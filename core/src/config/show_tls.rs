@@ -12,6 +12,7 @@ use super::{RelayAddress, duration_text};
 fn certificate(certificate: &Certificate) -> Json {
     json!({
         "cert": certificate.place.as_ref(),
+        "key": "***",
         "names": certificate.names.iter().map(AsRef::as_ref).collect::<Vec<&str>>(),
         "not_after": time(certificate.not_after),
     })
@@ -127,8 +128,8 @@ pub(super) fn issuer(issuer: &Issuer) -> Json {
         "leeway": duration_text(issuer.leeway),
     });
     match &issuer.keys {
-        // Its contents are public and long.
-        Keys::Set(_) => json["jwks_file"] = "(read)".into(),
+        // Its contents are long.
+        Keys::Set(_) => json["jwks_file"] = "***".into(),
         Keys::Url { url, authorities: trusted, token_file, interval } => {
             json["jwks_url"] = url.as_ref().into();
             json["ca"] = trusted.as_ref().map_or(Json::Null, authorities);

@@ -6,6 +6,7 @@ use serde_json::json;
 use super::*;
 
 mod files;
+mod tls;
 
 const FILE: &str = "/etc/sidelane/test.yaml";
 
@@ -90,6 +91,13 @@ fn with_comments_read(text: &str) -> String {
         "pool:",
         "proxy_protocol:",
         "health_check:",
+        "tls:",
+        "acme:",
+        "credentials:",
+        "principal:",
+        "tokens:",
+        "subdomains:",
+        "tunnels: [demo]",
     ];
     let mut example = false;
     let mut lines = Vec::new();

@@ -555,6 +555,23 @@ mod tests {
     }
 
     #[test]
+    fn what_comes_to_a_directory_of_certificates_and_what_goes_is_polled() {
+        let times = Times { poll: Duration::from_millis(10), ..EVENTS };
+        let mut watched = Watched::start(file("one"), "c.yaml", times, false);
+        let certificates = watched.directory.path().join("tls");
+        fs::create_dir(&certificates).unwrap();
+        watched.watcher.set_files(vec![certificates.clone()], true);
+        watched.watcher.trigger();
+        watched.expect("one");
+        fs::write(certificates.join("a.crt"), "").unwrap();
+        watched.expect("one");
+        fs::remove_file(certificates.join("a.crt")).unwrap();
+        watched.expect("one");
+        fs::remove_dir(&certificates).unwrap();
+        watched.expect("one");
+    }
+
+    #[test]
     fn a_trigger_yields_unchanged_contents() {
         let mut watched = Watched::start(file("one"), "c.yaml", EVENTS, true);
         watched.watcher.trigger();

@@ -147,19 +147,29 @@ impl Process {
         let addresses = opened.addresses(&self.addresses());
         let are_plugins_other = changes.plugins || !loaded.is_empty();
         if let (Some(relay), Some(section)) = (&self.relay, &config.relay) {
-            if !changes.relay.is_empty() {
+            // Of listeners too: sidecars may come in by one of them.
+            if !changes.relay.is_empty() || !changes.listeners.is_empty() {
                 relay.limit(section);
             }
             // Before listeners: a new one finds its routes.
             if changes.is_routing() || are_plugins_other {
                 relay.configure(config);
             }
+            // Before listeners, too: a new one finds the certificates that are kept.
+            if let Some(acme) = &self.acme {
+                acme.set(section);
+            }
             if let Some(prepared) = opened.listeners {
                 relay.listen(prepared);
             }
         }
         // After the relay, whose certificates the sidecar of its own process knows.
-        if let (Some(sidecar), Some(section)) = (&self.sidecar, &config.sidecar) {
+        let is_reached_otherwise = !changes.sidecar.is_empty()
+            || !changes.relay.is_empty()
+            || !changes.listeners.is_empty();
+        if let (Some(sidecar), Some(section), true) =
+            (&self.sidecar, &config.sidecar, is_reached_otherwise)
+        {
             sidecar.set_access(section, own_relay(section, self.relay.as_deref()));
         }
         if let Some(sidecar) = &self.sidecar
@@ -236,7 +246,8 @@ fn summary(changes: &Changes, loaded: &[String]) -> String {
         (changes.drain_timeout, "drain_timeout"),
     ];
     let others = others.into_iter().filter_map(|(differs, what)| differs.then_some(what));
-    let others: Vec<_> = changes.relay.iter().copied().chain(others).collect();
+    let others: Vec<_> =
+        changes.relay.iter().chain(&changes.sidecar).copied().chain(others).collect();
     if !others.is_empty() {
         text += &format!("; changed: {}", others.join(", "));
     }

@@ -5,14 +5,14 @@
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use rustls::{ClientConfig, ServerConfig};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::config;
-use crate::config::tls::{ClientCertificates, ServerTls};
+use crate::config::tls::{Certificate, ClientCertificates, ServerTls};
 use crate::error::chain;
 use crate::metrics::Metrics;
 use crate::tls::{self, ACME_ALPN, Issued, Resolver, TUNNEL_ALPN, TlsError};
@@ -21,6 +21,9 @@ use crate::tunnel::gate::{Bounds, Gate, TurnedAway};
 
 /// Diallers at once that are told to come back; further ones are closed unanswered.
 const TURNED_AWAY_MAX: usize = 64;
+
+/// No listener is called so: their names begin with a letter or digit.
+const OWN_ADDRESS: &str = "_tunnel";
 
 /// Where sidecars knock.
 pub(super) struct Door {
@@ -31,16 +34,11 @@ pub(super) struct Door {
     way: ArcSwap<Way>,
     /// By which this process's own sidecar dials; `None`: plain.
     embedded: ArcSwapOption<ClientConfig>,
-    /// What `way` and `embedded` were made of.
-    made_of: Mutex<Option<Source>>,
-}
-
-/// What a configuration says of the way in.
-#[derive(PartialEq)]
-struct Source {
-    /// What is shown at the tunnel's own address, or at the listener where it has none.
-    shown: Option<ServerTls>,
-    insecure: bool,
+    /// What `way` and `embedded` were made of: what is shown at the tunnel's own address, or at the
+    /// listener where it has none.
+    made_of: Mutex<Option<Option<ServerTls>>>,
+    /// Stands for the tunnel's own address where metrics have a listener's name.
+    pub(super) name: Arc<str>,
 }
 
 /// How one comes in at the tunnel's own address.
@@ -58,7 +56,7 @@ pub(super) type Place = OwnedSemaphorePermit;
 
 impl Door {
     /// Returns the door of a configuration.
-    pub(super) fn new(section: &config::Relay, issued: &Arc<Issued>) -> Self {
+    pub(super) fn new(section: &config::Relay, issued: &Arc<Issued>, metrics: &Metrics) -> Self {
         let door = Self {
             gate: Gate::default(),
             bounds: ArcSwap::from_pointee(bounds(section)),
@@ -67,32 +65,33 @@ impl Door {
             way: ArcSwap::from_pointee(Way::Plain),
             embedded: ArcSwapOption::empty(),
             made_of: Mutex::default(),
+            name: OWN_ADDRESS.into(),
         };
-        door.set_tls(section, issued);
+        door.set_tls(section, issued, metrics);
         door
     }
 
     /// Takes another configuration, for handshakes that begin from here on. Tickets given out before
     /// are worth nothing where its TLS is another.
-    pub(super) fn set(&self, section: &config::Relay, issued: &Arc<Issued>) {
+    pub(super) fn set(&self, section: &config::Relay, issued: &Arc<Issued>, metrics: &Metrics) {
         self.bounds.store(Arc::new(bounds(section)));
-        self.set_tls(section, issued);
+        self.set_tls(section, issued, metrics);
     }
 
-    fn set_tls(&self, section: &config::Relay, issued: &Arc<Issued>) {
+    fn set_tls(&self, section: &config::Relay, issued: &Arc<Issued>, metrics: &Metrics) {
         let tunnel = &section.tunnel;
         let shared = tunnel.listener.as_ref().and_then(|name| {
             let listener = section.listeners.iter().find(|listener| listener.name == *name)?;
             listener.tls.as_ref()
         });
         let shown = if tunnel.address.is_some() { tunnel.tls.as_ref() } else { shared };
-        let source = Source { shown: shown.cloned(), insecure: tunnel.insecure };
+        let source = shown.cloned();
         let mut made_of = self.made_of.lock().unwrap_or_else(PoisonError::into_inner);
         if made_of.as_ref() == Some(&source) {
             // Tickets go on to count.
             return;
         }
-        let (way, embedded) = match source.shown.as_ref().map(|shown| configs(shown, issued)) {
+        let (way, embedded) = match source.as_ref().map(|shown| configs(shown, issued)) {
             None => (Way::Plain, None),
             Some(Ok((server, client))) => (Way::Tls(server), Some(client)),
             Some(Err(error)) => {
@@ -101,12 +100,13 @@ impl Door {
                 (Way::Closed, None)
             }
         };
-        if source.insecure && matches!(way, Way::Plain) {
-            tracing::warn!(
-                setting = "relay.tunnel.insecure",
-                "sidecars come in without TLS: anybody on the way reads and changes everything"
-            );
+        if matches!(way, Way::Tls(_)) {
+            metrics.tls.listener(&self.name);
         }
+        // Those of a listener are told under its name.
+        let own = source.as_ref().filter(|_| section.tunnel.address.is_some());
+        let certificates = own.map(|own| named(&own.certificates)).unwrap_or_default();
+        metrics.tls.set_certificates(&self.name, &certificates);
         self.way.store(Arc::new(way));
         self.embedded.store(embedded);
         *made_of = Some(source);
@@ -179,6 +179,14 @@ fn bounds(section: &config::Relay) -> Bounds {
         per_second_and_address: limits.handshakes_per_second_per_address,
         failures_per_minute_and_address: limits.failed_handshakes_per_minute_per_address,
     }
+}
+
+fn named(certificates: &[Arc<Certificate>]) -> Vec<(Arc<str>, SystemTime)> {
+    let named = |certificate: &Arc<Certificate>| {
+        let name = certificate.names.first().unwrap_or(&certificate.place);
+        (Arc::clone(name), certificate.not_after)
+    };
+    certificates.iter().map(named).collect()
 }
 
 /// Both ends of the tunnel's own TLS. A certificate is asked for where authorities are named, and never

@@ -27,7 +27,7 @@ use crate::tunnel::transport::Socket;
 
 mod bound;
 
-pub(super) use bound::{Bounds, Handshakes, Over};
+pub(super) use bound::{Bounds, Handshakes, Over, Permit};
 
 /// Bytes of one connection that wait, encrypted, for a slow client. As many as the front writes at once
 /// (`FrontConfig::buffer_bytes_max`), so that a large write costs one system call.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::BytesMut;
+use rustls::HandshakeKind;
 use sidelane_abi::failure;
 use sidelane_tunnel::{Event, HandshakeError, proto};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -16,6 +17,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::Relay;
 use super::door::{self, Place, Way};
+use super::tls::{Bounds, Over, Permit};
 use crate::credentials::Presented;
 use crate::error::chain;
 use crate::plugin::lend::Reset;
@@ -203,10 +205,22 @@ async fn greet(relay: Arc<Relay>, stream: TcpStream, peer: SocketAddr, place: Pl
             return refuse_plainly(socket, EXPECTS_TLS).await;
         }
         (Way::Tls(config), true) => {
+            let Some(permit) = tls_permit(&relay, peer) else {
+                door::note(&relay.metrics, peer, TurnedAway::Rate);
+                return;
+            };
             let acceptor = TlsAcceptor::from(Arc::clone(config));
             let accepted = timeout_at(deadline, acceptor.accept(socket.reading_ahead())).await;
+            drop(permit);
             match accepted {
-                Ok(Ok(stream)) => Transport::server(stream),
+                Ok(Ok(stream)) => {
+                    let result = match stream.get_ref().1.handshake_kind() {
+                        Some(HandshakeKind::Resumed) => "resumed",
+                        _ => "full",
+                    };
+                    relay.metrics.tls.handshake(&relay.door.name, result);
+                    Transport::server(stream)
+                }
                 Ok(Err(error)) => return tls_failed(&relay, peer, &error),
                 Err(_elapsed) => {
                     let reason = format!("no TLS within {limit:?}");
@@ -220,6 +234,17 @@ async fn greet(relay: Arc<Relay>, stream: TcpStream, peer: SocketAddr, place: Pl
         }
     };
     shake_hands(relay, transport, peer, local, place).await;
+}
+
+/// A place among the TLS handshakes of clients and sidecars; `None`: there are as many as may be.
+fn tls_permit(relay: &Relay, peer: SocketAddr) -> Option<Permit> {
+    let settings = relay.listeners.settings();
+    let bounds = Bounds {
+        all_max: settings.tls_handshakes_max,
+        per_address_max: settings.tls_handshakes_per_address_max,
+    };
+    let refused = |over: Over| relay.metrics.tls.refused(&relay.door.name, over.label());
+    relay.tls_handshakes.try_enter(bounds, Some(peer.ip())).map_err(refused).ok()
 }
 
 /// Turns a dialler away in the tunnel's own words, whatever it speaks.

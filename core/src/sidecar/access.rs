@@ -13,7 +13,6 @@ use rustls::ClientConfig;
 use rustls::pki_types::{IpAddr, Ipv4Addr, ServerName};
 
 use super::{Peer, Sidecar};
-use crate::config::tls::Trust;
 use crate::config::{self, RelayAddress, Relays, Secret};
 use crate::error::chain;
 use crate::tls::{self, TUNNEL_ALPN};
@@ -107,22 +106,8 @@ impl Access {
 /// Makes what a relay is dialled by.
 fn carrier(relay: &RelayAddress) -> Carrier {
     let Some(tls) = &relay.tls else {
-        if relay.insecure && !relay.address.is_loopback() {
-            tracing::warn!(
-                relay = %relay.address,
-                setting = "insecure",
-                "a relay is dialled without TLS: anybody on the way reads and changes everything"
-            );
-        }
         return Carrier::Plain { insecure: relay.insecure };
     };
-    if tls.trust == Trust::Anybody {
-        tracing::warn!(
-            relay = %relay.address,
-            setting = "insecure_skip_verify",
-            "whoever answers is taken for the relay: anybody on the way reads and changes everything"
-        );
-    }
     let name = tls.server_name.as_ref().unwrap_or(&relay.address.host);
     let name = match ServerName::try_from(name.to_string()) {
         Ok(name) => name,

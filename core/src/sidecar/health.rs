@@ -243,6 +243,7 @@ impl Health {
             json!({
                 "tunnel": &*tunnel.name,
                 "service": tunnel.service.to_string(),
+                "tls": tunnel.tls.is_some(),
                 "health": condition.name(),
                 "unavailable": condition.unavailable(),
                 "since_seconds": watched.map(|watched| watched.since.elapsed().as_secs()),

@@ -16,6 +16,8 @@ use crate::metrics::Metrics;
 use crate::plugin::lend::{ConnectFuture, Service, ServiceSettings, Text};
 
 pub(super) mod dial;
+#[cfg(test)]
+pub(super) mod tests;
 mod tls;
 
 /// Services by tunnel.

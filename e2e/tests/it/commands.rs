@@ -470,7 +470,10 @@ fn expose_says_why_a_relay_lets_it_not_in() {
     let token = token.to_str().expect("a path is text");
     let (code, wrote) = Exposed::start(&["3000", "--relay", &tunnel, "--token-file", token]).end();
     assert_eq!(code, Some(1), "{wrote}");
-    assert!(wrote.contains("no session with the relay") && wrote.contains("token"), "{wrote}");
+    assert!(
+        wrote.contains("no session with the relay") && wrote.contains("the credential is not one"),
+        "{wrote}"
+    );
     drop(relay);
     let (code, wrote) = Exposed::start(&["3000", "--relay", &tunnel, "--token-file", token]).end();
     assert_eq!(code, Some(1), "{wrote}");

@@ -16,14 +16,30 @@ fn example(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/config").join(name)
 }
 
+/// SHA-256 of [`TOKEN`].
+const TOKEN_HASH: &str = "sha256:c7355b9788d3036817b4b9118e71116224521da29885b160eb8451377c47b377";
+
+/// A directory with `tls.crt` and `tls.key` for the base domain and the tunnel.
+fn certificates() -> tempfile::TempDir {
+    let names = ["*.localhost", "tunnel.localhost"].map(str::to_owned);
+    let made = rcgen::generate_simple_self_signed(names).expect("a certificate");
+    let directory = tempfile::tempdir().expect("a directory");
+    let key = made.signing_key.serialize_pem();
+    fs::write(directory.path().join("tls.crt"), made.cert.pem()).expect("a file");
+    fs::write(directory.path().join("tls.key"), key).expect("a file");
+    directory
+}
+
 /// Every port is free, every service is `service`.
 fn variables(service: &Service) -> Vec<(&'static str, String)> {
     let mut variables = vec![
         ("SIDELANE_PLUGIN_DIR", build_directory().display().to_string()),
         ("SIDELANE_TOKEN", TOKEN.to_owned()),
+        ("SHOP_TOKEN_HASH", TOKEN_HASH.to_owned()),
     ];
     let listeners = [
         "HTTP_PORT",
+        "HTTPS_PORT",
         "WS_PORT",
         "HEALTH_PORT",
         "ADMIN_PORT",
@@ -61,6 +77,8 @@ fn every_example_is_valid() {
     let mut variables = variables(&service);
     // Free ports are no addresses of one relay.
     variables.push(("RELAY", "127.0.0.1:9".to_owned()));
+    let certificates = certificates();
+    variables.push(("TLS_DIR", certificates.path().display().to_string()));
     let entries = fs::read_dir(example("")).expect("the examples are there");
     let mut seen = BTreeSet::new();
     for entry in entries {
@@ -80,7 +98,7 @@ fn every_example_is_valid() {
         assert!(output.status.success(), "{name}: {text}");
         seen.insert(name);
     }
-    assert!(seen.len() >= 7, "{seen:?}");
+    assert!(seen.len() >= 9, "{seen:?}");
 }
 
 #[test]
@@ -94,6 +112,22 @@ fn relay_and_sidecar_alone_find_each_other() {
     wait::until("the announced route", || {
         (get(&relay, "shop.localhost", "/").head.status == 200).then_some(())
     });
+}
+
+#[test]
+fn relay_and_sidecar_find_each_other_by_tls() {
+    let service = Service::ok();
+    let certificates = certificates();
+    let mut variables = variables(&service);
+    variables.push(("TLS_DIR", certificates.path().display().to_string()));
+    let relay = Sidelane::spawn_file("tls-relay.yaml", &example("tls-relay.yaml"), &variables);
+    variables.push(("RELAY", relay.tunnel().to_string()));
+    let sidecar =
+        Sidelane::spawn_file("tls-sidecar.yaml", &example("tls-sidecar.yaml"), &variables);
+    sidecar.until_ready();
+    let answer = get(&relay, "shop.localhost", "/x");
+    assert_eq!(answer.head.status, 308);
+    assert_eq!(answer.head.first("location"), Some("https://shop.localhost:9443/x"));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The program as its users meet it, one module per behaviour.
 
+mod acme;
 mod bounds;
 mod browser;
 mod commands;
@@ -31,6 +32,7 @@ mod several_files;
 mod shutdown;
 mod start;
 mod streaming;
+mod tls_service;
 mod two_processes;
 mod websocket;
 mod websocket_ends;

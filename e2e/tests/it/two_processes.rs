@@ -156,7 +156,9 @@ fn wrong_or_missing_token_is_refused() {
         assert_eq!(ask(&relay).head.status, 404, "{shown:?}: it announced nothing");
         let ready = sidecar.get(sidecar.health(), "/ready");
         assert_eq!(ready.head.status, 503, "{shown:?}");
-        wait::until("the sidecar to say why", || sidecar.log().contains("token").then_some(()));
+        wait::until("the sidecar to say why", || {
+            sidecar.log().contains("credential").then_some(())
+        });
         for side in [&relay, &sidecar] {
             assert!(
                 !side.log().contains("correct-horse-battery-staple")

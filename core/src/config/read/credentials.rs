@@ -5,8 +5,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use sha2::{Digest as _, Sha256};
-
 use super::tls::https_or_loopback_url;
 use super::{Names, Reader, arcs, at, items, one_of_keys, refer, timeout, twice, unique};
 use crate::config::credentials::{
@@ -203,7 +201,10 @@ fn principal(field: &Field<'_>, known: &Known<'_>) -> Option<Principal> {
     list_set(&section, "tokens", &mut tokens, token_hash);
     let mut certificates = Vec::new();
     list_set(&section, "certificates", &mut certificates, |f| f.parse(certificate));
-    if let Some(field) = section.field("certificates").filter(|_| !known.has_certificates) {
+    if let Some(field) = section.field("certificates")
+        && !known.has_certificates
+        && !field.is_empty()
+    {
         field.fail(
             "nobody is asked for a certificate (accepted: with relay.tunnel.tls.client_ca, the PEM file of \
              those who sign them)",
@@ -461,11 +462,8 @@ fn named_once(field: &Field<'_>, principals: &[(usize, Principal)]) {
 
 /// Tells hashes that two principals have: one of them would never be it.
 fn hashes_once(field: &Field<'_>, principals: &[(usize, Principal)], relay: &Relay) {
-    let everything = relay.tunnel.token.as_ref().map(|token| {
-        let hash: [u8; 32] = Sha256::digest(token.expose().as_bytes()).into();
-        hash
-    });
-    let mut first: HashMap<[u8; 32], (usize, usize)> = HashMap::new();
+    let everything = relay.tunnel.token.as_ref().map(|token| TokenHash::of(token.expose()));
+    let mut first: HashMap<TokenHash, (usize, usize)> = HashMap::new();
     for (index, principal) in principals {
         let tokens = field.item(*index).and_then(|item| item.child("tokens"));
         for (at_token, hash) in principal.tokens.iter().enumerate() {
@@ -474,18 +472,18 @@ fn hashes_once(field: &Field<'_>, principals: &[(usize, Principal)], relay: &Rel
             let place =
                 tokens.item(at_token).filter(|_| tokens.item(principal.tokens.len()).is_none());
             let place = place.as_ref().unwrap_or(tokens);
-            if everything == Some(hash.0) {
+            if everything == Some(*hash) {
                 place.fail(
                     "is the hash of relay.tunnel's token, with which everything may be claimed already \
                      (accepted: a token of its own)",
                 );
-            } else if let Some((earlier, at_earlier)) = first.get(&hash.0) {
+            } else if let Some((earlier, at_earlier)) = first.get(hash) {
                 place.fail(format!(
                     "is the same hash as {}[{earlier}].tokens[{at_earlier}] (accepted: a token of its own)",
                     field.path()
                 ));
             } else {
-                first.insert(hash.0, (*index, at_token));
+                first.insert(*hash, (*index, at_token));
             }
         }
     }

@@ -317,10 +317,11 @@ mod tests {
     use std::time::Duration;
 
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    use tokio::net::{TcpListener, TcpStream, UnixListener};
+    use tokio::net::{TcpListener, UnixListener};
 
     use super::*;
     use crate::config::{HostPort, Pool, ProxyVersion};
+    use crate::sidecar::service::tests::{Authority, Makings, Service};
 
     fn tunnel(service: ServiceAddress) -> Arc<Tunnel> {
         Arc::new(Tunnel {
@@ -459,7 +460,7 @@ mod tests {
 
     /// Answers one request over HTTP/2; its path and body.
     async fn answer_h2(
-        stream: TcpStream,
+        stream: impl Stream,
         response: http::Response<()>,
         body: &'static [u8],
         status: Option<&'static str>,
@@ -526,6 +527,62 @@ mod tests {
         };
         let (result, (path, _)) = tokio::join!(look(&tunnel, &check), serve);
         assert_eq!((result, &*path), (Ok(()), "/healthz"));
+    }
+
+    /// A service by TLS that agrees on one of `alpn`.
+    async fn by_tls(alpn: &'static [&'static [u8]]) -> Service {
+        let authority = Authority::new("ours");
+        let mut makings = Makings::of(authority.sign(|_| {}));
+        makings.alpn = alpn;
+        makings.serve(authority.trust()).await
+    }
+
+    #[tokio::test]
+    async fn a_service_by_tls_is_asked_over_what_it_chooses() {
+        let service = by_tls(&[b"h2", b"http/1.1"]).await;
+        let tunnel = Arc::new(service.tunnel.clone());
+        let check = check(http(Some("app.local")), LONG);
+        let serve = async {
+            let stream = service.accept().await.unwrap();
+            answer_h2(stream, http::Response::new(()), b"ok", None).await
+        };
+        let (result, (path, _)) = tokio::join!(look(&tunnel, &check), serve);
+        assert_eq!((result, &*path), (Ok(()), "/healthz"));
+
+        let service = by_tls(&[]).await;
+        let tunnel = Arc::new(service.tunnel.clone());
+        let serve = async {
+            let stream = service.accept().await.unwrap();
+            answer_once(stream, b"HTTP/1.1 204 No Content\r\n\r\n").await
+        };
+        let (result, head) = tokio::join!(look(&tunnel, &check), serve);
+        assert_eq!(result, Ok(()));
+        assert!(head.starts_with("GET /healthz?q=1 HTTP/1.1\r\n"), "{head}");
+    }
+
+    #[tokio::test]
+    async fn grpc_by_tls_must_be_agreed_on() {
+        let service = by_tls(&[]).await;
+        let tunnel = Arc::new(service.tunnel.clone());
+        let check = check(Probe::Grpc { service: String::new().into() }, LONG);
+        let (result, _served) = tokio::join!(look(&tunnel, &check), service.accept());
+        assert_eq!(result, Err("the service did not agree on HTTP/2 (ALPN)".to_owned()));
+    }
+
+    #[tokio::test]
+    async fn tcp_by_tls_is_a_handshake_and_waiting_is_none() {
+        let mut service = by_tls(&[]).await;
+        let check = check(Probe::Tcp, LONG);
+        let tunnel = Arc::new(service.tunnel.clone());
+        let (result, served) = tokio::join!(look(&tunnel, &check), service.accept());
+        assert!(result.is_ok() && served.is_ok());
+        service.tls().trust = Authority::new("theirs").trust();
+        let tunnel = Arc::new(service.tunnel.clone());
+        let (result, _served) = tokio::join!(look(&tunnel, &check), service.accept());
+        let reason = result.unwrap_err();
+        assert!(reason.starts_with("cannot connect: the service's certificate is"), "{reason}");
+        assert!(reason.contains("`tls.ca`"), "{reason}");
+        assert!(accepts(&tunnel, &Dialer::new(&tunnel)).await);
     }
 
     #[test]

@@ -144,6 +144,11 @@ impl Facts {
                 "the service's certificate is signed by none of {}; `tls.ca` names who signs it",
                 self.trusted
             ),
+            CertificateError::BadSignature => format!(
+                "the service's certificate is signed by none of {}, though by one of the same name: one of \
+                 them was made anew; `tls.ca` names who signs it",
+                self.trusted
+            ),
             CertificateError::NotValidForName => format!(
                 "the service's certificate is not for {}; `tls.server_name` says which name it is for",
                 self.name
