@@ -216,3 +216,6 @@ impl Relay {
         session.revoke_lanes(if is_expired { EXPIRED } else { WITHDRAWN });
     }
 }
+
+#[cfg(test)]
+mod tests;
