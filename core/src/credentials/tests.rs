@@ -380,7 +380,7 @@ async fn server(answers: Vec<String>) -> (String, tokio::sync::mpsc::UnboundedRe
                 head.push(stream.read_u8().await.expect("a head"));
             }
             let _ = heads.send(String::from_utf8(head).expect("text"));
-            let answer = answers.get(next).or(answers.last()).expect("an answer");
+            let answer = answers.get(next).or_else(|| answers.last()).expect("an answer");
             next += 1;
             let _ = stream.write_all(answer.as_bytes()).await;
         }
