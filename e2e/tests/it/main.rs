@@ -32,6 +32,8 @@ mod several_files;
 mod shutdown;
 mod start;
 mod streaming;
+mod tls_entry;
+mod tls_requests;
 mod tls_service;
 mod tls_tunnel;
 mod two_processes;
