@@ -357,6 +357,7 @@ async fn shake_hands(
     let shard = shard_of(&admitted.session.id, admitted.link.number);
     let link = Arc::clone(&admitted.link);
     let session = Arc::clone(&admitted.session);
+    let is_first = admitted.is_first;
     let prepared = match welcome(&mut transport, &admitted.welcome, limit).await {
         Ok(()) => transport.detach(),
         Err(error) => Err(error),
@@ -373,9 +374,20 @@ async fn shake_hands(
         }
     };
     if !handed_over {
-        // Exchanges may have been opened on it already.
-        link.abandon(Reset::new(failure::TUNNEL_LOST));
-        relay.sessions.lane_ended(&session, &link);
+        not_driven(&relay, &session, &link, is_first);
+    }
+}
+
+/// Takes a lane back that was let in, and that nobody will drive.
+pub(super) fn not_driven(relay: &Relay, session: &Arc<Session>, link: &Arc<Link>, is_first: bool) {
+    // Exchanges may have been opened on it already.
+    link.abandon(Reset::new(failure::TUNNEL_LOST));
+    if !relay.sessions.lane_ended(session, link) {
+        // What it presented counts for the lanes that stay.
+        relay.confirm(session);
+    } else if !is_first {
+        // The others ended meanwhile, and left the end to this one.
+        relay.session_ended(session);
     }
 }
 

@@ -74,7 +74,9 @@ pub struct Session {
     secret: [u8; 32],
     lane: LaneConfig,
     lanes: ArcSwap<Vec<Arc<Link>>>,
-    /// Serialises changes of `lanes` and of `authenticated`; readers never take it.
+    /// Its last lane has ended: it takes no other.
+    over: AtomicBool,
+    /// Serialises changes of `lanes`, `over` and `authenticated`; readers never take it.
     lanes_change: Mutex<()>,
     lanes_made: AtomicU32,
     requests: AtomicU64,
@@ -384,6 +386,7 @@ impl Sessions {
             secret: random::bytes(),
             lane: settings.lane.clone().with_peer(hello.window, hello.message_bytes_max),
             lanes: ArcSwap::default(),
+            over: AtomicBool::new(false),
             lanes_change: Mutex::new(()),
             lanes_made: AtomicU32::new(0),
             requests: AtomicU64::new(0),
@@ -430,13 +433,6 @@ impl Sessions {
         authenticated: Authenticated,
         shard_of: impl FnOnce(&SessionId, u32) -> usize,
     ) -> Result<Admitted, proto::Refuse> {
-        let unknown = || {
-            refuse(
-                proto::RefuseReason::UnknownSession,
-                "this relay does not know the session; begin a new one".to_owned(),
-                0,
-            )
-        };
         let id: SessionId = hello.session.as_ref().try_into().map_err(|_| unknown())?;
         let session =
             self.by_id.get(&id).map(|session| Arc::clone(&session)).ok_or_else(unknown)?;
@@ -462,13 +458,18 @@ impl Sessions {
         let number = session.lanes_made.fetch_add(1, Ordering::Relaxed);
         let shard = shard_of(&session.id, number);
         let link = Link::new(number, shard, Lane::new(session.lane.clone(), Instant::now()));
-        let mut is_full = false;
+        let (mut is_full, mut is_over) = (false, false);
         session.change_lanes(|lanes| {
             is_full = lanes.len() >= lanes_max;
-            if !is_full {
+            // The registry does not have it any more, so that nobody would end it.
+            is_over = session.over.load(Ordering::Relaxed);
+            if !is_full && !is_over {
                 lanes.push(Arc::clone(&link));
             }
         });
+        if is_over {
+            return Err(unknown());
+        }
         if is_full {
             return Err(refuse(
                 proto::RefuseReason::Overloaded,
@@ -507,7 +508,10 @@ impl Sessions {
 
     /// Takes a lane out; true where it was the session's last, which is over then.
     pub fn lane_ended(&self, session: &Arc<Session>, link: &Arc<Link>) -> bool {
-        let left = session.change_lanes(|lanes| lanes.retain(|other| !Arc::ptr_eq(other, link)));
+        let left = session.change_lanes(|lanes| {
+            lanes.retain(|other| !Arc::ptr_eq(other, link));
+            session.over.store(lanes.is_empty(), Ordering::Relaxed);
+        });
         if left > 0 {
             return false;
         }
@@ -519,6 +523,14 @@ impl Sessions {
 
 fn refuse(reason: proto::RefuseReason, detail: String, retry_after_ms: u32) -> proto::Refuse {
     proto::Refuse { reason: reason.into(), detail, retry_after_ms }
+}
+
+fn unknown() -> proto::Refuse {
+    refuse(
+        proto::RefuseReason::UnknownSession,
+        "this relay does not know the session; begin a new one".to_owned(),
+        0,
+    )
 }
 
 fn answer_protocols(
@@ -646,6 +658,17 @@ mod tests {
         assert_eq!(first.session.grant().claims, Claims::default());
         assert_eq!(reason(by(&further, "p")), proto::RefuseReason::UnknownSession);
         by(&hello(1), "other").unwrap();
+    }
+
+    #[test]
+    fn a_session_whose_last_lane_has_ended_takes_no_other() {
+        let sessions = Sessions::new(settings());
+        let first = admit(&sessions, &hello(1), LOOPBACK).unwrap();
+        assert!(sessions.lane_ended(&first.session, &first.link));
+        // As a dialler that was found to be its own just before.
+        let refused = sessions.add_lane(&settings(), &first.session, |_, _| 0);
+        assert_eq!(refused.expect_err("refused").reason(), proto::RefuseReason::UnknownSession);
+        assert!(first.session.lanes().is_empty());
     }
 
     #[test]
