@@ -226,6 +226,17 @@ relay.credentials[3]: may serve tunnels and claim no name: only routes in the re
 relay.credentials[4]: may claim nothing (accepted: patterns in tunnels, and in subdomains, hosts or listeners)
 relay.token_issuers[1].name: no entry of relay.credentials takes tokens of issuer \"unused\"",
         ),
+        (
+            "relay:
+  credentials:
+    - principal: cluster
+      jwt: [{ issuer: c, namespace: \"*\" }]
+      subdomains: [\"{service_account}.{namespace}\"]
+      tunnels: [\"{namespace}-*\", \"{namespace}.*\"]
+  token_issuers: [{ name: c, issuer: a, audiences: [b], jwks_file: keys.json }]
+",
+            "relay.credentials[0].tunnels[0]: \"{namespace}-*\" may be another account's: with {namespace} or {service_account} it fits names that are made for a longer one (accepted: what no name of an account holds, as '.', in between)",
+        ),
     ];
     for (text, expected) in table {
         let mut told = warnings(&directory, text);
@@ -257,7 +268,7 @@ pub(super) const EVERYTHING: &str = "relay:
       certificates: [\"spiffe://example.org/ns/*/sa/*\", \"dns:shop.internal\", \"uri:urn:shop\"]
       jwt: [{ issuer: cluster, namespace: shop, service_account: \"*\" }]
       subdomains: [\"{service_account}.{namespace}\"]
-      tunnels: [\"{namespace}-*\"]
+      tunnels: [\"{namespace}.*\"]
   token_issuers:
     - { name: cluster, issuer: c, audiences: [sidelane], jwks_file: keys.json }
     - { name: other, issuer: o, audiences: [sidelane], jwks_url: \"https://a.example\", ca: ca.pem, token_file: token }
