@@ -244,7 +244,7 @@ fn tls_permit(relay: &Relay, peer: SocketAddr) -> Option<Permit> {
         per_address_max: settings.tls_handshakes_per_address_max,
     };
     let refused = |over: Over| relay.metrics.tls.refused(&relay.door.name, over.label());
-    relay.tls_handshakes.try_enter(bounds, Some(peer.ip())).map_err(refused).ok()
+    relay.tls_handshakes.try_enter(bounds, relay.door.counted(peer)).map_err(refused).ok()
 }
 
 /// Turns a dialler away in the tunnel's own words, whatever it speaks.
