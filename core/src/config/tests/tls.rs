@@ -435,5 +435,27 @@ fn an_address_that_stays_keeps_its_tls() {
     let mut new = of("address: \"127.0.0.1:1\"");
     let held = hold_back(&mut new, &old);
     assert_eq!(held, ["relay.tunnel.address", "relay.tunnel.tls"]);
-    assert_eq!(new.relay.unwrap().tunnel, old.relay.unwrap().tunnel);
+    let stays = old.relay.as_ref().unwrap().tunnel.clone();
+    assert_eq!(new.relay.unwrap().tunnel, stays);
+
+    let mut new = of("address: \"10.0.0.5:1\", insecure: true");
+    assert_eq!(hold_back(&mut new, &old), held);
+    assert_eq!(new.relay.unwrap().tunnel, stays, "plain is meant for another network");
+
+    let shared = |client_ca: &str| {
+        let text = format!(
+            "relay:
+  listeners: [{{ name: https, address: \"127.0.0.1:2\", tls: {{ certificates: [{{ cert: good.crt, key: good.key }}] }} }}]
+  tunnel: {{ listener: https, token: 0123456789abcdef{client_ca} }}
+"
+        );
+        read(&directory, &text)
+    };
+    for (client_ca, has_clients) in [("", false), (", tls: { client_ca: ca.pem }", true)] {
+        let mut new = shared(client_ca);
+        assert_eq!(hold_back(&mut new, &old), held);
+        let tls = new.relay.unwrap().tunnel.tls.expect("TLS stays");
+        assert_eq!(tls.certificates, stays.tls.as_ref().unwrap().certificates, "{client_ca}");
+        assert_eq!(tls.clients.is_some(), has_clients, "sidecars at the listener show theirs");
+    }
 }
