@@ -23,7 +23,7 @@ use crate::error::chain;
 use crate::plugin::lend::Reset;
 use crate::tunnel::accept::{self, HelloError};
 use crate::tunnel::gate::TurnedAway;
-use crate::tunnel::session::{Admitted, Session, SessionId, shown_name};
+use crate::tunnel::session::{Admitted, Session, SessionId, shown, shown_name};
 use crate::tunnel::transport::{Movable as _, Socket, Transport};
 use crate::tunnel::{Link, dial, drive};
 
@@ -453,12 +453,15 @@ fn handle_event(relay: &Arc<Relay>, session: &Arc<Session>, link: &Arc<Link>, ev
             session.answer(announced);
         }
         Event::GoAway(go_away) => {
-            tracing::info!(
-                sidecar = &*session.name,
-                lane = link.number,
-                reason = go_away.detail,
-                "the sidecar takes nothing new on this lane"
-            );
+            // Once: what is said again and again would fill the log.
+            if link.is_open() {
+                tracing::info!(
+                    sidecar = &*session.name,
+                    lane = link.number,
+                    reason = shown(&go_away.detail),
+                    "the sidecar takes nothing new on this lane"
+                );
+            }
             link.leave();
         }
         // Exchanges opened by a sidecar are reserved.

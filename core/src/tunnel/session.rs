@@ -31,7 +31,7 @@ pub const FEATURE_ANNOUNCE: u64 = 2;
 /// Bytes of an instance's id.
 const INSTANCE_BYTES: usize = 16;
 
-/// Longest name of a sidecar that is shown.
+/// Longest name of a sidecar, and longest word of its own, that is shown.
 const NAME_BYTES_MAX: usize = 128;
 
 /// How long a dialler is asked to wait where the relay is full.
@@ -552,9 +552,16 @@ fn same_secret(ours: &[u8], theirs: &[u8]) -> bool {
 #[must_use]
 pub fn shown_name(name: &str) -> Arc<str> {
     // Pages say `file` of what is the relay's own.
-    let shown = if name == "file" { "sidecar file".into() } else { visible(name) };
+    shown(if name == "file" { "sidecar file" } else { name }).into()
+}
+
+/// What a sidecar says for people, on one line, and not long.
+#[must_use]
+pub fn shown(text: &str) -> String {
+    let mut shown = visible(text).into_owned();
     let end = (0..=NAME_BYTES_MAX.min(shown.len())).rev().find(|at| shown.is_char_boundary(*at));
-    shown[..end.unwrap_or_default()].into()
+    shown.truncate(end.unwrap_or_default());
+    shown
 }
 
 #[cfg(test)]
