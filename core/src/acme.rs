@@ -52,15 +52,18 @@ impl Settings {
     fn of(section: &config::Relay) -> Option<Self> {
         let acme = section.acme.clone()?;
         let mut names: Vec<Wanted> = Vec::new();
-        let plain = section.listeners.iter().any(|listener| listener.tls.is_none());
+        // Those that answer HTTP.
+        let has_plain = section.listeners.iter().any(|listener| {
+            listener.tls.is_none() && !matches!(listener.carries, config::Carries::Type(_))
+        });
         let ends = section.listeners.iter().map(|listener| (listener.address, &listener.tls));
         let tunnel = section.tunnel.address.map(|address| (address, &section.tunnel.tls));
         for (address, tls) in ends.chain(tunnel) {
+            let kinds = kinds(has_plain, address.port() == HTTPS_PORT);
             for name in tls.iter().flat_map(|tls| &tls.acme) {
-                let by_tls = address.port() == HTTPS_PORT || !plain;
                 match names.iter_mut().find(|wanted| wanted.name == *name) {
-                    None => names.push(Wanted { name: Arc::clone(name), kinds: kinds(by_tls) }),
-                    Some(wanted) if by_tls => wanted.kinds = kinds(true),
+                    None => names.push(Wanted { name: Arc::clone(name), kinds: kinds.clone() }),
+                    Some(wanted) if address.port() == HTTPS_PORT => wanted.kinds.clone_from(&kinds),
                     Some(_) => {}
                 }
             }
@@ -69,10 +72,14 @@ impl Settings {
     }
 }
 
-/// The ways to prove a name: by TLS where clients come in at its port, or where there is no other
-/// listener; by HTTP otherwise. Where the first fails the other is tried: ports are forwarded, too.
-fn kinds(by_tls: bool) -> Vec<Kind> {
-    if by_tls { vec![Kind::TlsAlpn, Kind::Http] } else { vec![Kind::Http, Kind::TlsAlpn] }
+/// The ways to prove a name: by TLS first where clients come in at its port, by HTTP first elsewhere, and
+/// not at all where nobody would answer. Where the first fails the other is tried: ports are forwarded.
+fn kinds(has_plain: bool, is_at_port: bool) -> Vec<Kind> {
+    match (has_plain, is_at_port) {
+        (false, _) => vec![Kind::TlsAlpn],
+        (true, true) => vec![Kind::TlsAlpn, Kind::Http],
+        (true, false) => vec![Kind::Http, Kind::TlsAlpn],
+    }
 }
 
 /// Keeps a relay's certificates by ACME.

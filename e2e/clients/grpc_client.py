@@ -1,7 +1,8 @@
 """A gRPC client by `grpcio`, of the service in grpc_server.py and of what stands before it.
 
 Usage: grpc_client.py CASE HOST PORT. Prints what it saw as one JSON object and asserts nothing itself.
-The peer in peers/tonic has the same cases, and prints the same.
+Speaks TLS where SIDELANE_E2E_CA names a file of authorities. The peer in peers/tonic has the same cases
+but for `talk`, and prints the same.
 """
 
 import json
@@ -23,13 +24,25 @@ SHORT_RPCS = 10_000
 IN_FLIGHT = 100
 
 
+def channel(target, ca, options, **others):
+    """A channel, by TLS where a file of authorities is given."""
+    if not ca:
+        return grpc.insecure_channel(target, options=options, **others)
+    with open(ca, "rb") as file:
+        credentials = grpc.ssl_channel_credentials(file.read())
+    options = [*options, ("grpc.ssl_target_name_override", HOST)]
+    return grpc.secure_channel(target, credentials, options=options, **others)
+
+
 class Peer:
     """One channel and the methods of `e2e.Peer`."""
 
     def __init__(self, address, **options):
         host, port = address
-        self.channel = grpc.insecure_channel(
+        ca = os.environ.get("SIDELANE_E2E_CA")
+        self.channel = channel(
             f"{host}:{port}",
+            ca,
             options=[
                 ("grpc.default_authority", HOST),
                 ("grpc.enable_http_proxy", 0),
@@ -194,6 +207,20 @@ def case_held(address):
     return outcome(call)
 
 
+def case_talk(address):
+    """A stream that goes on once a line comes in."""
+    requests = Requests()
+    chat = Peer(address).chat(requests)
+    requests.send(b"before")
+    before = next(chat).decode()
+    print(json.dumps({"before": before}), flush=True)
+    sys.stdin.readline()
+    requests.send(b"after")
+    after = next(chat).decode()
+    requests.send(None)
+    return {"after": after, **outcome(chat)}
+
+
 def case_large(address):
     message = os.urandom(MIB) * 5
     return {"same": Peer(address).echo(message) == message}
@@ -318,6 +345,7 @@ CASES = {
     "deadline": case_deadline,
     "cancel": case_cancel,
     "held": case_held,
+    "talk": case_talk,
     "large": case_large,
     "limit": case_limit,
     "huge": case_huge,

@@ -1,12 +1,14 @@
 """A WebSocket client by the `websockets` library.
 
 Usage: ws_client.py CASE HOST PORT, where the service is ws_server.py or node/server.mjs, or something
-before it. Prints what it saw as one JSON object and asserts nothing itself.
+before it. Prints what it saw as one JSON object and asserts nothing itself. Speaks TLS where
+SIDELANE_E2E_CA names a file of authorities.
 """
 
 import asyncio
 import json
 import os
+import ssl
 import sys
 
 import websockets
@@ -19,7 +21,11 @@ LIFE_S = 100
 def opened(address, path, **options):
     host, port = address
     options = {"max_size": None, "ping_interval": None, "open_timeout": 60, "proxy": None, **options}
-    return connect(f"ws://{HOST}{path}", host=host, port=port, **options)
+    ca = os.environ.get("SIDELANE_E2E_CA")
+    if ca:
+        options["ssl"] = ssl.create_default_context(cafile=ca)
+    scheme = "wss" if ca else "ws"
+    return connect(f"{scheme}://{HOST}{path}", host=host, port=port, **options)
 
 
 def negotiated(connection):

@@ -4,6 +4,8 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::time::Duration;
 
+use crate::tls::TlsStream;
+
 /// How long an answer may take. Longer than any wait the program has by default in these tests.
 const READ_DEADLINE: Duration = Duration::from_secs(30);
 /// Largest head read; above what the program lets through.
@@ -12,8 +14,38 @@ const HEAD_BYTES_MAX: usize = 256 * 1024;
 /// A connection to the relay.
 #[derive(Debug)]
 pub struct Client {
-    stream: TcpStream,
+    stream: Stream,
     buffer: Vec<u8>,
+}
+
+/// What a connection is made of.
+#[derive(Debug)]
+enum Stream {
+    Plain(TcpStream),
+    Tls(Box<TlsStream>),
+}
+
+impl Stream {
+    fn socket(&self) -> &TcpStream {
+        match self {
+            Self::Plain(stream) => stream,
+            Self::Tls(stream) => &stream.sock,
+        }
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Plain(stream) => stream.write_all(bytes),
+            Self::Tls(stream) => stream.write_all(bytes).and_then(|()| stream.flush()),
+        }
+    }
+
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Plain(stream) => stream.read(bytes),
+            Self::Tls(stream) => stream.read(bytes),
+        }
+    }
 }
 
 /// The head of an answer.
@@ -108,10 +140,26 @@ impl Client {
     /// The same over a connection that stands.
     #[must_use]
     pub fn over(stream: TcpStream) -> Self {
-        stream.set_nodelay(true).expect("a fresh socket takes options");
-        stream.set_read_timeout(Some(READ_DEADLINE)).expect("a fresh socket takes options");
-        stream.set_write_timeout(Some(READ_DEADLINE)).expect("a fresh socket takes options");
-        Self { stream, buffer: Vec::new() }
+        tune(&stream);
+        Self { stream: Stream::Plain(stream), buffer: Vec::new() }
+    }
+
+    /// The same over TLS whose handshake is done.
+    #[must_use]
+    pub fn over_tls(stream: TlsStream) -> Self {
+        Self { stream: Stream::Tls(Box::new(stream)), buffer: Vec::new() }
+    }
+
+    /// What TLS agreed on.
+    ///
+    /// # Panics
+    /// The connection is plain.
+    #[must_use]
+    pub fn tls(&self) -> &rustls::ClientConnection {
+        match &self.stream {
+            Stream::Plain(_) => panic!("the connection is plain"),
+            Stream::Tls(stream) => &stream.conn,
+        }
     }
 
     /// Writes bytes; an error says that the relay has closed.
@@ -127,12 +175,12 @@ impl Client {
     /// Returns a second handle of the connection, to write while another thread reads.
     #[must_use]
     pub fn writer(&self) -> TcpStream {
-        self.stream.try_clone().expect("a socket has more than one handle")
+        self.stream.socket().try_clone().expect("a socket has more than one handle")
     }
 
     /// Ends the write direction.
     pub fn shutdown(&self) {
-        self.stream.shutdown(Shutdown::Write).expect("the socket is open");
+        self.stream.socket().shutdown(Shutdown::Write).expect("the socket is open");
     }
 
     /// Reads the next head, an interim one included.
@@ -281,6 +329,13 @@ impl Client {
             }
         }
     }
+}
+
+/// Sends at once, and waits for nothing for ever.
+pub(crate) fn tune(stream: &TcpStream) {
+    stream.set_nodelay(true).expect("a fresh socket takes options");
+    stream.set_read_timeout(Some(READ_DEADLINE)).expect("a fresh socket takes options");
+    stream.set_write_timeout(Some(READ_DEADLINE)).expect("a fresh socket takes options");
 }
 
 /// Returns where a head ends: behind its empty line.

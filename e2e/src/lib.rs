@@ -16,6 +16,7 @@ pub mod process;
 pub mod service;
 pub mod signer;
 pub mod stage;
+pub mod tls;
 pub mod tools;
 pub mod wait;
 pub mod websocket;

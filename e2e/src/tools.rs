@@ -156,6 +156,12 @@ impl Chromium {
     /// it is dropped.
     #[must_use]
     pub fn open(&self, url: &str) -> Window {
+        self.open_with(url, &[])
+    }
+
+    /// The same with more arguments.
+    #[must_use]
+    pub fn open_with(&self, url: &str, arguments: &[&str]) -> Window {
         let profile = tempfile::tempdir().expect("a temporary directory");
         let mut user_data = OsString::from("--user-data-dir=");
         user_data.push(profile.path());
@@ -166,6 +172,7 @@ impl Chromium {
             // Without a port it renders once and ends; the port is one that the kernel picks.
             .arg("--remote-debugging-port=0")
             .arg(user_data)
+            .args(arguments)
             .arg(url)
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -182,7 +182,12 @@ impl Socket {
     /// Opens a path with more lines in the handshake.
     #[must_use]
     pub fn open_with(relay: SocketAddr, path: &str, lines: &str) -> Self {
-        let mut client = Client::connect(relay);
+        Self::open_over(Client::connect(relay), path, lines)
+    }
+
+    /// The same on a connection that stands.
+    #[must_use]
+    pub fn open_over(mut client: Client, path: &str, lines: &str) -> Self {
         client.send(handshake("api.localhost", path, lines));
         let head = client.head();
         assert_eq!(head.status, 101, "{head:?}");

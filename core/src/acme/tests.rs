@@ -149,7 +149,7 @@ async fn answer(mut stream: TcpStream, issued: Option<Arc<Issued>>) -> std::io::
     let path = head.split(' ').nth(1).unwrap_or_default();
     let token = path.strip_prefix("/.well-known/acme-challenge/").unwrap_or_default();
     let answer = issued.and_then(|issued| issued.answers.load().get(token).cloned());
-    let (status, body) = answer.map_or((404, "".into()), |answer| (200, answer));
+    let (status, body) = answer.map_or_else(|| (404, "".into()), |answer| (200, answer));
     let length = body.len();
     let text = format!(
         "HTTP/1.1 {status} X\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
@@ -387,4 +387,120 @@ async fn two_that_share_a_storage_order_once() {
     kept.acme.want(Some(changed));
     until("it finds the certificate", || !rig.issued.certificates.load().is_empty()).await;
     assert_eq!((rig.succeeded(), rig.failed()), (0, 1));
+}
+
+/// What a relay with these listeners, and this tunnel, wants: names and the ways to prove them.
+fn wanted(listeners: &str, tunnel: &str) -> Vec<(String, Vec<Kind>)> {
+    let text = format!(
+        "version: 1\nrelay:\n  listeners: [{listeners}]\n  base_domains: [example.org]\n  \
+         tunnel: {{ address: \"127.0.0.1:9081\"{tunnel} }}\n  \
+         acme: {{ storage: /var/lib/acme, accept_terms: true }}\n\
+         plugins: {{ libraries: [{{ name: http, library: ./libsidelane_http.so }}] }}\n"
+    );
+    let source = config::Source::from_text(std::path::Path::new("/test.yaml"), &text);
+    let config = config::parse(&source, &|_| None).unwrap_or_else(|errors| panic!("{errors}"));
+    let settings = Settings::of(config.relay.as_ref().unwrap());
+    let names = settings.into_iter().flat_map(|settings| settings.names);
+    names.map(|wanted| (wanted.name.to_string(), wanted.kinds)).collect()
+}
+
+#[test]
+fn names_come_of_all_ends_once_and_are_proved_where_somebody_answers() {
+    const HIGH: &str =
+        r#"{ name: a, address: "0.0.0.0:8443", tls: { acme: [a.example, b.example] } }"#;
+    const AT_PORT: &str = r#"{ name: b, address: "0.0.0.0:443", tls: { acme: [b.example] } }"#;
+    const PLAIN: &str = r#"{ name: c, address: "0.0.0.0:80" }"#;
+    const LINES: &str = r#"{ name: d, address: "0.0.0.0:7000", protocol_type: LINE }"#;
+    const TUNNEL: &str = ", tls: { acme: [a.example, t.example] }";
+    let (tls, http) = (Kind::TlsAlpn, Kind::Http);
+    let cases = [
+        (PLAIN.to_owned(), "", vec![]),
+        (HIGH.to_owned(), "", vec![("a.example", vec![tls]), ("b.example", vec![tls])]),
+        (
+            format!("{HIGH}, {AT_PORT}, {PLAIN}"),
+            "",
+            vec![("a.example", vec![http, tls]), ("b.example", vec![tls, http])],
+        ),
+        (format!("{AT_PORT}, {LINES}"), "", vec![("b.example", vec![tls])]),
+        (
+            format!("{AT_PORT}, {PLAIN}"),
+            TUNNEL,
+            vec![
+                ("b.example", vec![tls, http]),
+                ("a.example", vec![http, tls]),
+                ("t.example", vec![http, tls]),
+            ],
+        ),
+    ];
+    for (listeners, tunnel, expected) in cases {
+        let found = wanted(&listeners, tunnel);
+        let found: Vec<_> = found.iter().map(|(name, kinds)| (&**name, kinds.clone())).collect();
+        assert_eq!(found, expected, "{listeners} {tunnel}");
+    }
+}
+
+#[tokio::test]
+async fn a_failure_says_which_step_and_what_the_authority_said() {
+    let test = "a_failure_says_which_step_and_what_the_authority_said";
+    // Nothing is issued for the names that the listeners of this rig show: no proof is seen.
+    let rig = Rig::new(&[NAME], false).await;
+    let nobody = sidelane_e2e::nobody::Nobody::new();
+    let Some(pebble) = Pebble::start(test, &rig.rules()) else { return };
+    let port = nobody.address().port();
+    let deaf = Rules { http_port: port, tls_port: port, ..Rules::default() };
+    let Some(deaf) = Pebble::start(test, &deaf) else { return };
+    let acme = |pebble: &Pebble| rig.settings(pebble, &[]).acme;
+    let gone: Arc<str> = format!("https://{}/dir", nobody.address()).into();
+    let elsewhere: Arc<str> = format!("{}/nowhere", pebble.url()).into();
+    let file = rig.directory.path().join("file");
+    fs::write(&file, "").unwrap();
+    let cases = [
+        (
+            tls::Acme { directory: gone, ..acme(&pebble) },
+            Kind::Http,
+            Step::Account,
+            "cannot connect to ",
+        ),
+        (
+            tls::Acme {
+                trust: Trust::Authorities(
+                    Authorities::from_pem("other.pem", &fs::read_to_string(deaf.ca()).unwrap())
+                        .unwrap(),
+                ),
+                ..acme(&pebble)
+            },
+            Kind::Http,
+            Step::Account,
+            "invalid peer certificate: ",
+        ),
+        (
+            tls::Acme { directory: elsewhere, ..acme(&pebble) },
+            Kind::Http,
+            Step::Account,
+            " answers 404 Not Found, and does not say why",
+        ),
+        (
+            tls::Acme { storage: file, ..acme(&pebble) },
+            Kind::Http,
+            Step::Storage,
+            "cannot make the directory ",
+        ),
+        (acme(&pebble), Kind::Http, Step::Challenge, "urn:ietf:params:acme:error:unauthorized"),
+        (acme(&deaf), Kind::Http, Step::Challenge, "urn:ietf:params:acme:error:connection"),
+        (acme(&deaf), Kind::TlsAlpn, Step::Challenge, "Failed to connect to 127.0.0.1:"),
+    ];
+    for (acme, kind, step, expected) in cases {
+        let settings = Settings { acme, names: Vec::new() };
+        let met = Arc::new(Met::new(&settings, &rig.issued).unwrap());
+        let outcome = Authority::obtain(met, NAME.into(), kind, None).await;
+        let Err(failure) = outcome else { panic!("no failure: {expected}") };
+        assert_eq!(failure.step, step, "{failure:?}");
+        assert!(failure.reason.contains(expected), "{failure:?} ({expected})");
+        assert_eq!(
+            failure.is_of_authority,
+            step == Step::Account,
+            "{failure:?}: others need not try"
+        );
+    }
+    assert!(rig.issued.answers.load().is_empty() && rig.issued.challenges.load().is_empty());
 }

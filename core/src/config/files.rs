@@ -87,7 +87,7 @@ impl<'a> Files<'a> {
             // The version that was looked at went away: both are read anew.
             if (cert.is_err() || key.is_err())
                 && attempt < ATTEMPTS_MAX
-                && (self.forget(&cert_path) | self.forget(&key_path))
+                && (self.forget_parent(&cert_path) | self.forget_parent(&key_path))
             {
                 continue;
             }
@@ -98,14 +98,18 @@ impl<'a> Files<'a> {
         unreachable!("the last attempt returns")
     }
 
-    /// Forgets the directory of a file where it has changed. Returns whether it has.
+    /// Forgets a directory that has changed. Returns whether it has.
     fn forget(&mut self, path: &Path) -> bool {
-        let Some(parent) = path.parent() else { return false };
-        let has_changed = self.folders.get(parent).is_some_and(|folder| !folder.is_current());
+        let has_changed = self.folders.get(path).is_some_and(|folder| !folder.is_current());
         if has_changed {
-            self.folders.remove(parent);
+            self.folders.remove(path);
         }
         has_changed
+    }
+
+    /// Forgets the directory of a file, where that has changed.
+    fn forget_parent(&mut self, path: &Path) -> bool {
+        path.parent().is_some_and(|parent| self.forget(parent))
     }
 
     fn read_pem(&mut self, path: &Path) -> io::Result<String> {
@@ -134,23 +138,31 @@ impl<'a> Files<'a> {
     /// What cannot be read, or has no other half.
     pub(crate) fn read_directory(&mut self, path: &str) -> Result<Vec<Pair>, String> {
         let full = self.path(path);
-        let mut pairs = Vec::new();
-        let (mut found, directories) = self.listed(&full)?;
-        for directory in directories {
-            let below = full.join(directory);
-            found.extend(self.listed(&below)?.0);
-        }
-        for (cert, key) in found {
-            match self.pair(cert, key) {
-                Ok(pair) => pairs.push(pair),
-                Err(PairFault::Cert(message) | PairFault::Key(message)) => return Err(message),
+        for attempt in 1.. {
+            let pairs = self.directory(&full);
+            // The version that was looked at went away.
+            let is_doubtful = pairs.as_ref().is_ok_and(Vec::is_empty) || pairs.is_err();
+            if !is_doubtful || attempt == ATTEMPTS_MAX || !self.forget(&full) {
+                return pairs;
             }
         }
-        Ok(pairs)
+        unreachable!("the last attempt returns")
     }
 
-    /// Returns the pairs in a directory, and the directories in it.
-    fn listed(&mut self, path: &Path) -> Result<(Vec<(PathBuf, PathBuf)>, Vec<PathBuf>), String> {
+    fn directory(&mut self, path: &Path) -> Result<Vec<Pair>, String> {
+        let listed = self.listed(path)?;
+        let mut found = listed.pairs;
+        for directory in listed.directories {
+            found.extend(self.listed(&path.join(directory))?.pairs);
+        }
+        let read = |(cert, key)| match self.pair(cert, key) {
+            Err(PairFault::Cert(message) | PairFault::Key(message)) => Err(message),
+            Ok(pair) => Ok(pair),
+        };
+        found.into_iter().map(read).collect()
+    }
+
+    fn listed(&mut self, path: &Path) -> Result<Listed, String> {
         self.read.push(path.to_owned());
         let fault = |error: io::Error| cannot_read(path, &error);
         let folder = self.folder(path).map_err(fault)?;
@@ -168,9 +180,15 @@ impl<'a> Files<'a> {
                 directories.push(name.clone());
             }
         }
-        let pairs = pairs(path, &names)?;
-        Ok((pairs, directories))
+        Ok(Listed { pairs: pairs(path, &names)?, directories })
     }
+}
+
+/// What is in a directory.
+struct Listed {
+    /// Certificates and keys.
+    pairs: Vec<(PathBuf, PathBuf)>,
+    directories: Vec<PathBuf>,
 }
 
 /// Names of the two halves, by what is the same in both; Let's Encrypt's last.
@@ -218,4 +236,56 @@ fn text(file: std::fs::File, max: u64) -> io::Result<String> {
 
 fn cannot_read(path: &Path, error: &io::Error) -> String {
     format!("cannot read {}: {error}", path.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// What the kubelet does: a new directory, a symlink to it renamed over `..data`, the old one removed.
+    fn publish(directory: &Path, version: &str) {
+        let old = fs::read_link(directory.join("..data")).ok();
+        let new = directory.join(format!("..{version}"));
+        fs::create_dir(&new).unwrap();
+        for name in ["tls.crt", "tls.key"] {
+            fs::write(new.join(name), version).unwrap();
+        }
+        symlink(format!("..{version}"), directory.join("..data_tmp")).unwrap();
+        fs::rename(directory.join("..data_tmp"), directory.join("..data")).unwrap();
+        if let Some(old) = old {
+            fs::remove_dir_all(directory.join(old)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_version_that_goes_away_while_it_is_read_is_not_mixed_with_the_next() {
+        let directory = tempfile::tempdir().unwrap();
+        let secret = directory.path().join("secret");
+        fs::create_dir(&secret).unwrap();
+        publish(&secret, "1");
+        for name in ["tls.crt", "tls.key"] {
+            symlink(Path::new("..data").join(name), secret.join(name)).unwrap();
+        }
+        let source = Source::from_text(&directory.path().join("c.yaml"), "");
+        let mut files = Files::new(&source);
+        let mut read = |is_directory: bool| {
+            let pair = if is_directory {
+                files.read_directory("secret").ok().map(|mut pairs| pairs.remove(0))
+            } else {
+                files.read_pair("secret/tls.crt", "secret/tls.key").ok()
+            };
+            pair.map(|pair| (pair.cert, pair.key))
+        };
+        let both = |version: &str| Some((version.to_owned(), version.to_owned()));
+        assert_eq!(read(false), both("1"));
+        publish(&secret, "2");
+        assert_eq!(read(false), both("2"));
+        publish(&secret, "3");
+        assert_eq!(read(true), both("3"));
+        publish(&secret, "4");
+        assert_eq!(read(true), both("4"));
+    }
 }

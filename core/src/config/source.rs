@@ -343,7 +343,13 @@ impl Snapshot {
 
     /// Returns whether nothing was added, removed or renamed since it was opened.
     pub(super) fn is_current(&self) -> bool {
-        std::fs::metadata(&self.path).ok().as_ref().map(state) == self.opened
+        let is_same_version = self.data.as_ref().is_none_or(|data| {
+            // Times are coarse; a directory that is held keeps its number for itself.
+            let now = std::fs::metadata(self.path.join(DATA)).map(|now| (now.dev(), now.ino()));
+            let held = rustix::fs::fstat(data).map(|held| (held.st_dev, held.st_ino));
+            now.is_ok_and(|now| held == Ok(now))
+        });
+        is_same_version && std::fs::metadata(&self.path).ok().as_ref().map(state) == self.opened
     }
 
     /// Returns the names of configuration files, sorted.

@@ -495,10 +495,14 @@ proptest! {
 
     #[test]
     fn no_file_is_a_panic(
-        everything in any::<bool>(),
+        which in 0..3,
         edits in proptest::collection::vec((any::<prop::sample::Index>(), 0..40usize, "[ -~\n\t]{0,4}|[&*!|>{\\[\"']|\\PC"), 1..12),
     ) {
-        let base = if everything { EVERYTHING.to_owned() } else { default_file() };
+        let base = match which {
+            0 => default_file(),
+            1 => EVERYTHING.to_owned(),
+            _ => format!("version: 1\n{}", tls::EVERYTHING),
+        };
         let mut text: Vec<char> = base.chars().collect();
         for (at, remove, insert) in edits {
             let at = at.index(text.len() + 1);
@@ -545,6 +549,7 @@ routes:
     addresses: { allow: [10.0.0.0/8, \"2001:db8::1\"], deny: [10.1.0.0/16] }
     limits: { rate: { count: 100, per: 2s, burst: 200 }, rate_per_client: { count: 5 }, concurrent: 50, body: 10MiB }
     compression: { level: 6, min_size: 2KiB }
+    hsts: { max_age: 24h, preload: false }
   - { subdomain: old, redirect: { status: 308, scheme: https, host: new.example.org, path_prefix: /x } }
 ";
 

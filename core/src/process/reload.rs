@@ -246,8 +246,8 @@ fn summary(changes: &Changes, loaded: &[String]) -> String {
         (changes.drain_timeout, "drain_timeout"),
     ];
     let others = others.into_iter().filter_map(|(differs, what)| differs.then_some(what));
-    let others: Vec<_> =
-        changes.relay.iter().chain(&changes.sidecar).copied().chain(others).collect();
+    let live = changes.relay.iter().chain(&changes.sidecar).copied();
+    let others: Vec<_> = live.chain(others).collect();
     if !others.is_empty() {
         text += &format!("; changed: {}", others.join(", "));
     }

@@ -337,7 +337,12 @@ impl AsyncRead for Transport {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        self.io_mut().poll_read(cx, buf)
+        match ready!(self.io_mut().poll_read(cx, buf)) {
+            // Without TLS's own end: what is cut off is no whole message, and a lane that ends in any
+            // way ends its exchanges.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Poll::Ready(Ok(())),
+            result => Poll::Ready(result),
+        }
     }
 }
 

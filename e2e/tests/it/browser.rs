@@ -10,13 +10,13 @@ use sidelane_e2e::process::{Setup, Sidelane, build_directory};
 use sidelane_e2e::tools::Chromium;
 
 /// The service that `cargo demo` shows. Killed when dropped.
-struct Demo {
+pub(crate) struct Demo {
     child: Child,
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
 }
 
 impl Demo {
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let mut child = Command::new(build_directory().join("sidelane-demo-service"))
             .arg("127.0.0.1:0")
             .stdin(Stdio::null())
@@ -46,7 +46,7 @@ fn until_state(page: &mut Page, state: &str) {
     page.until("document.getElementById('state')?.textContent", |found| found == state);
 }
 
-fn until_messages(page: &mut Page, messages: &[&str]) {
+pub(crate) fn until_messages(page: &mut Page, messages: &[&str]) {
     page.until(MESSAGES, |found| found == &Value::from(messages));
 }
 

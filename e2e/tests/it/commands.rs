@@ -288,6 +288,27 @@ fn completions_are_scripts_that_shells_read() {
 }
 
 #[test]
+fn a_new_token_is_a_file_of_its_own_and_its_hash_goes_beside_it() {
+    let new = run(&["token", "new"]);
+    check_output(&new, 0, &["sl_", "tokens: [\"sha256:"]);
+    let token = String::from_utf8(new.stdout).expect("text");
+    assert_eq!(token.lines().count(), 1, "{token}");
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().join("token");
+    fs::write(&path, token).expect("a file is written");
+    let hash = Command::new(program())
+        .args(["token", "hash"])
+        .stdin(File::open(&path).expect("the file"))
+        .output()
+        .expect("the program starts");
+    let hash = check_output(&hash, 0, &["sha256:"]);
+    let line = String::from_utf8(new.stderr).expect("text");
+    assert_eq!(line, format!("tokens: [\"{}\"]\n", hash.trim_end()));
+    check(&["token", "hash"], 1, &["a token of 0 bytes (accepted: 16 to 4096)"]);
+    check(&["token", "new", "--bytes", "8"], 2, &["16..=64"]);
+}
+
+#[test]
 fn the_schema_is_one_of_draft_2020_12() {
     let schema: Value = serde_json::from_str(&check(&["schema"], 0, &[])).expect("JSON");
     assert_eq!(schema["$schema"], "https://json-schema.org/draft/2020-12/schema");

@@ -5,8 +5,7 @@
 //! needs one meanwhile waits for it.
 
 use std::collections::HashMap;
-use std::future::{Future, poll_fn};
-use std::pin::Pin;
+use std::future::poll_fn;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
@@ -14,11 +13,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use h2::client::{self, SendRequest};
-use h2::{Ping, PingPong};
 use sidelane_plugin::{
-    ByteStream, ConnectAlpn, Connected, Counter, Gauge, Host, Instant, PerShard, Service,
-    ServiceError, ServiceSettings, Timer, failure,
+    ByteStream, ConnectAlpn, Connected, Counter, Gauge, Host, PerShard, Service, ServiceError,
+    ServiceSettings, failure,
 };
+
+use self::driver::{Clock, Driver, Time};
+
+mod driver;
 
 /// What a service may send on one stream before it has gone on through the tunnel. The way to it is
 /// short; the exchange's own credit is for the long one. Small frames that wait are kept in some 300
@@ -630,134 +632,4 @@ async fn handshake(stream: ByteStream) -> Result<Spoken, h2::Error> {
         .max_header_list_size(HEAD_BYTES_MAX)
         .handshake(stream)
         .await
-}
-
-/// Drives a connection.
-struct Driver {
-    connection: client::Connection<ByteStream, Bytes>,
-    clock: Clock,
-    pings: Option<PingPong>,
-    link: Arc<Link>,
-}
-
-/// What time has come for.
-enum Time {
-    /// The settings did not come.
-    Settings,
-    /// A ping was not answered.
-    Unanswered,
-    /// Nobody has used it for long.
-    Unused,
-}
-
-impl Driver {
-    /// Ready once it has ended: what that means where it had not begun.
-    fn poll_connection(&mut self, cx: &mut Context<'_>) -> Poll<PoolError> {
-        let ended = Pin::new(&mut self.connection).poll(cx);
-        ended.map(|ended| ended.map_or_else(|error| broken(&error), |()| PoolError::Closed))
-    }
-
-    /// The service has said its settings.
-    fn begin(&mut self, config: &PoolConfig) {
-        self.clock.settings = None;
-        let now = self.clock.host.now();
-        self.clock.look = Some(now + config.idle_timeout / IDLE_LOOKS);
-        if !config.keepalive_interval.is_zero() {
-            self.pings = self.connection.ping_pong();
-            self.clock.ping = Some(now + config.keepalive_interval);
-        }
-    }
-
-    fn poll_clock(&mut self, cx: &mut Context<'_>, config: &PoolConfig) -> Poll<Time> {
-        if self.clock.pong.is_some()
-            && let Some(pings) = &mut self.pings
-            && pings.poll_pong(cx).is_ready()
-        {
-            self.clock.pong = None;
-            self.clock.ping = Some(self.clock.host.now() + config.keepalive_interval);
-        }
-        loop {
-            if self.clock.poll(cx).is_pending() {
-                return Poll::Pending;
-            }
-            let now = self.clock.host.now();
-            let due = |at: Option<Instant>| at.is_some_and(|at| at <= now);
-            if due(self.clock.settings) {
-                return Poll::Ready(Time::Settings);
-            }
-            if due(self.clock.pong) {
-                return Poll::Ready(Time::Unanswered);
-            }
-            if due(self.clock.ping) {
-                self.clock.ping = Some(now + config.keepalive_interval);
-                // A connection without RPCs is left in peace: servers take pings there for abuse.
-                if self.link.active.load(Ordering::Relaxed) > 0
-                    && let Some(pings) = &mut self.pings
-                    && pings.send_ping(Ping::opaque()).is_ok()
-                {
-                    self.clock.ping = None;
-                    self.clock.pong = Some(now + config.keepalive_timeout);
-                    let _ = pings.poll_pong(cx);
-                    if self.poll_connection(cx).is_ready() {
-                        return Poll::Ready(Time::Unanswered);
-                    }
-                }
-            }
-            if due(self.clock.look) {
-                self.clock.look = Some(now + config.idle_timeout / IDLE_LOOKS);
-                if self.clock.is_unused(&self.link) {
-                    return Poll::Ready(Time::Unused);
-                }
-            }
-        }
-    }
-}
-
-/// The times that a connection waits for, on one timer.
-struct Clock {
-    host: Host,
-    timer: Timer,
-    set: Instant,
-    settings: Option<Instant>,
-    ping: Option<Instant>,
-    pong: Option<Instant>,
-    look: Option<Instant>,
-    /// Streams that ever were, at the last look, and looks since that changed.
-    seen: (u64, u32),
-}
-
-impl Clock {
-    fn new(_: &PoolConfig, host: Host, settings: Instant) -> Self {
-        Self {
-            host,
-            timer: host.timer(settings),
-            set: settings,
-            settings: Some(settings),
-            ping: None,
-            pong: None,
-            look: None,
-            seen: (0, 0),
-        }
-    }
-
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let times = [self.settings, self.ping, self.pong, self.look];
-        let Some(next) = times.into_iter().flatten().min() else { return Poll::Pending };
-        if next != self.set {
-            self.timer.reset(next);
-            self.set = next;
-        }
-        self.timer.poll_fired(cx)
-    }
-
-    fn is_unused(&mut self, link: &Link) -> bool {
-        let used = link.used.load(Ordering::Relaxed);
-        let looks = if used == self.seen.0 && link.active.load(Ordering::Relaxed) == 0 {
-            self.seen.1 + 1
-        } else {
-            0
-        };
-        self.seen = (used, looks);
-        looks >= IDLE_LOOKS
-    }
 }

@@ -10,7 +10,7 @@ use crate::config::policy::{Policies, Rate};
 use crate::config::raw::Field;
 use crate::config::tls::ServerTls;
 use crate::config::{
-    Carries, Config, HostMatch, Listener, Relay, Relays, Route, Sidecar, Tunnel, network_text,
+    Config, HostMatch, Listener, Relay, Relays, Route, Sidecar, Tunnel, network_text,
 };
 use crate::router::RouteTable;
 
@@ -59,20 +59,20 @@ pub(super) fn unreachable(field: &Field<'_>, routes: &Routes, config: &Config) {
     let no_front = config.relay.as_ref().is_some_and(|relay| {
         // A listener with a fault is not among them.
         !field.is_told("relay.listeners")
-            && relay.listeners.iter().all(|listener| listener.protocol_type().is_some())
+            && relay.listeners.iter().all(|listener| has_no_hosts(listener))
     });
     for (index, route) in routes {
         let Some(place) = field.item(*index) else { continue };
         let listener = route.matches.listener.as_ref().and_then(|name| listeners.get(&**name));
         let bound = listener.and_then(|listener| listener.protocol_type());
-        if let Some(bound) = bound {
-            byte_born(&place, route, bound);
+        if let (Some(listener), Some(bound)) = (listener, bound) {
+            byte_born(&place, route, bound, has_no_hosts(listener));
         }
         if let Some(relay) = &config.relay {
             if route.matches.listener.is_none() && no_front {
                 place.fail(
                     "takes nothing: every listener has a protocol_type, whose connections ask for \
-                     no host (accepted: `listener`, or a listener without protocol_type)",
+                     no host (accepted: `listener`, or a listener without protocol_type or with tls)",
                 );
             }
             below_base_domain(&place, route, relay);
@@ -113,22 +113,30 @@ fn fail(place: &Field<'_>, key: &str, message: String) {
     }
 }
 
-/// Tells what a route of a listener asks for whose connections have neither hosts nor heads.
-fn byte_born(place: &Field<'_>, route: &Route, protocol_type: &str) {
+/// Whether a listener's connections are of a protocol of bytes, and name no host in TLS.
+fn has_no_hosts(listener: &Listener) -> bool {
+    listener.protocol_type().is_some() && listener.tls.is_none()
+}
+
+/// Tells what a route of a listener asks for whose connections have no heads, and `no_hosts` either.
+fn byte_born(place: &Field<'_>, route: &Route, protocol_type: &str, no_hosts: bool) {
+    let host = &route.matches.host;
     let matched = [
-        ("host", matches!(route.matches.host, HostMatch::Exact(_) | HostMatch::HostWildcard(_))),
-        ("subdomain", matches!(route.matches.host, HostMatch::Subdomain(_))),
-        ("wildcard", matches!(route.matches.host, HostMatch::Wildcard(_))),
+        ("host", no_hosts && matches!(host, HostMatch::Exact(_) | HostMatch::HostWildcard(_))),
+        ("subdomain", no_hosts && matches!(host, HostMatch::Subdomain(_))),
+        ("wildcard", no_hosts && matches!(host, HostMatch::Wildcard(_))),
         ("path_prefix", !route.matches.path_prefix.is_empty()),
     ];
+    let (nothing, accepted) =
+        if no_hosts { ("host or path", "`listener` alone") } else { ("path", "a host") };
     for (key, given) in matched {
         if given {
             fail(
                 place,
                 key,
                 format!(
-                    "takes nothing: connections of the listener are {protocol_type} and ask for no host \
-                 or path (accepted: `listener` alone)"
+                    "takes nothing: connections of the listener are {protocol_type} and ask for no \
+                     {nothing} (accepted: {accepted})"
                 ),
             );
         }
@@ -200,11 +208,11 @@ pub(super) fn shadowed(field: &Field<'_>, routes: &Routes, relay: &Relay) {
         let matches = &route.1.matches;
         by_place.entry((&matches.host, &matches.path_prefix)).or_default().push(route);
     }
-    // A byte-born listener's exchanges have no host: a route that gives one loses nothing to them.
+    // A byte-born listener's exchanges have no host without TLS: a route that gives one loses nothing to them.
     let listeners: Vec<&Arc<str>> = relay
         .listeners
         .iter()
-        .filter(|listener| !matches!(listener.carries, Carries::Type(_)))
+        .filter(|listener| !has_no_hosts(listener))
         .map(|listener| &listener.name)
         .collect();
     for (index, route) in routes {

@@ -236,7 +236,8 @@ relay.token_issuers[1].name: no entry of relay.credentials takes tokens of issue
     }
 }
 
-const EVERYTHING: &str = "relay:
+/// Every key of TLS and credentials.
+pub(super) const EVERYTHING: &str = "relay:
   listeners:
     - name: https
       address: \"127.0.0.1:1\"

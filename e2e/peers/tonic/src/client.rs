@@ -13,12 +13,13 @@ use tokio_stream::{Stream, StreamExt};
 use tonic::client::Grpc;
 use tonic::codec::CompressionEncoding;
 use tonic::metadata::{BinaryMetadataValue, MetadataValue};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::codec::BytesCodec;
 use crate::{hexadecimal, shown};
 
+const HOST: &str = "api.localhost";
 const AUTHORITY: &str = "http://api.localhost";
 const MIB: usize = 1024 * 1024;
 const SHORT_RPCS: usize = 10_000;
@@ -54,11 +55,17 @@ struct Peer(Grpc<Channel>);
 
 impl Peer {
     async fn connect(address: &str) -> Result<Self> {
-        let channel = Endpoint::from_shared(format!("http://{address}"))?
-            .origin(AUTHORITY.parse()?)
-            .initial_connection_window_size(CONNECTION_WINDOW)
-            .connect()
-            .await?;
+        let endpoint = match std::env::var_os("SIDELANE_E2E_CA") {
+            None => Endpoint::from_shared(format!("http://{address}"))?.origin(AUTHORITY.parse()?),
+            Some(ca) => {
+                let ca = Certificate::from_pem(std::fs::read(ca)?);
+                let tls = ClientTlsConfig::new().ca_certificate(ca).domain_name(HOST);
+                Endpoint::from_shared(format!("https://{address}"))?
+                    .origin(format!("https://{HOST}").parse()?)
+                    .tls_config(tls)?
+            }
+        };
+        let channel = endpoint.initial_connection_window_size(CONNECTION_WINDOW).connect().await?;
         let grpc = Grpc::new(channel)
             .max_decoding_message_size(usize::MAX)
             .max_encoding_message_size(usize::MAX)

@@ -19,7 +19,8 @@ use sidelane_plugin::{
     Buf, Host, HttpVersion, Message, Reset, SendHalf, Service, ServiceSettings, failure,
 };
 
-use super::{Delivery, Failed, Inflow, Item, LINGER, Limits, Retry, Stop, Turn, decode, late};
+use super::download::{Inflow, Item};
+use super::{Delivery, Failed, LINGER, Limits, Retry, Stop, Turn, decode, late};
 use crate::payload::FIELD_RESPONSE;
 use crate::pool::{Deadline, HEADERS_MAX, Pool, encode_interim};
 use crate::upload::{SharedSource, Upload, UploadError};
@@ -63,7 +64,10 @@ impl Delivery<'_> {
             let place = match place(pool, service, &user, &mut ticket, send, deadline).await? {
                 Ok(place) => place,
                 Err(PoolError::NotAgreed) if by_alpn => {
-                    return Ok(Turn::Other { request, stream: user.take_other() });
+                    return Ok(Turn::Other {
+                        request: Box::new(request),
+                        stream: user.take_other(),
+                    });
                 }
                 // Nothing was sent.
                 Err(PoolError::Connect(_) | PoolError::Closed) if retry.granted() => {
