@@ -203,6 +203,11 @@ impl Authenticator {
             same.map_or_else(|| Arc::new(IssuerKeys::new(issuer, &before.issuers)), Arc::clone)
         });
         let issuers: Vec<_> = issuers.collect();
+        for gone in &before.issuers {
+            if !issuers.iter().any(|keys| keys.issuer.name == gone.issuer.name) {
+                self.metrics.credentials.forget_issuer(&gone.issuer.name);
+            }
+        }
         for keys in &issuers {
             self.metrics.credentials.set_keys(&keys.issuer.name, keys.len());
         }

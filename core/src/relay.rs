@@ -295,10 +295,14 @@ impl Relay {
     fn reroute(&self, sources: &Sources) {
         let routing = Routing::build(sources, &self.routing.load(), &self.metrics);
         self.routing.store(Arc::new(routing));
+        self.count_held(sources);
+        self.notice();
+    }
+
+    fn count_held(&self, sources: &Sources) {
         let (waiting, forbidden) = sources.held_counts();
         self.metrics.set_announcements_waiting(waiting);
         self.metrics.credentials.set_forbidden(forbidden);
-        self.notice();
     }
 
     /// Whether an exchange may wait for a session that is on its way.

@@ -446,8 +446,8 @@ async fn a_failure_says_which_step_and_what_the_authority_said() {
     let rig = Rig::new(&[NAME], false).await;
     let nobody = sidelane_e2e::nobody::Nobody::new();
     let Some(pebble) = Pebble::start(test, &rig.rules()) else { return };
-    let deaf =
-        Rules { http_port: nobody.address().port(), tls_port: rig.http.port(), ..Rules::default() };
+    let port = nobody.address().port();
+    let deaf = Rules { http_port: port, tls_port: port, ..Rules::default() };
     let Some(deaf) = Pebble::start(test, &deaf) else { return };
     let acme = |pebble: &Pebble| rig.settings(pebble, &[]).acme;
     let gone: Arc<str> = format!("https://{}/dir", nobody.address()).into();
@@ -487,7 +487,7 @@ async fn a_failure_says_which_step_and_what_the_authority_said() {
         ),
         (acme(&pebble), Kind::Http, Step::Challenge, "urn:ietf:params:acme:error:unauthorized"),
         (acme(&deaf), Kind::Http, Step::Challenge, "urn:ietf:params:acme:error:connection"),
-        (acme(&deaf), Kind::TlsAlpn, Step::Challenge, "urn:ietf:params:acme:error:"),
+        (acme(&deaf), Kind::TlsAlpn, Step::Challenge, "Failed to connect to 127.0.0.1:"),
     ];
     for (acme, kind, step, expected) in cases {
         let settings = Settings { acme, names: Vec::new() };

@@ -146,6 +146,10 @@ fn state(route: &Json) -> String {
         let reasons: Vec<String> = items(&route["waits_for"]).map(plain).collect();
         return format!("waiting: {}", reasons.join("; "));
     }
+    if route["forbidden"].is_array() {
+        let reasons: Vec<String> = items(&route["forbidden"]).map(plain).collect();
+        return format!("not claimed: {}", reasons.join("; "));
+    }
     let told: Vec<String> = items(&route["announced"]).filter_map(not_accepted).collect();
     if !told.is_empty() {
         return told.join("; ");
@@ -220,6 +224,7 @@ fn tunnels(json: &Json, width: Option<usize>) -> String {
     if json["sessions"].is_array() {
         let mut table = Table::new(&[
             "SIDECAR",
+            "PRINCIPAL",
             "PEER",
             "UP FOR",
             "LANES",
@@ -231,6 +236,7 @@ fn tunnels(json: &Json, width: Option<usize>) -> String {
             let tunnels: Vec<String> = items(&session["tunnels"]).map(plain).collect();
             table.row([
                 plain(&session["sidecar"]),
+                plain(&session["principal"]),
                 plain(&session["peer"]),
                 up_for(session),
                 lanes(session),
@@ -290,6 +296,11 @@ fn session_announcement(session: &Json) -> String {
     if waiting.is_object() {
         let reasons: Vec<String> = items(&waiting["reasons"]).map(plain).collect();
         return format!("{} waits: {}", plain(&waiting["announcement"]), reasons.join("; "));
+    }
+    let forbidden = &session["forbidden"];
+    if forbidden.is_object() {
+        let reasons: Vec<String> = items(&forbidden["reasons"]).map(plain).collect();
+        return format!("{} refused: {}", plain(&forbidden["announcement"]), reasons.join("; "));
     }
     plain(&session["announcement"])
 }
@@ -500,7 +511,7 @@ mod tests {
             ],
             "names": [{ "relay": "t:9081", "last_error": "no such name" }],
             "sessions": [{
-                "sidecar": "laptop", "peer": "192.0.2.1:4711", "connected_for_seconds": 3700,
+                "sidecar": "laptop", "principal": "shop", "peer": "192.0.2.1:4711", "connected_for_seconds": 3700,
                 "tunnels": ["web"], "announcement": 3,
                 "lanes": [{ "exchanges": 3 }, { "exchanges": 4 }],
             }],
@@ -521,8 +532,8 @@ mod tests {
         rpc     unix:/run/rpc.sock  healthy                                                        -           -         -      -
         shop    -                   unavailable at shop: waiting for the service; at ci: HTTP 500  -           -         -      -
 
-        SIDECAR  PEER            UP FOR  LANES  IN FLIGHT  TUNNELS  ANNOUNCEMENT
-        laptop   192.0.2.1:4711  1h1m    2      7          web      3
+        SIDECAR  PRINCIPAL  PEER            UP FOR  LANES  IN FLIGHT  TUNNELS  ANNOUNCEMENT
+        laptop   shop       192.0.2.1:4711  1h1m    2      7          web      3
 
         RELAY                     STATE                     UP FOR  LANES  IN FLIGHT  ANNOUNCEMENT
         r:9081                    connected                 12s     0      0          accepted 2

@@ -198,7 +198,7 @@ impl IssuerKeys {
         if is_known && at.is_some_and(|at| at.elapsed() < MISSED_KEY_PAUSE) {
             return Err(AuthError::UnknownKey);
         }
-        // An error means that the rules are others meanwhile, and nobody fetches.
+        // The sender is ours, so this does not fail; the time is the caller's to bound.
         let _ = fetched.changed().await;
         let found = self.known(kid, algorithm);
         match found.is_empty() {

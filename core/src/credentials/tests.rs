@@ -380,7 +380,7 @@ async fn server(answers: Vec<String>) -> (String, tokio::sync::mpsc::UnboundedRe
                 head.push(stream.read_u8().await.expect("a head"));
             }
             let _ = heads.send(String::from_utf8(head).expect("text"));
-            let answer = answers.get(next).or(answers.last()).expect("an answer");
+            let answer = answers.get(next).or_else(|| answers.last()).expect("an answer");
             next += 1;
             let _ = stream.write_all(answer.as_bytes()).await;
         }
@@ -463,6 +463,47 @@ async fn keys_are_fetched_once_for_all_who_miss_them_and_kept_where_that_fails()
         assert!(text.contains(line), "{line}: {text}");
     }
     keeper.abort();
+}
+
+#[tokio::test]
+async fn keys_are_fetched_by_tls_from_whom_is_trusted_alone() {
+    use crate::config::tls::{Certificate, ServerTls, TlsVersion};
+    let (authority, authorities) = ca();
+    let mut params = CertificateParams::default();
+    params.subject_alt_names = vec![SanType::IpAddress(LOOPBACK)];
+    let key = KeyPair::generate().expect("a key");
+    let certificate = params.signed_by(&key, &authority).expect("a certificate");
+    let certificate = Certificate::from_pem("tls", &certificate.pem(), &key.serialize_pem());
+    let server = ServerTls {
+        certificates: vec![Arc::new(certificate.expect("a pair"))],
+        acme: vec![],
+        min_version: TlsVersion::V1_3,
+        clients: None,
+    };
+    let resolver = crate::tls::Resolver::new(&server, Arc::default()).expect("certificates");
+    let config = crate::tls::server_config(&server, Arc::new(resolver), &[b"http/1.1"]);
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config.expect("a configuration")));
+    let listener = TcpListener::bind((LOOPBACK, 0)).await.expect("a socket");
+    let url = format!("https://{}/keys", listener.local_addr().expect("an address"));
+    let set = Signer::new("one").set();
+    let answer = ok(&set);
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.expect("a connection");
+            // Whoever does not trust us goes.
+            let Ok(mut stream) = acceptor.accept(stream).await else { continue };
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(stream.read_u8().await.expect("a head"));
+            }
+            stream.write_all(answer.as_bytes()).await.expect("taken");
+        }
+    });
+    let source = |authorities| fetch::Source { url: &url, authorities, token_file: &None };
+    assert_eq!(source(Some(&authorities)).fetch().await.expect("a set"), set);
+    let (_, others) = ca();
+    let error = source(Some(&others)).fetch().await.expect_err("not trusted");
+    assert!(crate::error::chain(&error).contains("invalid peer certificate"), "{error:?}");
 }
 
 #[tokio::test]

@@ -114,6 +114,14 @@ impl CredentialMetrics {
         self.fetches.get_or_create(&FetchLabels { issuer: Arc::clone(issuer), result }).inc();
     }
 
+    /// The configuration knows the issuer no more.
+    pub fn forget_issuer(&self, issuer: &Arc<str>) {
+        self.keys.remove(&IssuerLabel { issuer: Arc::clone(issuer) });
+        for result in ["success", "failure"] {
+            self.fetches.remove(&FetchLabels { issuer: Arc::clone(issuer), result });
+        }
+    }
+
     /// How many keys of an issuer are known.
     pub fn set_keys(&self, issuer: &Arc<str>, count: usize) {
         let label = IssuerLabel { issuer: Arc::clone(issuer) };

@@ -43,7 +43,11 @@ impl Relay {
                 let fresh = sources.fresh_routes(&document);
                 sources.hold(document);
                 settled = sources.settle();
-                self.reroute(&sources);
+                if settled.is_changed {
+                    self.reroute(&sources);
+                } else {
+                    self.count_held(&sources);
+                }
                 let own = settled.accepted.iter().position(|one| one.session.epoch == epoch);
                 if let Some(own) = own {
                     answer.notes = settled.accepted.remove(own).notes;

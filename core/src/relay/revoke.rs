@@ -34,7 +34,12 @@ impl Relay {
                     _ = stopping.wait_for(|stopping| *stopping) => return,
                     result = changed.changed() => if result.is_err() { return },
                 }
-                relay.recheck();
+                // Certificates of all sessions are verified anew: nothing for a thread of the data path.
+                let relay = Arc::clone(&relay);
+                let checked = tokio::task::spawn_blocking(move || relay.recheck());
+                if let Err(error) = checked.await {
+                    tracing::error!(%error, "sessions could not be looked at again");
+                }
             }
         });
     }
@@ -211,3 +216,6 @@ impl Relay {
         session.revoke_lanes(if is_expired { EXPIRED } else { WITHDRAWN });
     }
 }
+
+#[cfg(test)]
+mod tests;

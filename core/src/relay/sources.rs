@@ -3,6 +3,7 @@
 //!
 //! Pure but for the grants of sessions, which are read as they stand.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
@@ -297,9 +298,9 @@ impl Sources {
                 Some((reasons, is_forbidden)) => {
                     settled.is_changed = true;
                     // A newer one has been refused for reasons of its own.
-                    if !self.held.contains_key(&epoch) {
+                    if let Entry::Vacant(place) = self.held.entry(epoch) {
                         settled.refused.push(refused(&document, &reasons, is_forbidden));
-                        self.held.insert(epoch, Held { document, reasons, is_forbidden });
+                        place.insert(Held { document, reasons, is_forbidden });
                     }
                 }
             }

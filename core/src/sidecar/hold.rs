@@ -389,3 +389,78 @@ impl Held {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use sidelane_tunnel::{LaneConfig, Side};
+
+    use super::*;
+
+    fn carrier() -> Arc<Carrier> {
+        Arc::new(Carrier::Plain { insecure: false })
+    }
+
+    fn link(number: u32) -> Arc<Link> {
+        Link::new(number, 0, Lane::new(LaneConfig::new(Side::Sidecar), Instant::now()))
+    }
+
+    fn open(held: &Held) -> Vec<u32> {
+        held.lanes.iter().filter(|lane| lane.link.is_open()).map(|lane| lane.link.number).collect()
+    }
+
+    #[test]
+    fn a_lane_goes_when_another_has_taken_its_place() {
+        let (old, new) = (carrier(), carrier());
+        let mut held = Held::default();
+        held.add(Arc::clone(&old), Some(link(0)));
+        held.add(Arc::clone(&old), Some(link(1)));
+        held.retire(&old, 2, 16);
+        assert_eq!((open(&held), held.fresh(&old)), (vec![0, 1], 2));
+        held.retire(&new, 2, 16);
+        assert_eq!(
+            (open(&held), held.fresh(&new)),
+            (vec![0, 1], 0),
+            "nothing is there in its place"
+        );
+        held.add(Arc::clone(&new), Some(link(2)));
+        held.retire(&new, 2, 16);
+        assert_eq!(open(&held), [1, 2]);
+        held.add(Arc::clone(&new), Some(link(3)));
+        held.retire(&new, 2, 16);
+        assert_eq!((open(&held), held.fresh(&new)), (vec![2, 3], 2));
+        held.retire(&new, 2, 16);
+        assert_eq!(open(&held), [2, 3]);
+        assert_eq!(held.lanes.len(), 4, "those that go are held until they have ended");
+    }
+
+    #[test]
+    fn a_lane_makes_room_where_the_relay_takes_no_further_one() {
+        let (old, new) = (carrier(), carrier());
+        let mut held = Held::default();
+        held.add(Arc::clone(&old), Some(link(0)));
+        held.add(Arc::clone(&old), Some(link(1)));
+        held.retire(&new, 2, 2);
+        assert_eq!(open(&held), [1], "one at a time");
+        held.retire(&new, 2, 2);
+        assert_eq!(open(&held), [1]);
+        held.lanes.remove(0);
+        held.add(Arc::clone(&new), Some(link(2)));
+        held.retire(&new, 2, 2);
+        assert_eq!(open(&held), [2]);
+    }
+
+    #[test]
+    fn a_lane_that_goes_ends_after_a_while_without_an_exchange() {
+        let (old, new) = (carrier(), carrier());
+        let mut held = Held::default();
+        held.add(old, Some(link(0)));
+        held.add(Arc::clone(&new), Some(link(1)));
+        held.retire(&new, 1, 16);
+        let is_closing = |held: &Held| held.lanes[0].link.is_closing();
+        held.close();
+        assert!(!is_closing(&held), "what is on its way still comes");
+        held.lanes[0].leaving = Instant::now().checked_sub(LEAVING_GRACE);
+        held.close();
+        assert!(is_closing(&held));
+    }
+}

@@ -539,7 +539,8 @@ fn same_secret(ours: &[u8], theirs: &[u8]) -> bool {
 /// A sidecar's name as logs and pages show it: on one line, and not long.
 #[must_use]
 pub fn shown_name(name: &str) -> Arc<str> {
-    let shown = visible(name);
+    // Pages say `file` of what is the relay's own.
+    let shown = if name == "file" { "sidecar file".into() } else { visible(name) };
     let end = (0..=NAME_BYTES_MAX.min(shown.len())).rev().find(|at| shown.is_char_boundary(*at));
     shown[..end.unwrap_or_default()].into()
 }
@@ -652,6 +653,7 @@ mod tests {
         let forged = "x\n2026-01-01T00:00:00Z ERROR forged\u{1b}[2J";
         assert!(!shown_name(forged).contains(char::is_control));
         assert_eq!(&*shown_name("laptop"), "laptop");
+        assert_ne!(&*shown_name("file"), "file");
         assert!(shown_name(&"é".repeat(1000)).len() <= NAME_BYTES_MAX);
     }
 

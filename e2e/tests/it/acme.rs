@@ -204,7 +204,7 @@ fn a_certificate_is_renewed_before_it_ends_while_clients_come() {
     let unreachable = format!("https://{}/dir", nobody.address());
     let section = Section { directory: unreachable, ca: None, storage: &storage, names: NAME };
     let sidelane = Sidelane::start("sidelane", &yaml(&service, Listeners::Tls, &section));
-    let rules = Rules { tls_port: sidelane.web().port(), validity_seconds: 12, ..Rules::default() };
+    let rules = Rules { tls_port: sidelane.web().port(), validity_seconds: 15, ..Rules::default() };
     let Some(pebble) = Pebble::start(test, &rules) else { return };
     let ca = pebble.ca();
     let section = Section { directory: pebble.url(), ca: Some(&ca), ..section };

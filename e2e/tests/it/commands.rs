@@ -492,7 +492,7 @@ fn expose_says_why_a_relay_lets_it_not_in() {
     let (code, wrote) = Exposed::start(&["3000", "--relay", &tunnel, "--token-file", token]).end();
     assert_eq!(code, Some(1), "{wrote}");
     assert!(
-        wrote.contains("no session with the relay") && wrote.contains("the credential is not one"),
+        wrote.contains("no session with the relay") && wrote.contains("the token is not one"),
         "{wrote}"
     );
     drop(relay);

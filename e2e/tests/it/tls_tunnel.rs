@@ -114,9 +114,15 @@ fn lanes_run_by_tls_with_a_ca_of_ones_own() {
     let setup = setup(&service);
     let authority = Authority::new("e2e");
     let relay_files = authority.sign(&["relay.internal", "127.0.0.1"]);
-    let relay = Sidelane::spawn("relay", &relay_yaml(&setup, &shows(&relay_files)));
+    // Lanes go from the thread that shakes hands to their own.
+    let threads = |yaml: String, role: &str| {
+        yaml.replace(&format!("{role}:\n"), &format!("{role}:\n  threads: 2\n"))
+    };
+    let file = threads(relay_yaml(&setup, &shows(&relay_files)), "relay");
+    let relay = Sidelane::spawn("relay", &file);
     let trusts = trusts(&authority.ca(), "");
-    let sidecar = Sidelane::start("sidecar", &sidecar_yaml(&setup, relay.tunnel(), &trusts));
+    let file = threads(sidecar_yaml(&setup, relay.tunnel(), &trusts), "sidecar");
+    let sidecar = Sidelane::start("sidecar", &file);
     until_served(&relay);
     for side in [&relay, &sidecar] {
         side.until_metric("sidelane_lanes", &[], |lanes| lanes == 2.0);

@@ -149,7 +149,8 @@ fn what_a_principal_may_not_claim_is_refused_whole() {
 
 #[test]
 fn nobody_takes_what_another_principal_has_in_whatever_words() {
-    let table: &[((&str, &str), (&str, &str), &str)] = &[
+    type Words = (&'static str, &'static str);
+    let table: &[(Words, Words, &str)] = &[
         (("subdomain", "shop"), ("subdomain", "shop"), "shop.example.org"),
         (("subdomain", "shop"), ("host", "shop.example.org"), "shop.example.org"),
         (("host", "shop.example.org"), ("subdomain", "shop"), "shop.example.org"),
