@@ -107,21 +107,70 @@ fn slots(matches: &Match, base_domains: &[Arc<str>]) -> impl Iterator<Item = Slo
     })
 }
 
-/// Returns what routes take together.
-pub(super) struct Slots(HashSet<Slot>);
+/// Routes that come before others, by what they take.
+pub(super) struct Earlier<'a> {
+    by_slot: HashMap<Slot, &'a Arc<Route>>,
+    /// By the whole host that each stands for.
+    subdomains: HashMap<String, Vec<&'a Arc<Route>>>,
+    base_domains: &'a [Arc<str>],
+}
 
-impl Slots {
-    pub(super) fn of<'a>(
+impl<'a> Earlier<'a> {
+    pub(super) fn of(
         routes: impl Iterator<Item = &'a Arc<Route>>,
-        base_domains: &[Arc<str>],
+        base_domains: &'a [Arc<str>],
     ) -> Self {
-        Self(routes.flat_map(|route| slots(&route.matches, base_domains)).collect())
+        let (mut by_slot, mut subdomains) = (HashMap::new(), HashMap::<_, Vec<_>>::new());
+        for route in routes {
+            for slot in slots(&route.matches, base_domains) {
+                if let (HostMatch::Subdomain(_), Hosts::Name(name)) =
+                    (&route.matches.host, &slot.hosts)
+                {
+                    subdomains.entry(name.clone()).or_default().push(route);
+                }
+                by_slot.entry(slot).or_insert(route);
+            }
+        }
+        Self { by_slot, subdomains, base_domains }
     }
 
-    /// Whether the route takes any of it.
-    pub(super) fn has_any_of(&self, route: &Route, base_domains: &[Arc<str>]) -> bool {
-        slots(&route.matches, base_domains).any(|slot| self.0.contains(&slot))
+    /// Whether the route takes anything that one of these takes.
+    pub(super) fn has_any_of(&self, route: &Route) -> bool {
+        slots(&route.matches, self.base_domains).any(|slot| self.by_slot.contains_key(&slot))
     }
+
+    /// Returns which of these has all that the route takes, or would lose by it what is its own: the
+    /// router looks at whole hosts before subdomains, and what a host is called changes nothing of whose
+    /// it is.
+    pub(super) fn over(&self, route: &Route) -> Option<&'a Arc<Route>> {
+        let mut first = None;
+        let has_all = slots(&route.matches, self.base_domains).all(|slot| {
+            let has_it = self.by_slot.get(&slot);
+            first = first.or(has_it);
+            has_it.is_some()
+        });
+        let shadowed = || {
+            let HostMatch::Exact(host) = &route.matches.host else { return None };
+            let own = self.subdomains.get(&**host)?;
+            own.iter().find(|own| takes_from(&route.matches, &own.matches))
+        };
+        first.filter(|_| has_all).or_else(shadowed).copied()
+    }
+}
+
+/// Whether `whole`, looked at first, takes what would be `own`'s if both said their host alike.
+fn takes_from(whole: &Match, own: &Match) -> bool {
+    let meet = |a: &Option<Arc<str>>, b: &Option<Arc<str>>| a.is_none() || b.is_none() || a == b;
+    let names = |matches: &Match| (matches.protocol_type.is_some(), matches.listener.is_some());
+    let below = own.path_prefix.strip_prefix(&*whole.path_prefix);
+    let is_as_wide = match below {
+        Some("") => names(own) >= names(whole),
+        Some(below) => below.starts_with('/'),
+        None => false,
+    };
+    is_as_wide
+        && meet(&whole.listener, &own.listener)
+        && meet(&whole.protocol_type, &own.protocol_type)
 }
 
 /// Returns which routes of one document take the same, one line each.
@@ -268,7 +317,8 @@ impl Sources {
     /// What is worth telling a sidecar of its document that is in force.
     pub(super) fn notes(&self, document: &Document) -> Vec<String> {
         let others = self.documents.range(..document.session.epoch);
-        document.notes(&self.own, others.map(|(_, other)| other))
+        let own = Earlier::of(self.own.iter(), &self.base_domains);
+        document.notes(&own, others.map(|(_, other)| other))
     }
 
     /// Holds a session's newest document until [`Sources::settle`] finds what becomes of it.

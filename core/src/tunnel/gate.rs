@@ -133,11 +133,17 @@ impl Failing {
 }
 
 impl Gate {
-    /// Lets one more begin.
+    /// Lets one more begin. Without an address, as of a proxy that brings many, the total alone counts.
     ///
     /// # Errors
     /// Why not. What is refused for its failures counts for nobody else's rate.
-    pub fn enter(&self, bounds: &Bounds, address: IpAddr, now: Instant) -> Result<(), TurnedAway> {
+    pub fn enter(
+        &self,
+        bounds: &Bounds,
+        address: impl Into<Option<IpAddr>>,
+        now: Instant,
+    ) -> Result<(), TurnedAway> {
+        let address = address.into();
         self.check_failures(bounds, address, now)?;
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
         let is_over = window.began.is_none_or(|began| now - began >= Duration::from_secs(1));
@@ -147,11 +153,13 @@ impl Gate {
         if window.total >= bounds.per_second {
             return Err(TurnedAway::Rate);
         }
-        let of_address = window.by_address.entry(group(address)).or_default();
-        if *of_address >= bounds.per_second_and_address {
-            return Err(TurnedAway::Rate);
+        if let Some(address) = address {
+            let of_address = window.by_address.entry(group(address)).or_default();
+            if *of_address >= bounds.per_second_and_address {
+                return Err(TurnedAway::Rate);
+            }
+            *of_address += 1;
         }
-        *of_address += 1;
         window.total += 1;
         Ok(())
     }
@@ -163,9 +171,10 @@ impl Gate {
     pub fn check_failures(
         &self,
         bounds: &Bounds,
-        address: IpAddr,
+        address: impl Into<Option<IpAddr>>,
         now: Instant,
     ) -> Result<(), TurnedAway> {
+        let Some(address) = address.into() else { return Ok(()) };
         let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
         failing.expire(now);
         let Some(failures) = failing.by_address.get_mut(&group(address)) else { return Ok(()) };
@@ -178,8 +187,8 @@ impl Gate {
     }
 
     /// A handshake of this address has failed by what was, or was not, said in it.
-    pub fn failed(&self, address: IpAddr, now: Instant) {
-        let address = group(address);
+    pub fn failed(&self, address: impl Into<Option<IpAddr>>, now: Instant) {
+        let Some(address) = address.into().map(group) else { return };
         let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
         failing.expire(now);
         if let Some(failures) = failing.by_address.get_mut(&address) {
@@ -266,6 +275,17 @@ mod tests {
     }
 
     #[test]
+    fn whoever_has_no_address_of_its_own_counts_in_the_total_alone() {
+        let gate = Gate::default();
+        let now = Instant::now();
+        for _ in 0..10 {
+            gate.failed(None, now);
+        }
+        let entered = (0..100).filter(|_| gate.enter(&BOUNDS, None, now).is_ok()).count();
+        assert_eq!(entered, 7);
+    }
+
+    #[test]
     fn whoever_moves_about_in_a_network_of_its_own_is_one_address() {
         let gate = Gate::default();
         let now = Instant::now();
@@ -287,15 +307,19 @@ mod tests {
         let many = u32::try_from(3 * FAILING_MAX).expect("few");
         for n in 0..many {
             let now = began + Duration::from_micros(n.into());
-            gate.failed(Ipv4Addr::from_bits(n).into(), now);
-            gate.failed(Ipv4Addr::from_bits(n).into(), now);
+            gate.failed(IpAddr::from(Ipv4Addr::from_bits(n)), now);
+            gate.failed(IpAddr::from(Ipv4Addr::from_bits(n)), now);
         }
         let failing = gate.failing.lock().expect("not poisoned");
         assert_eq!((failing.by_address.len(), failing.order.len()), (FAILING_MAX, FAILING_MAX));
         drop(failing);
         let now = began + Duration::from_secs(1);
-        assert_eq!(gate.enter(&BOUNDS, Ipv4Addr::from_bits(0).into(), now), Ok(()), "made room");
-        let last = Ipv4Addr::from_bits(many - 1).into();
+        assert_eq!(
+            gate.enter(&BOUNDS, IpAddr::from(Ipv4Addr::from_bits(0)), now),
+            Ok(()),
+            "made room"
+        );
+        let last: IpAddr = Ipv4Addr::from_bits(many - 1).into();
         gate.enter(&BOUNDS, last, now).expect_err("the newest are kept");
     }
 }

@@ -31,7 +31,7 @@ pub const FEATURE_ANNOUNCE: u64 = 2;
 /// Bytes of an instance's id.
 const INSTANCE_BYTES: usize = 16;
 
-/// Longest name of a sidecar that is shown.
+/// Longest name of a sidecar, and longest word of its own, that is shown.
 const NAME_BYTES_MAX: usize = 128;
 
 /// How long a dialler is asked to wait where the relay is full.
@@ -74,7 +74,9 @@ pub struct Session {
     secret: [u8; 32],
     lane: LaneConfig,
     lanes: ArcSwap<Vec<Arc<Link>>>,
-    /// Serialises changes of `lanes` and of `authenticated`; readers never take it.
+    /// Its last lane has ended: it takes no other.
+    over: AtomicBool,
+    /// Serialises changes of `lanes`, `over` and `authenticated`; readers never take it.
     lanes_change: Mutex<()>,
     lanes_made: AtomicU32,
     requests: AtomicU64,
@@ -384,6 +386,7 @@ impl Sessions {
             secret: random::bytes(),
             lane: settings.lane.clone().with_peer(hello.window, hello.message_bytes_max),
             lanes: ArcSwap::default(),
+            over: AtomicBool::new(false),
             lanes_change: Mutex::new(()),
             lanes_made: AtomicU32::new(0),
             requests: AtomicU64::new(0),
@@ -430,13 +433,6 @@ impl Sessions {
         authenticated: Authenticated,
         shard_of: impl FnOnce(&SessionId, u32) -> usize,
     ) -> Result<Admitted, proto::Refuse> {
-        let unknown = || {
-            refuse(
-                proto::RefuseReason::UnknownSession,
-                "this relay does not know the session; begin a new one".to_owned(),
-                0,
-            )
-        };
         let id: SessionId = hello.session.as_ref().try_into().map_err(|_| unknown())?;
         let session =
             self.by_id.get(&id).map(|session| Arc::clone(&session)).ok_or_else(unknown)?;
@@ -462,13 +458,18 @@ impl Sessions {
         let number = session.lanes_made.fetch_add(1, Ordering::Relaxed);
         let shard = shard_of(&session.id, number);
         let link = Link::new(number, shard, Lane::new(session.lane.clone(), Instant::now()));
-        let mut is_full = false;
+        let (mut is_full, mut is_over) = (false, false);
         session.change_lanes(|lanes| {
             is_full = lanes.len() >= lanes_max;
-            if !is_full {
+            // The registry does not have it any more, so that nobody would end it.
+            is_over = session.over.load(Ordering::Relaxed);
+            if !is_full && !is_over {
                 lanes.push(Arc::clone(&link));
             }
         });
+        if is_over {
+            return Err(unknown());
+        }
         if is_full {
             return Err(refuse(
                 proto::RefuseReason::Overloaded,
@@ -507,7 +508,10 @@ impl Sessions {
 
     /// Takes a lane out; true where it was the session's last, which is over then.
     pub fn lane_ended(&self, session: &Arc<Session>, link: &Arc<Link>) -> bool {
-        let left = session.change_lanes(|lanes| lanes.retain(|other| !Arc::ptr_eq(other, link)));
+        let left = session.change_lanes(|lanes| {
+            lanes.retain(|other| !Arc::ptr_eq(other, link));
+            session.over.store(lanes.is_empty(), Ordering::Relaxed);
+        });
         if left > 0 {
             return false;
         }
@@ -519,6 +523,14 @@ impl Sessions {
 
 fn refuse(reason: proto::RefuseReason, detail: String, retry_after_ms: u32) -> proto::Refuse {
     proto::Refuse { reason: reason.into(), detail, retry_after_ms }
+}
+
+fn unknown() -> proto::Refuse {
+    refuse(
+        proto::RefuseReason::UnknownSession,
+        "this relay does not know the session; begin a new one".to_owned(),
+        0,
+    )
 }
 
 fn answer_protocols(
@@ -540,9 +552,16 @@ fn same_secret(ours: &[u8], theirs: &[u8]) -> bool {
 #[must_use]
 pub fn shown_name(name: &str) -> Arc<str> {
     // Pages say `file` of what is the relay's own.
-    let shown = if name == "file" { "sidecar file".into() } else { visible(name) };
+    shown(if name == "file" { "sidecar file" } else { name }).into()
+}
+
+/// What a sidecar says for people, on one line, and not long.
+#[must_use]
+pub fn shown(text: &str) -> String {
+    let mut shown = visible(text).into_owned();
     let end = (0..=NAME_BYTES_MAX.min(shown.len())).rev().find(|at| shown.is_char_boundary(*at));
-    shown[..end.unwrap_or_default()].into()
+    shown.truncate(end.unwrap_or_default());
+    shown
 }
 
 #[cfg(test)]

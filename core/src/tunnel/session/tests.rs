@@ -97,6 +97,17 @@ fn an_instance_and_a_session_are_their_principals() {
 }
 
 #[test]
+fn a_session_whose_last_lane_has_ended_takes_no_other() {
+    let sessions = Sessions::new(settings());
+    let first = admit(&sessions, &hello(1), LOOPBACK).unwrap();
+    assert!(sessions.lane_ended(&first.session, &first.link));
+    // As a dialler that was found to be its own just before.
+    let refused = sessions.add_lane(&settings(), &first.session, |_, _| 0);
+    assert_eq!(refused.expect_err("refused").reason(), proto::RefuseReason::UnknownSession);
+    assert!(first.session.lanes().is_empty());
+}
+
+#[test]
 fn names_are_shown_on_one_line() {
     let forged = "x\n2026-01-01T00:00:00Z ERROR forged\u{1b}[2J";
     assert!(!shown_name(forged).contains(char::is_control));
