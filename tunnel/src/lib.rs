@@ -16,6 +16,7 @@ pub mod handshake;
 mod id;
 mod lane;
 mod liveness;
+mod masked;
 mod outbox;
 mod payload;
 mod protocols;

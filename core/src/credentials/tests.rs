@@ -466,26 +466,65 @@ async fn keys_are_fetched_once_for_all_who_miss_them_and_kept_where_that_fails()
 }
 
 #[tokio::test]
+async fn keys_are_fetched_by_tls_from_whom_is_trusted_alone() {
+    use crate::config::tls::{Certificate, ServerTls, TlsVersion};
+    let (authority, authorities) = ca();
+    let mut params = CertificateParams::default();
+    params.subject_alt_names = vec![SanType::IpAddress(LOOPBACK)];
+    let key = KeyPair::generate().expect("a key");
+    let certificate = params.signed_by(&key, &authority).expect("a certificate");
+    let certificate = Certificate::from_pem("tls", &certificate.pem(), &key.serialize_pem());
+    let server = ServerTls {
+        certificates: vec![Arc::new(certificate.expect("a pair"))],
+        acme: vec![],
+        min_version: TlsVersion::V1_3,
+        clients: None,
+    };
+    let resolver = crate::tls::Resolver::new(&server, Arc::default()).expect("certificates");
+    let config = crate::tls::server_config(&server, Arc::new(resolver), &[b"http/1.1"]);
+    let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config.expect("a configuration")));
+    let listener = TcpListener::bind((LOOPBACK, 0)).await.expect("a socket");
+    let url = format!("https://{}/keys", listener.local_addr().expect("an address"));
+    let set = Signer::new("one").set();
+    let answer = ok(&set);
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.expect("a connection");
+            // Whoever does not trust us goes.
+            let Ok(mut stream) = acceptor.accept(stream).await else { continue };
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(stream.read_u8().await.expect("a head"));
+            }
+            stream.write_all(answer.as_bytes()).await.expect("taken");
+        }
+    });
+    let source = |authorities| fetch::Source { url: &url, authorities, token_file: &None };
+    assert_eq!(source(Some(&authorities)).fetch().await.expect("a set"), set);
+    let (_, others) = ca();
+    let error = source(Some(&others)).fetch().await.expect_err("not trusted");
+    assert!(crate::error::chain(&error).contains("invalid peer certificate"), "{error:?}");
+}
+
+#[tokio::test]
 async fn what_is_no_set_of_keys_is_not_taken() {
     let signer = Signer::new("one");
     let elsewhere = "HTTP/1.1 302 Found\r\nlocation: /other\r\ncontent-length: 0\r\n\r\n";
     let long = format!("{{\"keys\":[], \"x\":\"{}\"}}", "x".repeat(1 << 20));
     let table = [
         (elsewhere.to_owned(), "answered 302 Found; redirects are not followed (accepted: 200)"),
-        (ok(&long), "the set is longer than 1048576 bytes, or ends early"),
+        (ok(&long), "breaks off or is longer than 1048576 bytes"),
     ];
     assert!(!table.is_empty());
     for (answer, expected) in table {
         let (url, _seen) = server(vec![answer]).await;
         let source = fetch::Source { url: &url, authorities: None, token_file: &None };
-        assert_eq!(source.fetch().await.unwrap_err().to_string(), expected);
+        let error = source.fetch().await.unwrap_err().to_string();
+        assert!(error.ends_with(expected), "{error}");
     }
     for (url, expected) in [
-        (
-            "ftp://127.0.0.1/",
-            "not a URL of a set of keys (accepted: https://…, and http://… on loopback)",
-        ),
-        ("keys.json", "not a URL of a set of keys (accepted: https://…, and http://… on loopback)"),
+        ("ftp://127.0.0.1/", "ftp://127.0.0.1/ cannot be asked (accepted: https://…)"),
+        ("keys.json", "keys.json cannot be asked (accepted: https://…)"),
     ] {
         let source = fetch::Source { url, authorities: None, token_file: &None };
         assert_eq!(source.fetch().await.unwrap_err().to_string(), expected);

@@ -212,6 +212,7 @@ pub struct Window {
 }
 /// First message of whoever dials: a new session, or with `session` and `secret` a further lane.
 #[derive(Clone, PartialEq, ::prost::Message)]
+#[prost(skip_debug)]
 pub struct Hello {
     /// Version of this protocol: 1.
     #[prost(uint32, tag = "1")]
@@ -252,6 +253,7 @@ pub struct ProtocolName {
     pub name: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
+#[prost(skip_debug)]
 pub struct Welcome {
     #[prost(uint32, tag = "1")]
     pub version: u32,
@@ -303,6 +305,7 @@ pub struct Refuse {
 }
 /// A lost lane comes back.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
 pub struct Resume {
     #[prost(bytes = "bytes", tag = "1")]
     pub session: ::prost::bytes::Bytes,
@@ -352,6 +355,7 @@ pub struct GoAway {
 /// A fresh credential for the session, which the relay takes in place of the one of the last hello: a
 /// signed token that ends soon is renewed by it. One that is not accepted changes nothing.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
 pub struct Authenticate {
     #[prost(bytes = "bytes", tag = "1")]
     pub credential: ::prost::bytes::Bytes,
@@ -379,6 +383,7 @@ pub struct AnnouncedTunnel {
     pub unavailable: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
+#[prost(skip_debug)]
 pub struct AnnouncedRoute {
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
@@ -415,6 +420,7 @@ pub struct TunnelShare {
     pub weight: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
 pub struct RouteOptions {
     #[prost(string, tag = "1")]
     pub protocol_type: ::prost::alloc::string::String,
