@@ -157,9 +157,10 @@ impl Door {
         self.gate.check_failures(&self.bounds(), self.counted(peer), Instant::now())
     }
 
-    /// A handshake has failed by what was, or was not, said in it.
-    pub(super) fn failed(&self, peer: SocketAddr) {
-        self.gate.failed(self.counted(peer), Instant::now());
+    /// A handshake has failed by what was, or was not, said in it; `presented` is the credential that was
+    /// refused.
+    pub(super) fn failed(&self, peer: SocketAddr, presented: Option<&[u8]>) {
+        self.gate.failed(self.counted(peer), presented, Instant::now());
     }
 
     /// The place of one that is told to come back; `None`: too many are.
@@ -238,7 +239,7 @@ mod tests {
         let door = Door::new(&section, &Arc::default(), &Metrics::new());
         let peer = |last| SocketAddr::from(([192, 0, 2, last], 4711));
         for last in [1, 77] {
-            door.failed(peer(last));
+            door.failed(peer(last), None);
         }
         assert!(door.enter(peer(1)).is_ok());
         assert!(door.enter(peer(77)).is_err());

@@ -128,7 +128,7 @@ pub(super) fn tls_failed(relay: &Relay, peer: SocketAddr, error: &io::Error) {
 
 fn failed(relay: &Relay, peer: SocketAddr, label: &'static str, reason: &str) {
     relay.metrics.handshake_refused(label);
-    relay.door.failed(peer);
+    relay.door.failed(peer, None);
     tracing::warn!(%peer, reason, "no handshake on the tunnel's port");
 }
 
@@ -347,7 +347,9 @@ async fn shake_hands(
             relay.metrics.handshake_refused(refuse.reason().as_str_name());
             let name = &*shown_name(&hello.name);
             if refuse.reason() == proto::RefuseReason::Credential {
-                relay.door.failed(peer);
+                let chain = transport.peer_chain();
+                let shown = chain.first().filter(|_| hello.credential.is_empty());
+                relay.door.failed(peer, Some(shown.map_or(&*hello.credential, AsRef::as_ref)));
             }
             tracing::warn!(%peer, name, reason = refuse.detail, "sidecar refused");
             return send_refuse(&mut transport, &refuse, limit).await;
