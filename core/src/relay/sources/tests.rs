@@ -346,7 +346,8 @@ fn own(stage: &Stage, hosts: &[(&str, &str)]) -> Vec<Arc<Route>> {
 
 #[test]
 fn the_relays_own_routes_win_however_a_host_is_said() {
-    let table: &[(&[(&str, &str)], &str, &str, bool)] = &[
+    type File<'a> = &'a [(&'a str, &'a str)];
+    let table: &[(File<'_>, &str, &str, bool)] = &[
         (&[("subdomain", "shop")], "host", "shop.example.org", true),
         (&[("host", "shop.example.org")], "subdomain", "shop", true),
         (&[("wildcard", "*")], "host", "*.example.org", true),
