@@ -450,10 +450,7 @@ async fn run_lane(
 
 fn handle_event(relay: &Arc<Relay>, session: &Arc<Session>, link: &Arc<Link>, event: Event) {
     match event {
-        Event::Announce(document) => {
-            let announced = relay.announce(session, &document);
-            session.answer(announced);
-        }
+        Event::Announce(document) => relay.announced(session, document),
         Event::GoAway(go_away) => {
             // Once: what is said again and again would fill the log.
             if link.is_open() {
