@@ -37,6 +37,8 @@ pub struct TlsFacts {
     pub client_sha256: Option<[u8; 32]>,
     /// What the connection may be asked for.
     pub hosts: Hosts,
+    /// The service is told of the client's certificate by this relay, and by nobody before it.
+    pub forwards_client: bool,
     /// The client's certificate as the service is told of it, where that is configured.
     pub client_fields: Option<ClientFields>,
 }

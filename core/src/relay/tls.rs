@@ -294,6 +294,7 @@ impl Acceptor {
             hosts: Hosts::new(sni.as_ref(), &names),
             sni: sni.unwrap_or_default(),
             alpn: alpn.unwrap_or_default().into(),
+            forwards_client: self.tls.clients.as_ref().is_some_and(|clients| clients.forward),
             ..TlsFacts::default()
         };
         if let (Some(clients), Some(chain)) = (&self.tls.clients, connection.peer_certificates()) {
