@@ -255,8 +255,13 @@ fn a_certificate_that_is_required_is_told_where_that_is_configured() {
         (asking.clients.sign(&["shop.internal"]), asking.authority.sign(&["evil.internal"]));
     assert!(asking.is_shut_out(None));
     assert!(asking.is_shut_out(Some(&unknown)));
+    let ended = asking.clients.sign_with(&["old.internal"], |params| {
+        params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2021, 1, 1);
+    });
+    assert!(asking.is_shut_out(Some(&ended)));
     let labels = ["listener=\"web\"", "result=\"certificate\""];
-    asking.sidelane.until_metric("sidelane_tls_handshakes_total", &labels, |count| count == 2.0);
+    asking.sidelane.until_metric("sidelane_tls_handshakes_total", &labels, |count| count == 3.0);
     let der = STANDARD.encode(&chain(&known.cert)[0]);
     let expected = format!("client-cert: :{der}:").to_lowercase();
     assert_eq!(client_fields(&asking.gets(Some(&known), "")), [expected.as_str()]);
