@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 
 use super::Relay;
-use super::door::{self, Place, Way};
+use super::door::{self, Place, Told, Way};
 use super::tls::{Bounds, Over, Permit};
 use crate::credentials::Presented;
 use crate::error::chain;
@@ -142,7 +142,7 @@ fn refusal(why: TurnedAway) -> proto::Refuse {
 }
 
 /// Tells a dialler that is not listened to when to come back.
-async fn turn_away(mut stream: TcpStream, why: TurnedAway, is_tls: bool, place: Place) {
+async fn turn_away(mut stream: TcpStream, why: TurnedAway, is_tls: bool, place: Told) {
     let told = async {
         if is_tls {
             stream.write_all(&TLS_ACCESS_DENIED).await?;
