@@ -125,15 +125,22 @@ class Stage(contextlib.ExitStack):
         return machine.wait_for(name, check)
 
     def certificate(self):
-        """Files of a certificate that is its own authority, and its key; made once."""
-        certificate, key = self.directory / "tls.crt", self.directory / "tls.key"
+        """Files of a certificate, its key and its authority; made once."""
+        certificate, key, authority = (
+            self.directory / name for name in ("tls.crt", "tls.key", "ca.crt")
+        )
         if not certificate.exists():
-            command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt"]
-            command += ["ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", "/CN=bench"]
-            command += ["-addext", f"subjectAltName=DNS:{TLS_HOST},IP:127.0.0.1"]
-            command += ["-keyout", str(key), "-out", str(certificate)]
-            subprocess.run(command, check=True, capture_output=True)
-        return certificate, key
+            make_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+            ca_key, request = self.directory / "ca.key", self.directory / "tls.csr"
+            names = self.write("names", f"subjectAltName=DNS:{TLS_HOST},IP:127.0.0.1\n")
+            for command in (
+                ["req", "-x509", *make_key, "-subj", "/CN=CA", "-keyout", ca_key, "-out", authority],
+                ["req", *make_key, "-subj", "/CN=bench", "-keyout", key, "-out", request],
+                ["x509", "-req", "-in", request, "-CA", authority, "-CAkey", ca_key]
+                + ["-CAcreateserial", "-extfile", names, "-out", certificate],
+            ):
+                subprocess.run(["openssl", *map(str, command)], check=True, capture_output=True)
+        return certificate, key, authority
 
     def stands(self, kind, port):
         # What speaks HTTP/2 alone, or TLS, cannot be asked by a GET.
@@ -260,7 +267,7 @@ http {{
         return Path({"http": outer}, {"outer": outer_pids, "inner": inner_pids}, tls=True)
 
     def nginx_tls(self, port, target):
-        certificate, key = self.certificate()
+        certificate, key, authority = self.certificate()
         scheme, _, address = target.partition("://")
         return f"""
   upstream next {{ server {address}; keepalive 2048; keepalive_requests 100000000; }}
@@ -270,7 +277,7 @@ http {{
     ssl_protocols TLSv1.3; ssl_conf_command Ciphersuites TLS_AES_256_GCM_SHA384;
     location / {{
       proxy_pass {scheme}://next; proxy_http_version 1.1; proxy_max_temp_file_size 0;
-      proxy_ssl_verify on; proxy_ssl_trusted_certificate {certificate};
+      proxy_ssl_verify on; proxy_ssl_trusted_certificate {authority};
       proxy_ssl_name {TLS_HOST}; proxy_ssl_server_name on; proxy_ssl_protocols TLSv1.3;
       proxy_set_header Connection ""; proxy_set_header Host $http_host;
       proxy_set_header X-Forwarded-For $remote_addr;
@@ -325,7 +332,7 @@ defaults
         relay_name, sidecar_name = f"relay-{self.sidelanes}", f"sidecar-{self.sidelanes}"
         certificates = {}
         if tunnel_tls or entry_tls:
-            certificate, key = self.certificate()
+            certificate, key, authority = self.certificate()
             certificates = {"certificates": [{"cert": str(certificate), "key": str(key)}]}
         listener = {"name": "web", "address": "127.0.0.1:0"}
         listener |= {"tls": certificates} if entry_tls else {}
@@ -363,7 +370,7 @@ relay:
         if entry_tls:
             routes.append({"host": TLS_HOST, "tunnel": "http"})
         dialled = {"address": ports["tunnel"]}
-        dialled |= {"tls": {"ca": str(certificate)}} if tunnel_tls else {}
+        dialled |= {"tls": {"ca": str(authority)}} if tunnel_tls else {}
         self.write(
             f"{sidecar_name}.yaml",
             shared

@@ -11,6 +11,7 @@ pub mod credentials;
 pub mod error;
 pub mod explain;
 pub mod front;
+mod https;
 pub mod metrics;
 pub mod plugin;
 pub mod random;

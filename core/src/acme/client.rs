@@ -1,71 +1,39 @@
-//! HTTP to the authority: a connection per request, bounded in time and size.
-//!
-//! An order takes some fifteen requests in as many weeks; a pool would keep nothing worth keeping. Knows
-//! no ACME but for `Retry-After`, which the library does not hand on with errors.
+//! HTTP to the authority, as the library asks for it. Knows no ACME but for `Retry-After`, which the
+//! library does not hand on with errors.
 
 use std::future::Future;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
-use http::header::{CONTENT_TYPE, HOST, HeaderValue, RETRY_AFTER, USER_AGENT};
-use http::{Request, Response, StatusCode, Uri};
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper_util::rt::TokioIo;
+use http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER, USER_AGENT};
+use http::{Request, Response, StatusCode};
+use http_body_util::{BodyExt as _, Full};
 use instant_acme::{BodyWrapper, BytesResponse, HttpClient};
 use rustls::ClientConfig;
-use rustls::pki_types::ServerName;
 use thiserror::Error;
-use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
 
 use crate::config::tls::{ClientTls, Trust};
+use crate::https::{self, Terms};
 use crate::tls::{self, HTTP1_ALPN, TlsError};
 
-/// For one request, from the name's lookup to the last byte of the answer.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
+/// A chain of certificates takes some 10 KiB.
+const TERMS: Terms =
+    Terms { timeout: Duration::from_secs(30), answer_bytes_max: 1 << 20, plain_on_loopback: false };
 
-/// Largest answer that is read: a chain of certificates takes some 10 KiB.
-const ANSWER_BYTES_MAX: usize = 1 << 20;
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Who asks (RFC 8555 §6.1).
 const AGENT: HeaderValue =
     HeaderValue::from_static(concat!("sidelane/", env!("CARGO_PKG_VERSION"), " instant-acme/0.8"));
 
-/// Why a request has no answer.
+/// An answer that says nothing of itself.
 #[derive(Debug, Error)]
-pub(super) enum AskError {
-    #[error("{0} is no address of an authority (accepted: https://…)")]
-    Url(Uri),
-    #[error("cannot connect to {to}")]
-    Connect {
-        to: String,
-        #[source]
-        source: std::io::Error,
-    },
-    #[error("no TLS with {to}")]
-    Tls {
-        to: String,
-        #[source]
-        source: std::io::Error,
-    },
-    #[error("no answer of {to} within {} s", REQUEST_TIMEOUT.as_secs())]
-    Timeout { to: String },
-    #[error("no HTTP with {to}")]
-    Http {
-        to: String,
-        #[source]
-        source: hyper::Error,
-    },
-    #[error("the answer of {to} breaks off or is longer than {ANSWER_BYTES_MAX} bytes")]
-    Body {
-        to: String,
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    #[error("{to} answers {status}, and does not say why")]
-    Status { to: String, status: StatusCode },
+#[error("{to} answers {status}, and does not say why")]
+struct Unexplained {
+    to: String,
+    status: StatusCode,
 }
 
 /// Asks one authority.
@@ -89,59 +57,20 @@ impl Client {
         self.retry_after.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    async fn ask(
-        self,
-        mut request: Request<Full<Bytes>>,
-    ) -> Result<Response<Full<Bytes>>, AskError> {
-        let uri = request.uri().clone();
-        let (host, authority) = match (uri.scheme_str(), uri.host(), uri.authority()) {
-            (Some("https"), Some(host), Some(authority)) => {
-                (host.trim_start_matches('[').trim_end_matches(']'), authority.as_str())
-            }
-            _ => return Err(AskError::Url(uri)),
-        };
-        let to = || authority.to_owned();
-        let server =
-            ServerName::try_from(host.to_owned()).map_err(|_| AskError::Url(uri.clone()))?;
-        let host_field =
-            HeaderValue::from_str(authority).map_err(|_| AskError::Url(uri.clone()))?;
-        let path = uri.path_and_query().map_or("/", |path| path.as_str());
-        *request.uri_mut() = Uri::try_from(path).map_err(|_| AskError::Url(uri.clone()))?;
-        request.headers_mut().insert(HOST, host_field);
+    async fn ask(self, mut request: Request<Full<Bytes>>) -> Result<Response<Bytes>, BoxError> {
         request.headers_mut().insert(USER_AGENT, AGENT);
-
-        let stream = TcpStream::connect((host, uri.port_u16().unwrap_or(443)))
-            .await
-            .map_err(|source| AskError::Connect { to: to(), source })?;
-        let stream = TlsConnector::from(Arc::clone(&self.tls))
-            .connect(server, stream)
-            .await
-            .map_err(|source| AskError::Tls { to: to(), source })?;
-        let http = |source| AskError::Http { to: to(), source };
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
-        let exchange = async {
-            let (parts, body) = sender.send_request(request).await.map_err(http)?.into_parts();
-            let body = Limited::new(body, ANSWER_BYTES_MAX).collect().await;
-            let body = body.map_err(|source| AskError::Body { to: to(), source })?.to_bytes();
-            Ok((parts, body))
-        };
-        let (mut exchange, mut connection) = (pin!(exchange), pin!(connection));
-        let (parts, body) = tokio::select! {
-            biased;
-            done = &mut exchange => done?,
-            // What it read before it ended is still there for the exchange.
-            _ = &mut connection => exchange.await?,
-        };
-        if parts.status.is_client_error() || parts.status.is_server_error() {
+        let to = request.uri().authority().map(ToString::to_string).unwrap_or_default();
+        let response = https::ask(&self.tls, request, TERMS).await?;
+        let status = response.status();
+        if status.is_client_error() || status.is_server_error() {
             *self.retry_after.lock().unwrap_or_else(PoisonError::into_inner) =
-                parts.headers.get(RETRY_AFTER).and_then(retry_after);
-            let kind = parts.headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+                response.headers().get(RETRY_AFTER).and_then(retry_after);
+            let kind = response.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
             if !kind.is_some_and(|kind| kind.contains("json")) {
-                return Err(AskError::Status { to: to(), status: parts.status });
+                return Err(Box::new(Unexplained { to, status }));
             }
         }
-        Ok(Response::from_parts(parts, Full::new(body)))
+        Ok(response)
     }
 }
 
@@ -162,15 +91,12 @@ impl HttpClient for Client {
         let client = self.clone();
         Box::pin(async move {
             let (parts, body) = request.into_parts();
-            let to = parts.uri.authority().map(ToString::to_string).unwrap_or_default();
             // The body is in memory: this cannot wait, and cannot fail.
             let body = body.collect().await.map(http_body_util::Collected::to_bytes);
             let request = Request::from_parts(parts, Full::new(body.unwrap_or_default()));
-            let answer = tokio::time::timeout(REQUEST_TIMEOUT, client.ask(request)).await;
-            let answer = answer.unwrap_or(Err(AskError::Timeout { to }));
-            match answer {
-                Ok(response) => Ok(response.into()),
-                Err(error) => Err(instant_acme::Error::Other(Box::new(error))),
+            match client.ask(request).await {
+                Ok(response) => Ok(response.map(Full::new).into()),
+                Err(error) => Err(instant_acme::Error::Other(error)),
             }
         })
     }

@@ -124,7 +124,7 @@ relay:
       jwt: [{ issuer: c, subject: "*:a", namespace: "n-*", service_account: "*" }]
       subdomains: ["{service_account}.{namespace}"]
       hosts: ["*.example.org"]
-      tunnels: ["{namespace}-*"]
+      tunnels: ["{namespace}.*"]
       listeners: [lines]
   token_issuers:
     - { name: c, issuer: i, audiences: [a, b], jwks_url: "https://k.example/keys", refresh: 1m, leeway: 5s }

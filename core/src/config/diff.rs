@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::tls::ServerTls;
 use super::{Config, Listener, RelayAddress, RelayTunnel, Relays, Route, Sidecar, Tunnel};
 
 /// What differs between two configurations.
@@ -161,10 +162,15 @@ impl Held {
             return;
         }
         self.keep("relay.tunnel.address", &mut new.address, &old.address);
-        // What is plain at the new address, on loopback say, need not be so at the one that stays.
+        // What is plain at the new address, on loopback say, or where nobody reads along, need not be so
+        // at the one that stays; nor does a listener's certificate do there.
         let is_exposed = new.address.is_some_and(|address| !address.ip().is_loopback());
-        if new.tls.is_none() && !new.insecure && is_exposed {
-            self.keep("relay.tunnel.tls", &mut new.tls, &old.tls);
+        let shows = |tls: &ServerTls| !tls.certificates.is_empty() || !tls.acme.is_empty();
+        if is_exposed && !new.tls.as_ref().is_some_and(shows) {
+            // Whose certificates are believed is no matter of the address.
+            let clients = new.tls.as_ref().and_then(|tls| tls.clients.clone());
+            let kept = old.tls.clone().map(|tls| ServerTls { clients, ..tls });
+            self.keep("relay.tunnel.tls", &mut new.tls, &kept);
             new.insecure = old.insecure;
         }
     }

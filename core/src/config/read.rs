@@ -22,6 +22,7 @@ use super::{
 
 mod credentials;
 mod meaning;
+mod placeholders;
 mod plugins;
 pub(super) mod policies;
 mod relay;

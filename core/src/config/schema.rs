@@ -488,9 +488,10 @@ struct RelayLimits {
     window: Size<{ 64 * KIB }, { 64 * MIB }>,
     /// Handshakes of sidecars per second; further ones are told to come back.
     handshakes_per_second: Int<1, COUNT>,
-    /// The same, from one address.
+    /// The same, from one address that is none of `trusted_proxies`.
     handshakes_per_second_per_address: Int<1, COUNT>,
-    /// Sidecars of one address that may present a wrong credential in a minute; beyond, it is turned away.
+    /// Handshakes of sidecars of one address, none of `trusted_proxies`, that may fail in a minute; beyond, it is
+    /// turned away.
     failed_handshakes_per_minute_per_address: Int<1, COUNT>,
     /// TLS handshakes of clients and sidecars under way at once; beyond, connections are closed.
     tls_handshakes: Int<1, COUNT>,

@@ -513,20 +513,18 @@ async fn what_is_no_set_of_keys_is_not_taken() {
     let long = format!("{{\"keys\":[], \"x\":\"{}\"}}", "x".repeat(1 << 20));
     let table = [
         (elsewhere.to_owned(), "answered 302 Found; redirects are not followed (accepted: 200)"),
-        (ok(&long), "the set is longer than 1048576 bytes, or ends early"),
+        (ok(&long), "breaks off or is longer than 1048576 bytes"),
     ];
     assert!(!table.is_empty());
     for (answer, expected) in table {
         let (url, _seen) = server(vec![answer]).await;
         let source = fetch::Source { url: &url, authorities: None, token_file: &None };
-        assert_eq!(source.fetch().await.unwrap_err().to_string(), expected);
+        let error = source.fetch().await.unwrap_err().to_string();
+        assert!(error.ends_with(expected), "{error}");
     }
     for (url, expected) in [
-        (
-            "ftp://127.0.0.1/",
-            "not a URL of a set of keys (accepted: https://…, and http://… on loopback)",
-        ),
-        ("keys.json", "not a URL of a set of keys (accepted: https://…, and http://… on loopback)"),
+        ("ftp://127.0.0.1/", "ftp://127.0.0.1/ cannot be asked (accepted: https://…)"),
+        ("keys.json", "keys.json cannot be asked (accepted: https://…)"),
     ] {
         let source = fetch::Source { url, authorities: None, token_file: &None };
         assert_eq!(source.fetch().await.unwrap_err().to_string(), expected);

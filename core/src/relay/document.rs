@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use sidelane_tunnel::proto;
 
+use super::sources::Earlier;
 use crate::announcement::{self, Tunnel};
 use crate::config::policy::{HeaderChanges, Policies};
 use crate::config::{Match, Route};
@@ -118,7 +119,7 @@ impl Document {
     /// policies, options or weights, which are in force as long as they last.
     pub(super) fn notes<'a>(
         &self,
-        own: &[Arc<Route>],
+        own: &Earlier<'_>,
         others: impl Iterator<Item = &'a Self>,
     ) -> Vec<String> {
         let ours = self.by_match();
@@ -137,7 +138,7 @@ impl Document {
                     )
                 })
             });
-        overruled(&ours, own).chain(shared).take(REASONS_MAX).map(shorten).collect()
+        overruled(&self.routes, own).chain(shared).take(REASONS_MAX).map(shorten).collect()
     }
 
     /// Its routes, to be given to a document that follows.
@@ -174,12 +175,12 @@ impl Document {
 
 /// Returns which of a document's routes the relay's `own` win over, one line each.
 fn overruled<'a>(
-    ours: &'a HashMap<&Match, &Arc<Route>>,
-    own: &'a [Arc<Route>],
+    ours: &'a [Arc<Route>],
+    own: &'a Earlier<'_>,
 ) -> impl Iterator<Item = String> + 'a {
-    own.iter().filter_map(|own| {
+    ours.iter().filter_map(|ours| {
         // A process with both roles announces its own routes to itself.
-        let ours = ours.get(&own.matches).filter(|ours| !ours.is_same_as(own))?;
+        let own = own.over(ours).filter(|own| !ours.is_same_as(own))?;
         let (ours, own) = (&ours.name, &own.name);
         Some(format!("route {ours}: overruled by route {own} of the relay; {OWN_WINS}"))
     })
@@ -353,8 +354,9 @@ mod tests {
             route("other", &[("t", 1)], denied),
             route("elsewhere", &[("t", 1)], Policies::default()),
         ];
-        let ours = announced.iter().map(|route| (&route.matches, route)).collect();
-        let notes: Vec<String> = overruled(&ours, &own).collect();
+        let base_domains = ["example.org".into()];
+        let own = Earlier::of(own.iter(), &base_domains);
+        let notes: Vec<String> = overruled(&announced, &own).collect();
         let expected =
             "route other: overruled by route other of the relay; the relay's own routes win";
         assert_eq!(notes, [expected]);

@@ -3,17 +3,19 @@
 //!
 //! Knows settings and counts; what is said in a handshake is `tunnels`' business.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use ipnet::IpNet;
 use rustls::{ClientConfig, ServerConfig};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::config;
 use crate::config::tls::{Certificate, ClientCertificates, ServerTls};
 use crate::error::chain;
+use crate::front::forwarded;
 use crate::metrics::Metrics;
 use crate::tls::{self, ACME_ALPN, Issued, Resolver, TUNNEL_ALPN, TlsError};
 use crate::tunnel::accept::HANDSHAKES_MAX;
@@ -29,6 +31,8 @@ const OWN_ADDRESS: &str = "_tunnel";
 pub(super) struct Door {
     gate: Gate,
     bounds: ArcSwap<Bounds>,
+    /// Each brings the connections of many.
+    proxies: ArcSwap<Vec<IpNet>>,
     handshakes: Arc<Semaphore>,
     turned_away: Arc<Semaphore>,
     way: ArcSwap<Way>,
@@ -60,6 +64,7 @@ impl Door {
         let door = Self {
             gate: Gate::default(),
             bounds: ArcSwap::from_pointee(bounds(section)),
+            proxies: ArcSwap::from_pointee(section.trusted_proxies.clone()),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
             turned_away: Arc::new(Semaphore::new(TURNED_AWAY_MAX)),
             way: ArcSwap::from_pointee(Way::Plain),
@@ -75,6 +80,7 @@ impl Door {
     /// are worth nothing where its TLS is another.
     pub(super) fn set(&self, section: &config::Relay, issued: &Arc<Issued>, metrics: &Metrics) {
         self.bounds.store(Arc::new(bounds(section)));
+        self.proxies.store(Arc::new(section.trusted_proxies.clone()));
         self.set_tls(section, issued, metrics);
     }
 
@@ -127,13 +133,19 @@ impl Door {
         **self.bounds.load()
     }
 
+    /// Whose handshakes and failures are counted; `None`: a trusted proxy's are nobody's.
+    pub(super) fn counted(&self, peer: SocketAddr) -> Option<IpAddr> {
+        let is_proxy = forwarded::is_in(peer.ip(), &self.proxies.load());
+        (!is_proxy).then_some(peer.ip())
+    }
+
     /// Gives a handshake its place.
     ///
     /// # Errors
     /// Why it has none.
     pub(super) fn enter(&self, peer: SocketAddr) -> Result<Place, TurnedAway> {
         let place = Arc::clone(&self.handshakes).try_acquire_owned();
-        self.gate.enter(&self.bounds(), peer.ip(), Instant::now())?;
+        self.gate.enter(&self.bounds(), self.counted(peer), Instant::now())?;
         place.map_err(|_full| TurnedAway::Rate)
     }
 
@@ -142,12 +154,13 @@ impl Door {
     /// # Errors
     /// It has.
     pub(super) fn check_failures(&self, peer: SocketAddr) -> Result<(), TurnedAway> {
-        self.gate.check_failures(&self.bounds(), peer.ip(), Instant::now())
+        self.gate.check_failures(&self.bounds(), self.counted(peer), Instant::now())
     }
 
-    /// A handshake has failed by what was, or was not, said in it.
-    pub(super) fn failed(&self, peer: SocketAddr) {
-        self.gate.failed(peer.ip(), Instant::now());
+    /// A handshake has failed by what was, or was not, said in it; `presented` is the credential that was
+    /// refused.
+    pub(super) fn failed(&self, peer: SocketAddr, presented: Option<&[u8]>) {
+        self.gate.failed(self.counted(peer), presented, Instant::now());
     }
 
     /// The place of one that is told to come back; `None`: too many are.
@@ -211,4 +224,24 @@ fn configs(
     let alpn = if shown.acme.is_empty() { &alpn[..1] } else { &alpn[..] };
     let server = tls::server_config(&shown, Arc::clone(&resolver) as _, alpn)?;
     Ok((Arc::new(server), Arc::new(tls::embedded_client_config(resolver)?)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strangers_behind_a_proxy_do_not_shut_everybody_else_behind_it_out() {
+        let yaml = "version: 1\nrelay:\n  trusted_proxies: [192.0.2.0/28]\n  limits: { failed_handshakes_per_minute_per_address: 1 }\n";
+        let source = config::Source::from_text("relay.yaml".as_ref(), yaml);
+        let config = config::parse(&source, &|_| None).expect("a valid file");
+        let section = config.relay.expect("a relay");
+        let door = Door::new(&section, &Arc::default(), &Metrics::new());
+        let peer = |last| SocketAddr::from(([192, 0, 2, last], 4711));
+        for last in [1, 77] {
+            door.failed(peer(last), None);
+        }
+        assert!(door.enter(peer(1)).is_ok());
+        assert!(door.enter(peer(77)).is_err());
+    }
 }

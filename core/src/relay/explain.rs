@@ -9,7 +9,7 @@ use sidelane_tunnel::proto;
 
 use super::Relay;
 use super::routing::{Routing, Serving};
-use super::sources::{Accepted, Sources};
+use super::sources::{Accepted, Earlier, Sources};
 use crate::config::{self, Match, Route};
 use crate::explain::{self, Facts, Public, PublicListener, Question};
 use crate::tunnel::session::Session;
@@ -113,11 +113,14 @@ impl Relay {
         let public = self.public(&sources);
         // The first to take something has it.
         let mut taken: HashMap<&Match, &Arc<Route>> = HashMap::new();
+        let own = Earlier::of(sources.own.iter(), &sources.base_domains);
         let announced = sources.documents.values().flat_map(|document| &document.routes);
         let mut all = Vec::new();
-        for route in sources.own.iter().chain(announced) {
+        for (index, route) in sources.own.iter().chain(announced).enumerate() {
             let mut described = explain::described(route, &public, &known);
             let by = *taken.entry(&route.matches).or_insert(route);
+            // A whole host may be a subdomain of the file, said otherwise.
+            let by = own.over(route).filter(|_| index >= sources.own.len()).unwrap_or(by);
             if !Arc::ptr_eq(by, route) {
                 // Replicas that announce the same overrule nobody.
                 let key = if by == route { "same_as" } else { "overruled_by" };

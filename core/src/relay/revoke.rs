@@ -47,13 +47,16 @@ impl Relay {
     /// Looks at every session's credential and claims again: those that are worth nothing any more end,
     /// and documents come into force, or go, by what their principals may claim now.
     pub fn recheck(&self) {
-        let mut sources = self.lock_sources();
         let mut revoked = Vec::new();
+        // Each may cost the check of a chain, and whoever announces meanwhile is not to wait for all.
         for session in self.sessions.all() {
             if let Err(error) = session.regrant(|before| self.authenticator.regrant(before)) {
-                sources.forget(session.epoch);
                 revoked.push((session, error));
             }
+        }
+        let mut sources = self.lock_sources();
+        for (session, _) in &revoked {
+            sources.forget(session.epoch);
         }
         // A name that somebody was served by may be nobody's any more: 404 then, and not 503.
         let base_domains = sources.base_domains.clone();

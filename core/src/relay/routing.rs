@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use sidelane_abi::failure;
 
 use super::policy::RouteStates;
-use super::sources::{Slots, Sources};
+use super::sources::{Earlier, Sources};
 use crate::config::{Match, Route};
 use crate::credentials::Grant;
 use crate::metrics::Metrics;
@@ -56,10 +56,11 @@ impl Routing {
         let mut routes = sources.own.clone();
         let mut taken: std::collections::HashSet<Match> =
             routes.iter().map(|route| route.matches.clone()).collect();
+        let own = Earlier::of(sources.own.iter(), &sources.base_domains);
         let mut tunnels: HashMap<Arc<str>, Tunnel> = HashMap::new();
         for document in sources.documents.values() {
             for route in &document.routes {
-                if taken.insert(route.matches.clone()) {
+                if own.over(route).is_none() && taken.insert(route.matches.clone()) {
                     routes.push(Arc::clone(route));
                 }
             }
@@ -79,10 +80,12 @@ impl Routing {
         // Nobody serves these; their clients hear 503 and not 404. None is in the way of a route that is
         // served, however either says its host.
         if !sources.lost.is_empty() {
-            let live = Slots::of(routes.iter(), &sources.base_domains);
+            let live = routes.clone();
+            let live = Earlier::of(live.iter(), &sources.base_domains);
             for (_, document) in &sources.lost {
                 for route in &document.routes {
-                    if !live.has_any_of(route, &sources.base_domains)
+                    if !live.has_any_of(route)
+                        && live.over(route).is_none()
                         && taken.insert(route.matches.clone())
                     {
                         routes.push(Arc::clone(route));

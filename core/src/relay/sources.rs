@@ -16,6 +16,9 @@ use crate::tunnel::session::Session;
 /// Documents of lost sidecars that are kept; the oldest of the principal that has the most makes room.
 const LOST_DOCUMENTS_MAX: usize = 1024;
 
+/// Routes of all of them together.
+const LOST_ROUTES_MAX: usize = 100_000;
+
 /// What the routing is made of. Whoever changes it makes the routing anew before letting go.
 #[derive(Default)]
 pub(super) struct Sources {
@@ -107,21 +110,70 @@ fn slots(matches: &Match, base_domains: &[Arc<str>]) -> impl Iterator<Item = Slo
     })
 }
 
-/// Returns what routes take together.
-pub(super) struct Slots(HashSet<Slot>);
+/// Routes that come before others, by what they take.
+pub(super) struct Earlier<'a> {
+    by_slot: HashMap<Slot, &'a Arc<Route>>,
+    /// By the whole host that each stands for.
+    subdomains: HashMap<String, Vec<&'a Arc<Route>>>,
+    base_domains: &'a [Arc<str>],
+}
 
-impl Slots {
-    pub(super) fn of<'a>(
+impl<'a> Earlier<'a> {
+    pub(super) fn of(
         routes: impl Iterator<Item = &'a Arc<Route>>,
-        base_domains: &[Arc<str>],
+        base_domains: &'a [Arc<str>],
     ) -> Self {
-        Self(routes.flat_map(|route| slots(&route.matches, base_domains)).collect())
+        let (mut by_slot, mut subdomains) = (HashMap::new(), HashMap::<_, Vec<_>>::new());
+        for route in routes {
+            for slot in slots(&route.matches, base_domains) {
+                if let (HostMatch::Subdomain(_), Hosts::Name(name)) =
+                    (&route.matches.host, &slot.hosts)
+                {
+                    subdomains.entry(name.clone()).or_default().push(route);
+                }
+                by_slot.entry(slot).or_insert(route);
+            }
+        }
+        Self { by_slot, subdomains, base_domains }
     }
 
-    /// Whether the route takes any of it.
-    pub(super) fn has_any_of(&self, route: &Route, base_domains: &[Arc<str>]) -> bool {
-        slots(&route.matches, base_domains).any(|slot| self.0.contains(&slot))
+    /// Whether the route takes anything that one of these takes.
+    pub(super) fn has_any_of(&self, route: &Route) -> bool {
+        slots(&route.matches, self.base_domains).any(|slot| self.by_slot.contains_key(&slot))
     }
+
+    /// Returns which of these has all that the route takes, or would lose by it what is its own: the
+    /// router looks at whole hosts before subdomains, and what a host is called changes nothing of whose
+    /// it is.
+    pub(super) fn over(&self, route: &Route) -> Option<&'a Arc<Route>> {
+        let mut first = None;
+        let has_all = slots(&route.matches, self.base_domains).all(|slot| {
+            let has_it = self.by_slot.get(&slot);
+            first = first.or(has_it);
+            has_it.is_some()
+        });
+        let shadowed = || {
+            let HostMatch::Exact(host) = &route.matches.host else { return None };
+            let own = self.subdomains.get(&**host)?;
+            own.iter().find(|own| takes_from(&route.matches, &own.matches))
+        };
+        first.filter(|_| has_all).or_else(shadowed).copied()
+    }
+}
+
+/// Whether `whole`, looked at first, takes what would be `own`'s if both said their host alike.
+fn takes_from(whole: &Match, own: &Match) -> bool {
+    let meet = |a: &Option<Arc<str>>, b: &Option<Arc<str>>| a.is_none() || b.is_none() || a == b;
+    let names = |matches: &Match| (matches.protocol_type.is_some(), matches.listener.is_some());
+    let below = own.path_prefix.strip_prefix(&*whole.path_prefix);
+    let is_as_wide = match below {
+        Some("") => names(own) >= names(whole),
+        Some(below) => below.starts_with('/'),
+        None => false,
+    };
+    is_as_wide
+        && meet(&whole.listener, &own.listener)
+        && meet(&whole.protocol_type, &own.protocol_type)
 }
 
 /// Returns which routes of one document take the same, one line each.
@@ -268,7 +320,8 @@ impl Sources {
     /// What is worth telling a sidecar of its document that is in force.
     pub(super) fn notes(&self, document: &Document) -> Vec<String> {
         let others = self.documents.range(..document.session.epoch);
-        document.notes(&self.own, others.map(|(_, other)| other))
+        let own = Earlier::of(self.own.iter(), &self.base_domains);
+        document.notes(&own, others.map(|(_, other)| other))
     }
 
     /// Holds a session's newest document until [`Sources::settle`] finds what becomes of it.
@@ -365,23 +418,28 @@ impl Sources {
     pub(super) fn lose(&mut self, epoch: u64, now: Instant) -> bool {
         let held = self.held.remove(&epoch).is_some();
         let Some(document) = self.documents.remove(&epoch) else { return held };
-        if self.lost.len() >= LOST_DOCUMENTS_MAX {
-            self.make_room();
+        let mut routes: usize = self.lost.iter().map(|(_, lost)| lost.routes.len()).sum();
+        routes += document.routes.len();
+        while !self.lost.is_empty()
+            && (self.lost.len() >= LOST_DOCUMENTS_MAX || routes > LOST_ROUTES_MAX)
+        {
+            routes -= self.make_room();
         }
         self.lost.push_back((now, document));
         true
     }
 
     /// Forgets the oldest document of the principal that has lost the most, so that none pushes others
-    /// out.
-    fn make_room(&mut self) {
+    /// out. Returns how many routes it had.
+    fn make_room(&mut self) -> usize {
         let mut counts: HashMap<&str, usize> = HashMap::new();
         for (_, lost) in &self.lost {
-            *counts.entry(&lost.grant.principal).or_default() += 1;
+            *counts.entry(&lost.grant.principal).or_default() += 1 + lost.routes.len();
         }
         let most = counts.into_iter().max_by_key(|(_, count)| *count).map(|(name, _)| name);
         let oldest = self.lost.iter().position(|(_, lost)| Some(&*lost.grant.principal) == most);
-        self.lost.remove(oldest.unwrap_or_default());
+        let gone = self.lost.remove(oldest.unwrap_or_default());
+        gone.map_or(0, |(_, document)| document.routes.len())
     }
 
     /// A session's credential is worth nothing any more: nothing of it is remembered.

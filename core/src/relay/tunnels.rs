@@ -23,7 +23,7 @@ use crate::error::chain;
 use crate::plugin::lend::Reset;
 use crate::tunnel::accept::{self, HelloError};
 use crate::tunnel::gate::TurnedAway;
-use crate::tunnel::session::{Admitted, Session, SessionId, shown_name};
+use crate::tunnel::session::{Admitted, Session, SessionId, shown, shown_name};
 use crate::tunnel::transport::{Movable as _, Socket, Transport};
 use crate::tunnel::{Link, dial, drive};
 
@@ -128,7 +128,7 @@ pub(super) fn tls_failed(relay: &Relay, peer: SocketAddr, error: &io::Error) {
 
 fn failed(relay: &Relay, peer: SocketAddr, label: &'static str, reason: &str) {
     relay.metrics.handshake_refused(label);
-    relay.door.failed(peer);
+    relay.door.failed(peer, None);
     tracing::warn!(%peer, reason, "no handshake on the tunnel's port");
 }
 
@@ -244,7 +244,7 @@ fn tls_permit(relay: &Relay, peer: SocketAddr) -> Option<Permit> {
         per_address_max: settings.tls_handshakes_per_address_max,
     };
     let refused = |over: Over| relay.metrics.tls.refused(&relay.door.name, over.label());
-    relay.tls_handshakes.try_enter(bounds, Some(peer.ip())).map_err(refused).ok()
+    relay.tls_handshakes.try_enter(bounds, relay.door.counted(peer)).map_err(refused).ok()
 }
 
 /// Turns a dialler away in the tunnel's own words, whatever it speaks.
@@ -347,7 +347,9 @@ async fn shake_hands(
             relay.metrics.handshake_refused(refuse.reason().as_str_name());
             let name = &*shown_name(&hello.name);
             if refuse.reason() == proto::RefuseReason::Credential {
-                relay.door.failed(peer);
+                let chain = transport.peer_chain();
+                let shown = chain.first().filter(|_| hello.credential.is_empty());
+                relay.door.failed(peer, Some(shown.map_or(&*hello.credential, AsRef::as_ref)));
             }
             tracing::warn!(%peer, name, reason = refuse.detail, "sidecar refused");
             return send_refuse(&mut transport, &refuse, limit).await;
@@ -357,6 +359,7 @@ async fn shake_hands(
     let shard = shard_of(&admitted.session.id, admitted.link.number);
     let link = Arc::clone(&admitted.link);
     let session = Arc::clone(&admitted.session);
+    let is_first = admitted.is_first;
     let prepared = match welcome(&mut transport, &admitted.welcome, limit).await {
         Ok(()) => transport.detach(),
         Err(error) => Err(error),
@@ -373,9 +376,20 @@ async fn shake_hands(
         }
     };
     if !handed_over {
-        // Exchanges may have been opened on it already.
-        link.abandon(Reset::new(failure::TUNNEL_LOST));
-        relay.sessions.lane_ended(&session, &link);
+        not_driven(&relay, &session, &link, is_first);
+    }
+}
+
+/// Takes a lane back that was let in, and that nobody will drive.
+pub(super) fn not_driven(relay: &Relay, session: &Arc<Session>, link: &Arc<Link>, is_first: bool) {
+    // Exchanges may have been opened on it already.
+    link.abandon(Reset::new(failure::TUNNEL_LOST));
+    if !relay.sessions.lane_ended(session, link) {
+        // What it presented counts for the lanes that stay.
+        relay.confirm(session);
+    } else if !is_first {
+        // The others ended meanwhile, and left the end to this one.
+        relay.session_ended(session);
     }
 }
 
@@ -436,17 +450,17 @@ async fn run_lane(
 
 fn handle_event(relay: &Arc<Relay>, session: &Arc<Session>, link: &Arc<Link>, event: Event) {
     match event {
-        Event::Announce(document) => {
-            let announced = relay.announce(session, &document);
-            session.answer(announced);
-        }
+        Event::Announce(document) => relay.announced(session, document),
         Event::GoAway(go_away) => {
-            tracing::info!(
-                sidecar = &*session.name,
-                lane = link.number,
-                reason = go_away.detail,
-                "the sidecar takes nothing new on this lane"
-            );
+            // Once: what is said again and again would fill the log.
+            if link.is_open() {
+                tracing::info!(
+                    sidecar = &*session.name,
+                    lane = link.number,
+                    reason = shown(&go_away.detail),
+                    "the sidecar takes nothing new on this lane"
+                );
+            }
             link.leave();
         }
         // Exchanges opened by a sidecar are reserved.

@@ -107,11 +107,28 @@ fn alert(alert: AlertDescription) -> String {
     }
 }
 
-/// `relay.internal` of rustls's `DnsName("relay.internal")`.
+/// `relay.internal` of rustls's `DnsName("relay.internal")`, an address of its `IpAddress(127.0.0.1)`.
 fn bare(name: &str) -> &str {
-    name.split_once("(\"").and_then(|(_, rest)| rest.strip_suffix("\")")).unwrap_or(name)
+    let inner = name.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')'));
+    inner.map_or(name, |inner| inner.trim_matches('"'))
 }
 
 fn date(time: UnixTime) -> String {
     httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(time.as_secs()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_told_as_people_write_them() {
+        for (name, expected) in [
+            ("DnsName(\"relay.internal\")", "relay.internal"),
+            ("IpAddress(127.0.0.1)", "127.0.0.1"),
+            ("something else", "something else"),
+        ] {
+            assert_eq!(bare(name), expected);
+        }
+    }
 }

@@ -31,7 +31,7 @@ pub const FEATURE_ANNOUNCE: u64 = 2;
 /// Bytes of an instance's id.
 const INSTANCE_BYTES: usize = 16;
 
-/// Longest name of a sidecar that is shown.
+/// Longest name of a sidecar, and longest word of its own, that is shown.
 const NAME_BYTES_MAX: usize = 128;
 
 /// How long a dialler is asked to wait where the relay is full.
@@ -69,12 +69,16 @@ pub struct Session {
     revoked: AtomicBool,
     /// Credentials that it presents while it runs.
     pub(crate) renewal: Mutex<Renewal>,
+    /// Documents that it announces.
+    pub(crate) announcing: Mutex<Announcing>,
     /// Numbers of the protocol types that both ends carry.
     pub protocols: ProtocolTable,
     secret: [u8; 32],
     lane: LaneConfig,
     lanes: ArcSwap<Vec<Arc<Link>>>,
-    /// Serialises changes of `lanes` and of `authenticated`; readers never take it.
+    /// Its last lane has ended: it takes no other.
+    over: AtomicBool,
+    /// Serialises changes of `lanes`, `over` and `authenticated`; readers never take it.
     lanes_change: Mutex<()>,
     lanes_made: AtomicU32,
     requests: AtomicU64,
@@ -113,6 +117,12 @@ impl Session {
     #[must_use]
     pub fn is_revoked(&self) -> bool {
         self.revoked.load(Ordering::Acquire)
+    }
+
+    /// Whether its last lane has ended.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
     }
 
     /// Takes what `change` makes of what it was let in by. An error revokes it: from then on nothing is
@@ -255,6 +265,13 @@ pub(crate) struct Renewal {
     pub(crate) next: Option<Bytes>,
 }
 
+/// Documents that a session announces: one at a time is looked at, of further ones the last is kept.
+#[derive(Default)]
+pub(crate) struct Announcing {
+    pub(crate) is_running: bool,
+    pub(crate) next: Option<proto::Announce>,
+}
+
 /// All sessions of this relay.
 pub struct Sessions {
     /// This relay's instance.
@@ -379,11 +396,13 @@ impl Sessions {
             authenticated: ArcSwap::from_pointee(authenticated),
             revoked: AtomicBool::new(false),
             renewal: Mutex::default(),
+            announcing: Mutex::default(),
             protocols: ProtocolTable::parse(&hello.protocols)
                 .map_err(|error| refuse(proto::RefuseReason::Malformed, error.to_string(), 0))?,
             secret: random::bytes(),
             lane: settings.lane.clone().with_peer(hello.window, hello.message_bytes_max),
             lanes: ArcSwap::default(),
+            over: AtomicBool::new(false),
             lanes_change: Mutex::new(()),
             lanes_made: AtomicU32::new(0),
             requests: AtomicU64::new(0),
@@ -430,13 +449,6 @@ impl Sessions {
         authenticated: Authenticated,
         shard_of: impl FnOnce(&SessionId, u32) -> usize,
     ) -> Result<Admitted, proto::Refuse> {
-        let unknown = || {
-            refuse(
-                proto::RefuseReason::UnknownSession,
-                "this relay does not know the session; begin a new one".to_owned(),
-                0,
-            )
-        };
         let id: SessionId = hello.session.as_ref().try_into().map_err(|_| unknown())?;
         let session =
             self.by_id.get(&id).map(|session| Arc::clone(&session)).ok_or_else(unknown)?;
@@ -462,13 +474,18 @@ impl Sessions {
         let number = session.lanes_made.fetch_add(1, Ordering::Relaxed);
         let shard = shard_of(&session.id, number);
         let link = Link::new(number, shard, Lane::new(session.lane.clone(), Instant::now()));
-        let mut is_full = false;
+        let (mut is_full, mut is_over) = (false, false);
         session.change_lanes(|lanes| {
             is_full = lanes.len() >= lanes_max;
-            if !is_full {
+            // The registry does not have it any more, so that nobody would end it.
+            is_over = session.is_over();
+            if !is_full && !is_over {
                 lanes.push(Arc::clone(&link));
             }
         });
+        if is_over {
+            return Err(unknown());
+        }
         if is_full {
             return Err(refuse(
                 proto::RefuseReason::Overloaded,
@@ -507,7 +524,10 @@ impl Sessions {
 
     /// Takes a lane out; true where it was the session's last, which is over then.
     pub fn lane_ended(&self, session: &Arc<Session>, link: &Arc<Link>) -> bool {
-        let left = session.change_lanes(|lanes| lanes.retain(|other| !Arc::ptr_eq(other, link)));
+        let left = session.change_lanes(|lanes| {
+            lanes.retain(|other| !Arc::ptr_eq(other, link));
+            session.over.store(lanes.is_empty(), Ordering::Release);
+        });
         if left > 0 {
             return false;
         }
@@ -519,6 +539,14 @@ impl Sessions {
 
 fn refuse(reason: proto::RefuseReason, detail: String, retry_after_ms: u32) -> proto::Refuse {
     proto::Refuse { reason: reason.into(), detail, retry_after_ms }
+}
+
+fn unknown() -> proto::Refuse {
+    refuse(
+        proto::RefuseReason::UnknownSession,
+        "this relay does not know the session; begin a new one".to_owned(),
+        0,
+    )
 }
 
 fn answer_protocols(
@@ -540,157 +568,17 @@ fn same_secret(ours: &[u8], theirs: &[u8]) -> bool {
 #[must_use]
 pub fn shown_name(name: &str) -> Arc<str> {
     // Pages say `file` of what is the relay's own.
-    let shown = if name == "file" { "sidecar file".into() } else { visible(name) };
+    shown(if name == "file" { "sidecar file" } else { name }).into()
+}
+
+/// What a sidecar says for people, on one line, and not long.
+#[must_use]
+pub fn shown(text: &str) -> String {
+    let mut shown = visible(text).into_owned();
     let end = (0..=NAME_BYTES_MAX.min(shown.len())).rev().find(|at| shown.is_char_boundary(*at));
-    shown[..end.unwrap_or_default()].into()
+    shown.truncate(end.unwrap_or_default());
+    shown
 }
 
 #[cfg(test)]
-mod tests {
-    use std::net::{IpAddr, Ipv4Addr};
-
-    use super::*;
-    use crate::config::credentials::Claims;
-    use crate::credentials::Proof;
-
-    const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-
-    fn settings() -> Settings {
-        Settings {
-            sessions_max: 2,
-            lanes_max: 2,
-            lane: LaneConfig::default(),
-            protocols: vec!["HTTP".into()],
-        }
-    }
-
-    fn hello(instance: u8) -> proto::Hello {
-        proto::Hello {
-            version: sidelane_tunnel::VERSION,
-            instance: vec![instance; INSTANCE_BYTES].into(),
-            window: 65536,
-            message_bytes_max: 128 * 1024,
-            ..proto::Hello::default()
-        }
-    }
-
-    fn authenticated(principal: &str) -> Authenticated {
-        let grant = Grant { principal: principal.into(), claims: Claims::everything() };
-        Authenticated { grant: Arc::new(grant), proof: Proof::Loopback, expires: None }
-    }
-
-    fn admit(
-        sessions: &Sessions,
-        hello: &proto::Hello,
-        peer: IpAddr,
-    ) -> Result<Admitted, proto::Refuse> {
-        let known = authenticated("p");
-        sessions.admit(hello, known, SocketAddr::new(peer, 4711), |_, lane| lane as usize)
-    }
-
-    fn reason(result: Result<Admitted, proto::Refuse>) -> proto::RefuseReason {
-        result.expect_err("refused").reason()
-    }
-
-    #[test]
-    fn a_further_lane_needs_the_sessions_secret() {
-        let sessions = Sessions::new(settings());
-        let first = admit(&sessions, &hello(1), LOOPBACK).unwrap();
-        let mut further = hello(1);
-        further.session = first.welcome.session.clone();
-        further.secret = vec![0; 32].into();
-        assert_eq!(
-            reason(admit(&sessions, &further, LOOPBACK)),
-            proto::RefuseReason::UnknownSession
-        );
-        further.secret = first.welcome.secret.clone();
-        let second = admit(&sessions, &further, LOOPBACK).unwrap();
-        assert!(Arc::ptr_eq(&first.session, &second.session));
-        assert_eq!(second.link.number, 1);
-        assert_eq!(reason(admit(&sessions, &further, LOOPBACK)), proto::RefuseReason::Overloaded);
-    }
-
-    #[test]
-    fn a_newer_session_replaces_the_instances_older_one() {
-        let sessions = Sessions::new(settings());
-        let old = admit(&sessions, &hello(1), LOOPBACK).unwrap();
-        let new = admit(&sessions, &hello(1), LOOPBACK).unwrap();
-        assert!(Arc::ptr_eq(&new.replaced.expect("replaced"), &old.session));
-        assert!(new.session.epoch > old.session.epoch);
-        assert!(sessions.lane_ended(&old.session, &old.link));
-        assert_eq!(sessions.len(), 1);
-        assert!(sessions.lane_ended(&new.session, &new.link));
-        assert!(sessions.is_empty());
-        assert!(sessions.by_instance.is_empty());
-    }
-
-    #[test]
-    fn an_instance_and_a_session_are_their_principals() {
-        let sessions = Sessions::new(settings());
-        let first = admit(&sessions, &hello(1), LOOPBACK).unwrap();
-        let by = |hello: &proto::Hello, principal: &str| {
-            let peer = SocketAddr::new(LOOPBACK, 4711);
-            sessions.admit(hello, authenticated(principal), peer, |_, lane| lane as usize)
-        };
-        assert_eq!(reason(by(&hello(1), "other")), proto::RefuseReason::Credential);
-        assert_eq!(sessions.len(), 1);
-        let mut further = hello(1);
-        further.session = first.welcome.session.clone();
-        further.secret = first.welcome.secret.clone();
-        assert_eq!(reason(by(&further, "other")), proto::RefuseReason::UnknownSession);
-        // A session that was revoked ends: nobody joins it, and it is in nobody's way.
-        let grant = first.session.grant();
-        assert!(first.session.is_granted(&grant));
-        first.session.regrant(|_| Err("withdrawn")).unwrap_err();
-        assert!(first.session.is_revoked() && !first.session.is_granted(&grant));
-        assert_eq!(first.session.grant().claims, Claims::default());
-        assert_eq!(reason(by(&further, "p")), proto::RefuseReason::UnknownSession);
-        by(&hello(1), "other").unwrap();
-    }
-
-    #[test]
-    fn names_are_shown_on_one_line() {
-        let forged = "x\n2026-01-01T00:00:00Z ERROR forged\u{1b}[2J";
-        assert!(!shown_name(forged).contains(char::is_control));
-        assert_eq!(&*shown_name("laptop"), "laptop");
-        assert_ne!(&*shown_name("file"), "file");
-        assert!(shown_name(&"é".repeat(1000)).len() <= NAME_BYTES_MAX);
-    }
-
-    #[test]
-    fn a_session_has_no_more_exchanges_than_its_limit_over_all_lanes() {
-        let mut settings = settings();
-        settings.lane.exchanges_max = 2;
-        let sessions = Sessions::new(settings);
-        let first = admit(&sessions, &hello(1), LOOPBACK).unwrap();
-        let mut further = hello(1);
-        further.session = first.welcome.session.clone();
-        further.secret = first.welcome.secret.clone();
-        admit(&sessions, &further, LOOPBACK).unwrap();
-        let metrics = crate::metrics::Metrics::new();
-        let open = || {
-            let flow = crate::metrics::Flows::new("relay").of(&metrics, &"HTTP".into());
-            first.session.open(None, 1, proto::Open::default(), flow)
-        };
-        let held = [open().map(drop), open().map(drop)];
-        assert!(held.iter().all(Result::is_ok), "halves that are dropped free their place");
-        let _held = (open().unwrap(), open().unwrap());
-        assert_eq!(open().map(drop), Err(OpenError::Overloaded));
-    }
-
-    #[test]
-    fn a_refused_hello_leaves_no_session_behind() {
-        let mut settings = settings();
-        settings.protocols = vec!["HTTP".into(), "no name".into()];
-        let sessions = Sessions::new(settings);
-        assert_eq!(reason(admit(&sessions, &hello(1), LOOPBACK)), proto::RefuseReason::Malformed);
-        assert!(sessions.is_empty());
-    }
-
-    #[test]
-    fn sessions_are_bounded() {
-        let sessions = Sessions::new(settings());
-        let _held = (admit(&sessions, &hello(1), LOOPBACK), admit(&sessions, &hello(2), LOOPBACK));
-        assert_eq!(reason(admit(&sessions, &hello(3), LOOPBACK)), proto::RefuseReason::Overloaded);
-    }
-}
+mod tests;

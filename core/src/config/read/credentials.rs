@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::placeholders::{self, PLACEHOLDERS};
 use super::tls::https_or_loopback_url;
 use super::{Names, Reader, arcs, at, items, one_of_keys, refer, timeout, twice, unique};
 use crate::config::credentials::{
@@ -48,9 +49,6 @@ pub(crate) const LEEWAY: Duration = Duration::from_secs(60);
 /// A token that ended longer ago is not that of a wrong clock.
 const LEEWAY_MAX: Duration = Duration::from_secs(10 * 60);
 
-/// What stands in a claim for what the credential says.
-const PLACEHOLDERS: [&str; 2] = ["{namespace}", "{service_account}"];
-
 impl Reader<'_> {
     /// Reads whom the relay knows. `tunnel` is the field of `relay.tunnel`.
     pub(super) fn credentials(
@@ -78,10 +76,12 @@ impl Reader<'_> {
         };
         let principals = items(&field, |item| principal(item, &known));
         named_once(&field, &principals);
+        placeholders::called_alike(&field, &principals);
         hashes_once(&field, &principals, relay);
         for (index, principal) in &principals {
             if let Some(place) = field.item(*index) {
                 unlikely(&place, principal, relay);
+                placeholders::ambiguous(&place, principal);
             }
         }
         let used: Vec<&str> = principals

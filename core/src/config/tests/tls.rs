@@ -226,6 +226,17 @@ relay.credentials[3]: may serve tunnels and claim no name: only routes in the re
 relay.credentials[4]: may claim nothing (accepted: patterns in tunnels, and in subdomains, hosts or listeners)
 relay.token_issuers[1].name: no entry of relay.credentials takes tokens of issuer \"unused\"",
         ),
+        (
+            "relay:
+  credentials:
+    - principal: cluster
+      jwt: [{ issuer: c, namespace: \"*\" }]
+      subdomains: [\"{service_account}.{namespace}\"]
+      tunnels: [\"{namespace}-*\", \"{namespace}.*\"]
+  token_issuers: [{ name: c, issuer: a, audiences: [b], jwks_file: keys.json }]
+",
+            "relay.credentials[0].tunnels[0]: \"{namespace}-*\" may be another account's: with {namespace} or {service_account} it fits names that are made for a longer one (accepted: what no name of an account holds, as '.', in between)",
+        ),
     ];
     for (text, expected) in table {
         let mut told = warnings(&directory, text);
@@ -257,7 +268,7 @@ pub(super) const EVERYTHING: &str = "relay:
       certificates: [\"spiffe://example.org/ns/*/sa/*\", \"dns:shop.internal\", \"uri:urn:shop\"]
       jwt: [{ issuer: cluster, namespace: shop, service_account: \"*\" }]
       subdomains: [\"{service_account}.{namespace}\"]
-      tunnels: [\"{namespace}-*\"]
+      tunnels: [\"{namespace}.*\"]
   token_issuers:
     - { name: cluster, issuer: c, audiences: [sidelane], jwks_file: keys.json }
     - { name: other, issuer: o, audiences: [sidelane], jwks_url: \"https://a.example\", ca: ca.pem, token_file: token }
@@ -424,5 +435,27 @@ fn an_address_that_stays_keeps_its_tls() {
     let mut new = of("address: \"127.0.0.1:1\"");
     let held = hold_back(&mut new, &old);
     assert_eq!(held, ["relay.tunnel.address", "relay.tunnel.tls"]);
-    assert_eq!(new.relay.unwrap().tunnel, old.relay.unwrap().tunnel);
+    let stays = old.relay.as_ref().unwrap().tunnel.clone();
+    assert_eq!(new.relay.unwrap().tunnel, stays);
+
+    let mut new = of("address: \"10.0.0.5:1\", insecure: true");
+    assert_eq!(hold_back(&mut new, &old), held);
+    assert_eq!(new.relay.unwrap().tunnel, stays, "plain is meant for another network");
+
+    let shared = |client_ca: &str| {
+        let text = format!(
+            "relay:
+  listeners: [{{ name: https, address: \"127.0.0.1:2\", tls: {{ certificates: [{{ cert: good.crt, key: good.key }}] }} }}]
+  tunnel: {{ listener: https, token: 0123456789abcdef{client_ca} }}
+"
+        );
+        read(&directory, &text)
+    };
+    for (client_ca, has_clients) in [("", false), (", tls: { client_ca: ca.pem }", true)] {
+        let mut new = shared(client_ca);
+        assert_eq!(hold_back(&mut new, &old), held);
+        let tls = new.relay.unwrap().tunnel.tls.expect("TLS stays");
+        assert_eq!(tls.certificates, stays.tls.as_ref().unwrap().certificates, "{client_ca}");
+        assert_eq!(tls.clients.is_some(), has_clients, "sidecars at the listener show theirs");
+    }
 }

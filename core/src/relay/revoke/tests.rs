@@ -11,8 +11,10 @@ use crate::credentials::Authenticated;
 use crate::metrics::{Flows, Metrics};
 use crate::plugin::lend::{Received, RecvHalf as _};
 use crate::plugin::{HostContext, Limits, Plugins};
+use crate::relay::tunnels;
 use crate::router::{self, Query};
 use crate::tunnel::RecvHalf;
+use crate::tunnel::session::Admitted;
 
 /// A relay's section whose principals are known by these tokens and may claim what is named as they.
 fn section(principals: &[(&str, &str)]) -> config::Relay {
@@ -43,16 +45,23 @@ async fn known(relay: &Relay, token: &str) -> Result<Authenticated, AuthError> {
     relay.authenticator.authenticate(presented).await
 }
 
-fn admit(relay: &Relay, instance: u8, known: Authenticated) -> Arc<Session> {
-    let hello = proto::Hello {
+fn hello(instance: u8) -> proto::Hello {
+    proto::Hello {
         version: sidelane_tunnel::VERSION,
         instance: vec![instance; 16].into(),
         window: 65536,
         message_bytes_max: 128 * 1024,
         ..proto::Hello::default()
-    };
+    }
+}
+
+fn admit_by(relay: &Relay, hello: &proto::Hello, known: Authenticated) -> Admitted {
     let peer = SocketAddr::from(([127, 0, 0, 1], 4711));
-    relay.sessions.admit(&hello, known, peer, |_, _| 0).expect("let in").session
+    relay.sessions.admit(hello, known, peer, |_, _| 0).expect("let in")
+}
+
+fn admit(relay: &Relay, instance: u8, known: Authenticated) -> Arc<Session> {
+    admit_by(relay, &hello(instance), known).session
 }
 
 /// A session that serves what is named as its principal.
@@ -102,6 +111,48 @@ fn metric(relay: &Relay, line: &str) -> bool {
     let mut text = String::new();
     relay.metrics.encode(&mut text);
     text.lines().any(|other| other == line)
+}
+
+#[tokio::test]
+async fn a_session_whose_last_lane_is_never_driven_leaves_no_routes_in_force() {
+    let relay = relay();
+    let by = async || known(&relay, BOTH[0].1).await.expect("known");
+    let first = admit_by(&relay, &hello(1), by().await);
+    assert!(relay.announce(&first.session, &announce("shop")).accepted);
+    let mut further = hello(1);
+    further.session = first.welcome.session.clone();
+    further.secret = first.welcome.secret.clone();
+    let second = admit_by(&relay, &further, by().await);
+    // Its other lanes end while the welcome is on its way, which then cannot be written.
+    assert!(!relay.sessions.lane_ended(&first.session, &first.link));
+    tunnels::not_driven(&relay, &second.session, &second.link, second.is_first);
+    assert_eq!(relay.sessions(), 0);
+    let sources = relay.lock_sources();
+    assert_eq!((sources.documents.len(), sources.lost.len()), (0, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_documents_that_come_at_once_the_first_and_the_last_are_looked_at() {
+    let relay = relay();
+    let known = known(&relay, BOTH[0].1).await.expect("known");
+    let shop = admit_by(&relay, &hello(1), known);
+    let version = || relay.lock_sources().documents.get(&1).map(|document| document.version);
+    for number in 1..1000 {
+        let document = proto::Announce { version: number, ..announce("shop") };
+        relay.announced(&shop.session, document);
+        assert_eq!(version(), Some(1), "the first at once");
+    }
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(version(), Some(999));
+    assert!(metric(&relay, "sidelane_announcements_total{result=\"accepted\"} 2"));
+    // One that waited when the session ended comes into force never.
+    for number in 1000..1002 {
+        relay.announced(&shop.session, proto::Announce { version: number, ..announce("shop") });
+    }
+    assert!(relay.sessions.lane_ended(&shop.session, &shop.link));
+    relay.session_ended(&shop.session);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(version(), None);
 }
 
 #[tokio::test]

@@ -71,11 +71,12 @@ impl Stage {
         self.sources.settle()
     }
 
-    /// Name of the sidecar whose route takes this host.
+    /// Name of the sidecar whose route takes this host and path.
     fn finds(&self, host: &str) -> Option<String> {
         let metrics = Arc::new(Metrics::new());
         let routing = Routing::build(&self.sources, &Routing::default(), &metrics);
-        let query = Query { host: Some(host), path: "/", listener: "web", protocol_type: "HTTP" };
+        let (host, path) = host.split_at(host.find('/').unwrap_or(host.len()));
+        let query = Query { host: Some(host), path, listener: "web", protocol_type: "HTTP" };
         let route = router::find(&routing.table, &query)?;
         let mut documents = self.sources.documents.values();
         let has = |document: &&Document| document.routes.iter().any(|own| Arc::ptr_eq(own, route));
@@ -83,11 +84,13 @@ impl Stage {
     }
 }
 
-/// Of one tunnel, and a route for each key and value.
+/// Of one tunnel, and a route for each key and value, which may have a path behind it.
 fn document(session: &Arc<Session>, tunnel: &str, hosts: &[(&str, &str)]) -> Document {
     let route = |(key, value): &(&str, &str)| {
+        let (value, path) = value.split_at(value.find('/').unwrap_or(value.len()));
         let mut route = proto::AnnouncedRoute {
             name: value.replace(['*', '.'], "x"),
+            path_prefix: path.to_owned(),
             tunnel: tunnel.to_owned(),
             ..proto::AnnouncedRoute::default()
         };
@@ -98,7 +101,7 @@ fn document(session: &Arc<Session>, tunnel: &str, hosts: &[(&str, &str)]) -> Doc
             "listener" => &mut route.listener,
             key => panic!("no key {key}"),
         };
-        *field = (*value).to_owned();
+        *field = value.to_owned();
         route
     };
     let announce = proto::Announce {
@@ -334,4 +337,71 @@ fn a_flood_of_lost_sidecars_pushes_out_its_own() {
     }
     assert_eq!(stage.sources.lost.len(), LOST_DOCUMENTS_MAX);
     assert_eq!(&*stage.sources.lost[0].1.grant.principal, "quiet");
+}
+
+#[test]
+fn lost_routes_are_bounded_too_and_the_principal_with_the_most_makes_room() {
+    let mut stage = Stage::new();
+    let quiet = stage.session("quiet", "quiet", claims(&["quiet"]));
+    stage.announce(&quiet, "quiet", &[("subdomain", "quiet")]);
+    stage.sources.lose(quiet.epoch, Instant::now());
+    let flood = stage.session("flood", "flood", claims(&["*"]));
+    let route = Arc::clone(&document(&flood, "f", &[("subdomain", "f")]).routes[0]);
+    for _ in 0..30 {
+        let mut many = document(&flood, "f", &[]);
+        many.routes = vec![Arc::clone(&route); 9_999];
+        stage.sources.documents.insert(flood.epoch, many);
+        stage.sources.lose(flood.epoch, Instant::now());
+    }
+    let lost = &stage.sources.lost;
+    let routes: usize = lost.iter().map(|(_, lost)| lost.routes.len()).sum();
+    assert_eq!((lost.len(), routes), (11, 99_991));
+    assert_eq!(&*lost[0].1.grant.principal, "quiet");
+}
+
+/// The routes of such a document, as a file's.
+fn own(stage: &Stage, hosts: &[(&str, &str)]) -> Vec<Arc<Route>> {
+    document(&stage.session("file", "file", claims(&["*"])), "own", hosts).routes
+}
+
+#[test]
+fn the_relays_own_routes_win_however_a_host_is_said() {
+    type File<'a> = &'a [(&'a str, &'a str)];
+    let table: &[(File<'_>, &str, &str, bool)] = &[
+        (&[("subdomain", "shop")], "host", "shop.example.org", true),
+        (&[("host", "shop.example.org")], "subdomain", "shop", true),
+        (&[("wildcard", "*")], "host", "*.example.org", true),
+        // Whole hosts come first, and would take what is below the path, too.
+        (&[("subdomain", "shop/admin")], "host", "shop.example.org", true),
+        (&[("subdomain", "shop")], "host", "shop.example.org/api", false),
+        // As far as it is more specific it takes nothing that is the relay's.
+        (&[("subdomain", "other")], "host", "shop.example.org", false),
+        (&[("wildcard", "*")], "host", "shop.example.org", false),
+    ];
+    assert!(!table.is_empty());
+    for (file, key, value, is_own) in table {
+        let mut stage = Stage::new();
+        stage.sources.own = own(&stage, file);
+        let shop = stage.session("shop", "shop", claims(&["*"]));
+        let settled = stage.announce(&shop, "shop", &[(key, value)]);
+        let [accepted] = settled.accepted.as_slice() else { panic!("not accepted: {key} {value}") };
+        let notes = accepted.notes.join("; ");
+        assert_eq!(notes.contains("overruled"), *is_own, "{file:?} {value}: {notes}");
+        let expected = if *is_own { None } else { Some("shop") };
+        let path = value.find('/').map_or("", |at| &value[at..]);
+        let asked = format!("shop.example.org{path}");
+        assert_eq!(stage.finds(&asked).as_deref(), expected, "{file:?} {value}");
+    }
+}
+
+#[test]
+fn a_whole_host_that_nobody_serves_is_not_in_the_way_of_a_subdomain_below_it() {
+    let mut stage = Stage::new();
+    let gone = stage.session("gone", "p", claims(&["*"]));
+    stage.announce(&gone, "gone", &[("host", "shop.example.org"), ("host", "a.example.org/x")]);
+    assert!(stage.sources.lose(gone.epoch, Instant::now()));
+    let live = stage.session("live", "p", claims(&["*"]));
+    stage.announce(&live, "live", &[("subdomain", "shop/api"), ("subdomain", "a")]);
+    assert_eq!(stage.finds("shop.example.org/api").as_deref(), Some("live"));
+    assert_eq!(stage.finds("a.example.org/y").as_deref(), Some("live"));
 }
