@@ -635,6 +635,14 @@ fn lines(policies: &Policies) -> Vec<(&'static str, String)> {
         let (level, min_size) = (compression.level, size_text(compression.min_size));
         lines.push(("compression", format!("gzip level {level}, from {min_size}")));
     }
+    if let Some(hsts) = &policies.hsts {
+        let parts = [
+            Some(format!("max_age {}, on https alone", duration_text(hsts.max_age))),
+            hsts.include_subdomains.then(|| "include_subdomains".to_owned()),
+            hsts.preload.then(|| "preload".to_owned()),
+        ];
+        push_joined(&mut lines, "hsts", parts);
+    }
     lines
 }
 
