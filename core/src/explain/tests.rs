@@ -366,3 +366,24 @@ routes:
         assert_eq!(described[index]["urls"], json!(expected), "{}", route.name);
     }
 }
+
+#[test]
+fn a_sidecar_tells_which_relays_refuse_its_document() {
+    let answer = |relay: &str, refused: &[&str], accepted| RelayAnswer {
+        relay: relay.to_owned(),
+        is_connected: true,
+        accepted,
+        refused: refused.iter().map(|reason| (*reason).to_owned()).collect(),
+        notes: Vec::new(),
+        addresses: Vec::new(),
+        last_error: None,
+    };
+    let mut told = json!({ "notes": [] });
+    let gone = RelayAnswer { is_connected: false, ..answer("c:1", &["old"], None) };
+    let relays =
+        [answer("a:1", &["not yours", "nor that"], Some(3)), answer("b:1", &[], Some(4)), gone];
+    tell_refusals(&mut told, &relays);
+    let expected = "relay a:1 refuses what this sidecar announces, and version 3 of it is in force \
+                    there: not yours; nor that";
+    assert_eq!(told["notes"], json!([expected]));
+}
