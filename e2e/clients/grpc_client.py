@@ -2,7 +2,7 @@
 
 Usage: grpc_client.py CASE HOST PORT. Prints what it saw as one JSON object and asserts nothing itself.
 Speaks TLS where SIDELANE_E2E_CA names a file of authorities. The peer in peers/tonic has the same cases
-but for `talk`, and prints the same.
+but for `talk` and `load`, and prints the same.
 """
 
 import json
@@ -221,6 +221,41 @@ def case_talk(address):
     return {"after": after, **outcome(chat)}
 
 
+def case_load(address):
+    """Calls without a pause until the input ends: on channels that are kept, and on one for each call."""
+    ended = threading.Event()
+    lock = threading.Lock()
+    seen = {"calls": 0, "errors": []}
+    first = threading.Semaphore(0)
+
+    def call(kept):
+        while not ended.is_set():
+            peer = kept or Peer(address)
+            try:
+                same = peer.echo(b"hello", timeout=60) == b"hello"
+                error = None if same else "another reply"
+            except grpc.RpcError as failed:
+                error = str(status(failed))
+            if not kept:
+                peer.channel.close()
+            with lock:
+                seen["calls"] += 1
+                if error:
+                    seen["errors"].append(error)
+            first.release()
+
+    threads = [threading.Thread(target=call, args=(kept,)) for kept in (Peer(address), None)]
+    for thread in threads:
+        thread.start()
+    first.acquire()
+    print(json.dumps({"calls": True}), flush=True)
+    sys.stdin.read()
+    ended.set()
+    for thread in threads:
+        thread.join()
+    return seen
+
+
 def case_large(address):
     message = os.urandom(MIB) * 5
     return {"same": Peer(address).echo(message) == message}
@@ -346,6 +381,7 @@ CASES = {
     "cancel": case_cancel,
     "held": case_held,
     "talk": case_talk,
+    "load": case_load,
     "large": case_large,
     "limit": case_limit,
     "huge": case_huge,

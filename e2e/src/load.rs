@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use crate::client::{Answer, Client};
+use crate::tls::Connector;
 use crate::wait;
 
 /// Where requests go; a test may change it.
@@ -28,23 +29,40 @@ impl Load {
     /// Keeps its connection for as long as the relay does.
     #[must_use]
     pub fn keeping(target: Target, request: Vec<u8>) -> Self {
-        Self::start(target, request, true)
+        Self::start(target, request, true, None)
     }
 
     /// Makes a connection for each request.
     #[must_use]
     pub fn connecting(target: Target, request: Vec<u8>) -> Self {
-        Self::start(target, request, false)
+        Self::start(target, request, false, None)
     }
 
-    fn start(target: Target, request: Vec<u8>, keeps: bool) -> Self {
+    /// By TLS with a host of that name.
+    #[must_use]
+    pub fn secure(
+        target: Target,
+        request: Vec<u8>,
+        keeps: bool,
+        connector: Connector,
+        name: &'static str,
+    ) -> Self {
+        Self::start(target, request, keeps, Some((connector, name)))
+    }
+
+    fn start(
+        target: Target,
+        request: Vec<u8>,
+        keeps: bool,
+        tls: Option<(Connector, &'static str)>,
+    ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let answers = Arc::new(AtomicU64::new(0));
         let (stopped, answered) = (Arc::clone(&stop), Arc::clone(&answers));
         let thread = std::thread::spawn(move || {
             let mut kept = None;
             while !stopped.load(Ordering::SeqCst) {
-                let (client, answer) = exchange(&target, &request, kept.take())?;
+                let (client, answer) = exchange(&target, &request, kept.take(), tls.as_ref())?;
                 if answer.head.status != 200 {
                     return Err(io::Error::other(format!("{answer:?}")));
                 }
@@ -85,7 +103,12 @@ impl Load {
     }
 }
 
-fn exchange(target: &Target, request: &[u8], kept: Option<Client>) -> io::Result<(Client, Answer)> {
+fn exchange(
+    target: &Target,
+    request: &[u8],
+    kept: Option<Client>,
+    tls: Option<&(Connector, &'static str)>,
+) -> io::Result<(Client, Answer)> {
     if let Some(mut client) = kept
         && client.try_send(request).is_ok()
     {
@@ -96,10 +119,13 @@ fn exchange(target: &Target, request: &[u8], kept: Option<Client>) -> io::Result
             Err(error) => return Err(error),
         }
     }
-    let stream = wait::until("an open address", || {
-        TcpStream::connect(*target.lock().expect("no panic")).ok()
-    });
-    let mut client = Client::over(stream);
+    let mut client = if let Some((connector, name)) = tls {
+        connector.try_connect(*target.lock().expect("no panic"), name)?
+    } else {
+        Client::over(wait::until("an open address", || {
+            TcpStream::connect(*target.lock().expect("no panic")).ok()
+        }))
+    };
     client.try_send(request)?;
     let answer = client.try_answer("GET")?;
     Ok((client, answer))

@@ -22,6 +22,7 @@ use tokio::time::{Instant, Sleep};
 use self::tunnel::Tunnel;
 use super::answer::{self, Refusal};
 use super::exchange::{DropInterim, Exchange, Output, Traits, has_body};
+use super::tls::remove_client_cert;
 use super::wire::{Signals, Wire};
 use super::{ConnectionError, Context, Dispatch, Event, FrontConfig, head};
 use crate::plugin::lend::{self, BodyFrame, Reset, ResponseHead};
@@ -263,7 +264,10 @@ impl lend::Body for RequestBody {
             }
         }
         match ready!(recv.poll_trailers(cx)) {
-            Ok(Some(trailers)) => self.end(BodyFrame::Trailers(trailers)),
+            Ok(Some(mut trailers)) => {
+                remove_client_cert(&mut trailers);
+                self.end(BodyFrame::Trailers(trailers))
+            }
             Ok(None) => self.end(BodyFrame::End),
             Err(error) => self.end(BodyFrame::Failed(reset_of(&error))),
         }

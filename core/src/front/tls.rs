@@ -37,6 +37,8 @@ pub struct TlsFacts {
     pub client_sha256: Option<[u8; 32]>,
     /// What the connection may be asked for.
     pub hosts: Hosts,
+    /// The service is told of the client's certificate by this relay, and by nobody before it.
+    pub forwards_client: bool,
     /// The client's certificate as the service is told of it, where that is configured.
     pub client_fields: Option<ClientFields>,
 }
@@ -71,20 +73,15 @@ impl TlsFacts {
 }
 
 /// The hosts that a connection may be asked for (RFC 9110 §15.5.20).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Hosts {
     /// The one that the client named in its hello (SNI), for which the certificate is.
     Named(Arc<str>),
     /// The client named none: those of the certificate that it was shown.
     Shown(Arc<[Arc<str>]>),
     /// None: the certificate is not for the one that the client named.
+    #[default]
     Uncovered,
-}
-
-impl Default for Hosts {
-    fn default() -> Self {
-        Self::Uncovered
-    }
 }
 
 impl Hosts {
@@ -194,19 +191,25 @@ fn value(text: String) -> HeaderValue {
 /// Takes out what a client says of its certificate by itself, and puts in what is known of it (RFC 9440
 /// §2.4, §4). Names with `_` too: many services take `Client_Cert` for the same field.
 pub(crate) fn set_client_cert(headers: &mut HeaderMap, fields: Option<&ClientFields>) {
+    remove_client_cert(headers);
+    let Some(ClientFields { certificate, chain }) = fields else { return };
+    let chain = chain.as_ref().map(|chain| (CLIENT_CERT_CHAIN, chain));
+    for (name, value) in std::iter::once((CLIENT_CERT, certificate)).chain(chain) {
+        if headers.try_insert(name, value.clone()).is_err() {
+            tracing::warn!("a head has too many fields to tell of the client's certificate");
+        }
+    }
+}
+
+/// Takes out what is said of a client's certificate: of trailers whoever sends them, since the fields may
+/// not stand there (RFC 9440 §2.2), and some services take trailers for fields of the head.
+pub(super) fn remove_client_cert(headers: &mut HeaderMap) {
     // Nearly no request has one; looking costs less than removing.
     if headers.keys().any(is_client_cert) {
         let theirs: Vec<HeaderName> =
             headers.keys().filter(|name| is_client_cert(name)).cloned().collect();
         for name in theirs {
             headers.remove(name);
-        }
-    }
-    let Some(ClientFields { certificate, chain }) = fields else { return };
-    let chain = chain.as_ref().map(|chain| (CLIENT_CERT_CHAIN, chain));
-    for (name, value) in std::iter::once((CLIENT_CERT, certificate)).chain(chain) {
-        if headers.try_insert(name, value.clone()).is_err() {
-            tracing::warn!("a head has too many fields to tell of the client's certificate");
         }
     }
 }

@@ -1,18 +1,61 @@
 //! What becomes of a sidecar's document, and what its sidecar is told.
 
-use std::sync::{Arc, MutexGuard};
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use sidelane_tunnel::proto;
 
 use super::document::{Document, refused_options};
 use super::sources::{Settled, Sources, ambiguities};
 use super::{Relay, public};
-use crate::tunnel::session::Session;
+use crate::tunnel::session::{Announcing, Session};
 
 /// What a sidecar is told that has announced something just before its end.
 const REVOKED: &str = "the session's credential was withdrawn or has expired";
 
+/// What a sidecar is told that has announced something just before its last lane ended: nobody reads it.
+const OVER: &str = "the session has ended";
+
+/// Between two documents of one session, at least; and in parts of what the one before took, so that
+/// whoever announces without end has a small share of a thread.
+const PAUSE_MIN: Duration = Duration::from_millis(10);
+const PAUSE_PARTS: u32 = 9;
+
 impl Relay {
+    /// Takes a document as it comes: the first at once, of those that come before its pause is over the
+    /// last.
+    pub(super) fn announced(self: &Arc<Self>, session: &Arc<Session>, announce: proto::Announce) {
+        let mut announcing = lock(session);
+        announcing.next = Some(announce);
+        if std::mem::replace(&mut announcing.is_running, true) {
+            return;
+        }
+        drop(announcing);
+        let Some(mut pause) = self.announce_next(session) else { return };
+        let (relay, session) = (Arc::clone(self), Arc::clone(session));
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(pause).await;
+                let Some(next) = relay.announce_next(&session) else { return };
+                pause = next;
+            }
+        });
+    }
+
+    /// Answers the document that waits, and returns how long the next has to.
+    fn announce_next(&self, session: &Arc<Session>) -> Option<Duration> {
+        let next = {
+            let mut announcing = lock(session);
+            let next = announcing.next.take();
+            announcing.is_running = next.is_some();
+            next
+        };
+        let began = Instant::now();
+        let announced = self.announce(session, &next?);
+        session.answer(announced);
+        Some(PAUSE_MIN.max(began.elapsed() * PAUSE_PARTS))
+    }
+
     /// Takes a sidecar's document whole, or refuses it whole and keeps the one before.
     pub(super) fn announce(
         &self,
@@ -33,6 +76,9 @@ impl Relay {
             let mut faults = ambiguities(&document, &sources.base_domains);
             if session.is_revoked() {
                 faults = vec![REVOKED.to_owned()];
+            } else if session.is_over() {
+                // Nobody would take it out of force again.
+                faults = vec![OVER.to_owned()];
             }
             if faults.is_empty() { Ok(document) } else { Err(faults) }
         });
@@ -122,4 +168,8 @@ impl Relay {
             });
         }
     }
+}
+
+fn lock(session: &Session) -> MutexGuard<'_, Announcing> {
+    session.announcing.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -12,6 +12,7 @@ use ipnet::IpNet;
 use rustls::{ClientConfig, ServerConfig};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::tls::{Bounds as Under, Handshakes, Permit};
 use crate::config;
 use crate::config::tls::{Certificate, ClientCertificates, ServerTls};
 use crate::error::chain;
@@ -33,7 +34,7 @@ pub(super) struct Door {
     bounds: ArcSwap<Bounds>,
     /// Each brings the connections of many.
     proxies: ArcSwap<Vec<IpNet>>,
-    handshakes: Arc<Semaphore>,
+    handshakes: Arc<Handshakes>,
     turned_away: Arc<Semaphore>,
     way: ArcSwap<Way>,
     /// By which this process's own sidecar dials; `None`: plain.
@@ -55,8 +56,15 @@ pub(super) enum Way {
     Closed,
 }
 
+/// Handshakes under way of one address, that is no trusted proxy's: a quarter of all, so that one who
+/// dials and says nothing leaves places for others.
+const HANDSHAKES_OF_ADDRESS_MAX: usize = HANDSHAKES_MAX / 4;
+
 /// Its place among the handshakes under way.
-pub(super) type Place = OwnedSemaphorePermit;
+pub(super) type Place = Permit;
+
+/// Its place among those that are told to come back.
+pub(super) type Told = OwnedSemaphorePermit;
 
 impl Door {
     /// Returns the door of a configuration.
@@ -65,7 +73,7 @@ impl Door {
             gate: Gate::default(),
             bounds: ArcSwap::from_pointee(bounds(section)),
             proxies: ArcSwap::from_pointee(section.trusted_proxies.clone()),
-            handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
+            handshakes: Arc::default(),
             turned_away: Arc::new(Semaphore::new(TURNED_AWAY_MAX)),
             way: ArcSwap::from_pointee(Way::Plain),
             embedded: ArcSwapOption::empty(),
@@ -144,9 +152,10 @@ impl Door {
     /// # Errors
     /// Why it has none.
     pub(super) fn enter(&self, peer: SocketAddr) -> Result<Place, TurnedAway> {
-        let place = Arc::clone(&self.handshakes).try_acquire_owned();
-        self.gate.enter(&self.bounds(), self.counted(peer), Instant::now())?;
-        place.map_err(|_full| TurnedAway::Rate)
+        let counted = self.counted(peer);
+        self.gate.enter(&self.bounds(), counted, Instant::now())?;
+        let bounds = Under { all_max: HANDSHAKES_MAX, per_address_max: HANDSHAKES_OF_ADDRESS_MAX };
+        self.handshakes.try_enter(bounds, counted).map_err(|_over| TurnedAway::Rate)
     }
 
     /// Whether an address has failed too often to be listened to.
@@ -157,13 +166,14 @@ impl Door {
         self.gate.check_failures(&self.bounds(), self.counted(peer), Instant::now())
     }
 
-    /// A handshake has failed by what was, or was not, said in it.
-    pub(super) fn failed(&self, peer: SocketAddr) {
-        self.gate.failed(self.counted(peer), Instant::now());
+    /// A handshake has failed by what was, or was not, said in it; `presented` is the credential that was
+    /// refused.
+    pub(super) fn failed(&self, peer: SocketAddr, presented: Option<&[u8]>) {
+        self.gate.failed(self.counted(peer), presented, Instant::now());
     }
 
     /// The place of one that is told to come back; `None`: too many are.
-    pub(super) fn tell(&self) -> Option<Place> {
+    pub(super) fn tell(&self) -> Option<Told> {
         Arc::clone(&self.turned_away).try_acquire_owned().ok()
     }
 }
@@ -238,9 +248,24 @@ mod tests {
         let door = Door::new(&section, &Arc::default(), &Metrics::new());
         let peer = |last| SocketAddr::from(([192, 0, 2, last], 4711));
         for last in [1, 77] {
-            door.failed(peer(last));
+            door.failed(peer(last), None);
         }
         assert!(door.enter(peer(1)).is_ok());
         assert!(door.enter(peer(77)).is_err());
+    }
+
+    #[test]
+    fn who_dials_and_says_nothing_leaves_places_for_others() {
+        let yaml = "version: 1\nrelay:\n  limits: { handshakes_per_second: 10000, handshakes_per_second_per_address: 10000 }\n";
+        let source = config::Source::from_text("relay.yaml".as_ref(), yaml);
+        let config = config::parse(&source, &|_| None).expect("a valid file");
+        let section = config.relay.expect("a relay");
+        let door = Door::new(&section, &Arc::default(), &Metrics::new());
+        let peer = |last| SocketAddr::from(([192, 0, 2, last], 4711));
+        let held: Vec<_> = (0..10_000).map_while(|_| door.enter(peer(1)).ok()).collect();
+        assert_eq!(held.len(), HANDSHAKES_OF_ADDRESS_MAX);
+        assert!(door.enter(peer(2)).is_ok());
+        drop(held);
+        assert!(door.enter(peer(1)).is_ok());
     }
 }

@@ -45,9 +45,11 @@ impl Dispatch for HttpEntry {
         if let Some(said) = Said::to(connection, &head, &relay.issued) {
             return self.say(said, &head, responder);
         }
-        // A proxy that is trusted speaks of its own client, whom it alone has seen.
-        if connection.trusted_proxies.is_none() {
-            let fields = connection.tls.as_ref().and_then(|tls| tls.client_fields.as_ref());
+        // A proxy that is trusted speaks of its own client, whom it alone has seen; but not where whoever
+        // connects is told of by his handshake: a client's address may be among those of proxies.
+        let tls = connection.tls.as_deref();
+        if connection.trusted_proxies.is_none() || tls.is_some_and(|tls| tls.forwards_client) {
+            let fields = tls.and_then(|tls| tls.client_fields.as_ref());
             front::set_client_cert(&mut head.headers, fields);
         }
         let told = connection

@@ -391,10 +391,8 @@ impl Client {
         };
         let client = &info.client_address_text;
         let mut meta = relay.meta(&plugin, client, listener, &Arc::default());
-        let mut host = host;
         if let Some(tls) = &info.tls {
             tls.tell(&mut meta);
-            host = host.or_else(|| (!tls.sni.is_empty()).then(|| Arc::clone(&tls.sni)));
         }
         if plugin.quarantined() {
             let failure = Failure {

@@ -35,7 +35,7 @@ pub(super) struct RelayOpener {
     routed: Routed,
     /// Waits for a session that is on its way.
     wait: Option<Wait>,
-    /// What a byte-born connection is routed by, where its first bytes, or its TLS, named a host.
+    /// What a byte-born connection is routed by, where its first bytes named a host; else its TLS may have.
     host: Option<Arc<str>>,
     /// What the client's TLS said.
     tls: Option<Arc<TlsFacts>>,
@@ -130,10 +130,18 @@ impl RelayOpener {
         let (route, state) = match &mut self.routed {
             Routed::Before(route, state) => (route.as_ref().ok_or_else(no_route)?, state.as_ref()),
             Routed::ByKey(_, admitted) => {
-                let (host, path) = match key {
+                let (named, path) = match key {
                     RouteKey::Listener => (self.host.as_deref(), "/"),
                     RouteKey::Host { host, path } => (Some(host), path),
                 };
+                let tls = self.tls.as_deref();
+                if let (Some(host), Some(tls)) = (named, tls)
+                    && !tls.hosts.allow(host.as_bytes())
+                {
+                    return Err(failed(failure::MISDIRECTED, tls.hosts.why_not().into()));
+                }
+                let sni = tls.map(|tls| &*tls.sni).filter(|sni| !sni.is_empty());
+                let host = named.or(sni);
                 let query = Query { host, path, listener: &known.listener, protocol_type };
                 let route = router::find(&routing.table, &query).ok_or_else(no_route)?;
                 let state = routing.policies.of(route);

@@ -16,6 +16,9 @@ use crate::tunnel::session::Session;
 /// Documents of lost sidecars that are kept; the oldest of the principal that has the most makes room.
 const LOST_DOCUMENTS_MAX: usize = 1024;
 
+/// Routes of all of them together.
+const LOST_ROUTES_MAX: usize = 100_000;
+
 /// What the routing is made of. Whoever changes it makes the routing anew before letting go.
 #[derive(Default)]
 pub(super) struct Sources {
@@ -415,23 +418,28 @@ impl Sources {
     pub(super) fn lose(&mut self, epoch: u64, now: Instant) -> bool {
         let held = self.held.remove(&epoch).is_some();
         let Some(document) = self.documents.remove(&epoch) else { return held };
-        if self.lost.len() >= LOST_DOCUMENTS_MAX {
-            self.make_room();
+        let mut routes: usize = self.lost.iter().map(|(_, lost)| lost.routes.len()).sum();
+        routes += document.routes.len();
+        while !self.lost.is_empty()
+            && (self.lost.len() >= LOST_DOCUMENTS_MAX || routes > LOST_ROUTES_MAX)
+        {
+            routes -= self.make_room();
         }
         self.lost.push_back((now, document));
         true
     }
 
     /// Forgets the oldest document of the principal that has lost the most, so that none pushes others
-    /// out.
-    fn make_room(&mut self) {
+    /// out. Returns how many routes it had.
+    fn make_room(&mut self) -> usize {
         let mut counts: HashMap<&str, usize> = HashMap::new();
         for (_, lost) in &self.lost {
-            *counts.entry(&lost.grant.principal).or_default() += 1;
+            *counts.entry(&lost.grant.principal).or_default() += 1 + lost.routes.len();
         }
         let most = counts.into_iter().max_by_key(|(_, count)| *count).map(|(name, _)| name);
         let oldest = self.lost.iter().position(|(_, lost)| Some(&*lost.grant.principal) == most);
-        self.lost.remove(oldest.unwrap_or_default());
+        let gone = self.lost.remove(oldest.unwrap_or_default());
+        gone.map_or(0, |(_, document)| document.routes.len())
     }
 
     /// A session's credential is worth nothing any more: nothing of it is remembered.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rustls::pki_types::CertificateDer;
-use rustls::server::ClientHello;
+use rustls::server::{ClientHello, ProducesTickets};
 use rustls::{HandshakeKind, ServerConfig, ServerConnection};
 use sidelane_abi::failure;
 use thiserror::Error;
@@ -74,6 +74,28 @@ impl std::fmt::Debug for Acceptor {
 pub(super) struct SidecarTls {
     /// Their certificates; `None`: none is asked for.
     pub(super) clients: Option<ClientCertificates>,
+}
+
+/// Gives out no tickets.
+#[derive(Debug)]
+struct NoTickets;
+
+impl ProducesTickets for NoTickets {
+    fn enabled(&self) -> bool {
+        false
+    }
+
+    fn lifetime(&self) -> u32 {
+        0
+    }
+
+    fn encrypt(&self, _plain: &[u8]) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn decrypt(&self, _cipher: &[u8]) -> Option<Vec<u8>> {
+        None
+    }
 }
 
 /// Who has connected.
@@ -181,7 +203,13 @@ impl Acceptor {
             let tls = ServerTls { clients: clients.cloned(), ..tls.clone() };
             server_config(&tls, Arc::clone(&resolver) as _, alpn).map_err(failed)
         };
-        let http = config(tls.clients.as_ref(), &[H2_ALPN, HTTP1_ALPN])?;
+        let mut http = config(tls.clients.as_ref(), &[H2_ALPN, HTTP1_ALPN])?;
+        if tls.clients.is_some() {
+            // A resumed session is as good as its first certificate, at which nobody looks again: with a
+            // new ticket at each connection a certificate would never end.
+            http.ticketer = Arc::new(NoTickets);
+            http.send_tls13_tickets = 0;
+        }
         let mut bytes = http.clone();
         bytes.alpn_protocols = Vec::new();
         let challenge = config(None, &[ACME_ALPN])?;
@@ -294,6 +322,7 @@ impl Acceptor {
             hosts: Hosts::new(sni.as_ref(), &names),
             sni: sni.unwrap_or_default(),
             alpn: alpn.unwrap_or_default().into(),
+            forwards_client: self.tls.clients.as_ref().is_some_and(|clients| clients.forward),
             ..TlsFacts::default()
         };
         if let (Some(clients), Some(chain)) = (&self.tls.clients, connection.peer_certificates()) {

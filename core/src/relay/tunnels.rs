@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 
 use super::Relay;
-use super::door::{self, Place, Way};
+use super::door::{self, Place, Told, Way};
 use super::tls::{Bounds, Over, Permit};
 use crate::credentials::Presented;
 use crate::error::chain;
@@ -144,7 +144,7 @@ pub(super) fn tls_failed(relay: &Relay, peer: SocketAddr, error: &io::Error) {
 
 fn failed(relay: &Relay, peer: SocketAddr, label: &'static str, reason: &str) {
     relay.metrics.handshake_refused(label);
-    relay.door.failed(peer);
+    relay.door.failed(peer, None);
     tracing::warn!(%peer, reason, "no handshake on the tunnel's port");
 }
 
@@ -166,7 +166,7 @@ fn malformed_refusal(detail: &str) -> proto::Refuse {
 }
 
 /// Tells a dialler that is not listened to when to come back.
-async fn turn_away(mut stream: TcpStream, why: TurnedAway, is_tls: bool, place: Place) {
+async fn turn_away(mut stream: TcpStream, why: TurnedAway, is_tls: bool, place: Told) {
     let told = async {
         if is_tls {
             stream.write_all(&TLS_ACCESS_DENIED).await?;
@@ -351,7 +351,9 @@ async fn shake_hands(
             relay.metrics.handshake_refused(refuse.reason().as_str_name());
             let name = &*shown_name(&hello.name);
             if refuse.reason() == proto::RefuseReason::Credential {
-                relay.door.failed(peer);
+                let chain = transport.peer_chain();
+                let shown = chain.first().filter(|_| hello.credential.is_empty());
+                relay.door.failed(peer, Some(shown.map_or(&*hello.credential, AsRef::as_ref)));
             }
             tracing::warn!(%peer, name, reason = refuse.detail, "sidecar refused");
             return send_refuse(&mut transport, &refuse, limit).await;
@@ -452,10 +454,7 @@ async fn run_lane(
 
 fn handle_event(relay: &Arc<Relay>, session: &Arc<Session>, link: &Arc<Link>, event: Event) {
     match event {
-        Event::Announce(document) => {
-            let announced = relay.announce(session, &document);
-            session.answer(announced);
-        }
+        Event::Announce(document) => relay.announced(session, document),
         Event::GoAway(go_away) => {
             // Once: what is said again and again would fill the log.
             if link.is_open() {

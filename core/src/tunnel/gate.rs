@@ -5,6 +5,7 @@
 //! bounded, however many there are.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasher as _, RandomState};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -17,6 +18,14 @@ const FAILURES_KEPT: Duration = Duration::from_secs(60);
 
 /// Most addresses whose failures are remembered; the one that began first makes room.
 const FAILING_MAX: usize = 4096;
+
+/// What a failure weighs, and one by the same credential again. That is no guess, but a sidecar whose
+/// credential was withdrawn, and others at its address are not to pay for it.
+const WEIGHT: u32 = 10;
+const WEIGHT_AGAIN: u32 = 1;
+
+/// Most credentials of an address that are known again.
+const SEEN_MAX: usize = 64;
 
 /// Of an IPv6 address: what one customer is given at least, and moves about in at will.
 const IPV6_BITS: u32 = 64;
@@ -84,6 +93,8 @@ impl TurnedAway {
 pub struct Gate {
     window: Mutex<Window>,
     failing: Mutex<Failing>,
+    /// Of what was presented; nobody else can make the same.
+    hasher: RandomState,
 }
 
 #[derive(Debug, Default)]
@@ -106,8 +117,11 @@ struct Failing {
 #[derive(Debug)]
 struct Failures {
     began: Instant,
+    /// In parts of [`WEIGHT`].
     count: u32,
     is_told: bool,
+    /// Hashes of credentials; at most [`SEEN_MAX`].
+    seen: Vec<u64>,
 }
 
 impl Failing {
@@ -178,7 +192,7 @@ impl Gate {
         let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
         failing.expire(now);
         let Some(failures) = failing.by_address.get_mut(&group(address)) else { return Ok(()) };
-        if failures.count < bounds.failures_per_minute_and_address {
+        if failures.count / WEIGHT < bounds.failures_per_minute_and_address {
             return Ok(());
         }
         let is_first = !std::mem::replace(&mut failures.is_told, true);
@@ -186,20 +200,32 @@ impl Gate {
         Err(TurnedAway::Failures { retry_after, is_first })
     }
 
-    /// A handshake of this address has failed by what was, or was not, said in it.
-    pub fn failed(&self, address: impl Into<Option<IpAddr>>, now: Instant) {
+    /// A handshake of this address has failed by what was, or was not, said in it; `presented` is the
+    /// credential that was refused, where it came as far as that.
+    pub fn failed(
+        &self,
+        address: impl Into<Option<IpAddr>>,
+        presented: Option<&[u8]>,
+        now: Instant,
+    ) {
         let Some(address) = address.into().map(group) else { return };
+        let presented = presented.map(|presented| self.hasher.hash_one(presented));
         let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
         failing.expire(now);
-        if let Some(failures) = failing.by_address.get_mut(&address) {
-            failures.count = failures.count.saturating_add(1);
-            return;
+        if !failing.by_address.contains_key(&address) {
+            if failing.order.len() >= FAILING_MAX {
+                failing.drop_oldest();
+            }
+            failing.order.push_back(address);
         }
-        if failing.order.len() >= FAILING_MAX {
-            failing.drop_oldest();
+        let first = || Failures { began: now, count: 0, is_told: false, seen: Vec::new() };
+        let failures = failing.by_address.entry(address).or_insert_with(first);
+        let is_again = presented.is_some_and(|hash| failures.seen.contains(&hash));
+        if let Some(hash) = presented.filter(|_| !is_again && failures.seen.len() < SEEN_MAX) {
+            failures.seen.push(hash);
         }
-        failing.order.push_back(address);
-        failing.by_address.insert(address, Failures { began: now, count: 1, is_told: false });
+        let weight = if is_again { WEIGHT_AGAIN } else { WEIGHT };
+        failures.count = failures.count.saturating_add(weight);
     }
 }
 
@@ -261,7 +287,7 @@ mod tests {
         let began = Instant::now();
         for _ in 0..2 {
             assert_eq!(gate.enter(&BOUNDS, address(1), began), Ok(()));
-            gate.failed(address(1), began);
+            gate.failed(address(1), None, began);
         }
         let later = began + Duration::from_secs(20);
         let away =
@@ -275,11 +301,32 @@ mod tests {
     }
 
     #[test]
+    fn the_same_credential_again_weighs_less_than_another_one() {
+        let gate = Gate::default();
+        let now = Instant::now();
+        for _ in 0..10 {
+            gate.failed(address(1), Some(b"withdrawn"), now);
+        }
+        assert_eq!(gate.check_failures(&BOUNDS, address(1), now), Ok(()));
+        gate.failed(address(1), Some(b"withdrawn"), now);
+        gate.check_failures(&BOUNDS, address(1), now).expect_err("ten again are another one");
+        for guess in [b"a", b"b"] {
+            gate.failed(address(2), Some(guess), now);
+        }
+        gate.check_failures(&BOUNDS, address(2), now).expect_err("guesses");
+        for guess in 0..1000_u32 {
+            gate.failed(address(3), Some(&guess.to_be_bytes()), now);
+        }
+        let failing = gate.failing.lock().expect("not poisoned");
+        assert_eq!(failing.by_address[&address(3)].seen.len(), SEEN_MAX);
+    }
+
+    #[test]
     fn whoever_has_no_address_of_its_own_counts_in_the_total_alone() {
         let gate = Gate::default();
         let now = Instant::now();
         for _ in 0..10 {
-            gate.failed(None, now);
+            gate.failed(None, None, now);
         }
         let entered = (0..100).filter(|_| gate.enter(&BOUNDS, None, now).is_ok()).count();
         assert_eq!(entered, 7);
@@ -290,12 +337,12 @@ mod tests {
         let gate = Gate::default();
         let now = Instant::now();
         for host in ["2001:db8::1", "2001:db8::2"] {
-            gate.failed(text(host), now);
+            gate.failed(text(host), None, now);
         }
         gate.enter(&BOUNDS, text("2001:db8::ffff:3"), now).expect_err("the same /64");
         assert_eq!(gate.enter(&BOUNDS, text("2001:db8:0:1::1"), now), Ok(()));
         for host in ["192.0.2.1", "::ffff:192.0.2.1"] {
-            gate.failed(text(host), now);
+            gate.failed(text(host), None, now);
         }
         gate.enter(&BOUNDS, address(1), now).expect_err("one address in two forms");
     }
@@ -307,8 +354,8 @@ mod tests {
         let many = u32::try_from(3 * FAILING_MAX).expect("few");
         for n in 0..many {
             let now = began + Duration::from_micros(n.into());
-            gate.failed(IpAddr::from(Ipv4Addr::from_bits(n)), now);
-            gate.failed(IpAddr::from(Ipv4Addr::from_bits(n)), now);
+            gate.failed(IpAddr::from(Ipv4Addr::from_bits(n)), None, now);
+            gate.failed(IpAddr::from(Ipv4Addr::from_bits(n)), None, now);
         }
         let failing = gate.failing.lock().expect("not poisoned");
         assert_eq!((failing.by_address.len(), failing.order.len()), (FAILING_MAX, FAILING_MAX));

@@ -69,6 +69,8 @@ pub struct Session {
     revoked: AtomicBool,
     /// Credentials that it presents while it runs.
     pub(crate) renewal: Mutex<Renewal>,
+    /// Documents that it announces.
+    pub(crate) announcing: Mutex<Announcing>,
     /// Numbers of the protocol types that both ends carry.
     pub protocols: ProtocolTable,
     secret: [u8; 32],
@@ -115,6 +117,12 @@ impl Session {
     #[must_use]
     pub fn is_revoked(&self) -> bool {
         self.revoked.load(Ordering::Acquire)
+    }
+
+    /// Whether its last lane has ended.
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
     }
 
     /// Takes what `change` makes of what it was let in by. An error revokes it: from then on nothing is
@@ -257,6 +265,13 @@ pub(crate) struct Renewal {
     pub(crate) next: Option<Bytes>,
 }
 
+/// Documents that a session announces: one at a time is looked at, of further ones the last is kept.
+#[derive(Default)]
+pub(crate) struct Announcing {
+    pub(crate) is_running: bool,
+    pub(crate) next: Option<proto::Announce>,
+}
+
 /// All sessions of this relay.
 pub struct Sessions {
     /// This relay's instance.
@@ -381,6 +396,7 @@ impl Sessions {
             authenticated: ArcSwap::from_pointee(authenticated),
             revoked: AtomicBool::new(false),
             renewal: Mutex::default(),
+            announcing: Mutex::default(),
             protocols: ProtocolTable::parse(&hello.protocols)
                 .map_err(|error| refuse(proto::RefuseReason::Malformed, error.to_string(), 0))?,
             secret: random::bytes(),
@@ -462,7 +478,7 @@ impl Sessions {
         session.change_lanes(|lanes| {
             is_full = lanes.len() >= lanes_max;
             // The registry does not have it any more, so that nobody would end it.
-            is_over = session.over.load(Ordering::Relaxed);
+            is_over = session.is_over();
             if !is_full && !is_over {
                 lanes.push(Arc::clone(&link));
             }
@@ -510,7 +526,7 @@ impl Sessions {
     pub fn lane_ended(&self, session: &Arc<Session>, link: &Arc<Link>) -> bool {
         let left = session.change_lanes(|lanes| {
             lanes.retain(|other| !Arc::ptr_eq(other, link));
-            session.over.store(lanes.is_empty(), Ordering::Relaxed);
+            session.over.store(lanes.is_empty(), Ordering::Release);
         });
         if left > 0 {
             return false;

@@ -33,6 +33,7 @@ mod shutdown;
 mod start;
 mod streaming;
 mod tls_entry;
+mod tls_load;
 mod tls_requests;
 mod tls_service;
 mod tls_tunnel;

@@ -198,12 +198,17 @@ struct Asking {
 
 impl Asking {
     fn start(more: &str) -> Self {
+        Self::start_with(more, "")
+    }
+
+    /// With further lines of its relay.
+    fn start_with(more: &str, relay: &str) -> Self {
         let (authority, clients) = (Authority::new("ca"), Authority::new("clients"));
         let files = authority.sign(&[HOST]);
         let service = Service::ok();
         let ca = clients.ca();
         let asked = format!(", client_certificates: {{ ca: \"{}\"{more} }}", ca.display());
-        let sidelane = start(&Setup::of(service.address()), &[&listener(&[&files], &asked)], "");
+        let sidelane = start(&Setup::of(service.address()), &[&listener(&[&files], &asked)], relay);
         Self { authority, clients, service, sidelane }
     }
 
@@ -252,8 +257,13 @@ fn a_certificate_that_is_required_is_told_where_that_is_configured() {
         (asking.clients.sign(&["shop.internal"]), asking.authority.sign(&["evil.internal"]));
     assert!(asking.is_shut_out(None));
     assert!(asking.is_shut_out(Some(&unknown)));
+    let ended = asking.clients.sign_with(&["old.internal"], |params| {
+        params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+        params.not_after = rcgen::date_time_ymd(2021, 1, 1);
+    });
+    assert!(asking.is_shut_out(Some(&ended)));
     let labels = ["listener=\"web\"", "result=\"certificate\""];
-    asking.sidelane.until_metric("sidelane_tls_handshakes_total", &labels, |count| count == 2.0);
+    asking.sidelane.until_metric("sidelane_tls_handshakes_total", &labels, |count| count == 3.0);
     let der = STANDARD.encode(&chain(&known.cert)[0]);
     let expected = format!("client-cert: :{der}:").to_lowercase();
     assert_eq!(client_fields(&asking.gets(Some(&known), "")), [expected.as_str()]);
@@ -269,6 +279,20 @@ fn a_certificate_that_is_optional_is_told_or_nothing_is() {
     let quiet = Asking::start(", required: false");
     let known = quiet.clients.sign(&["shop.internal"]);
     assert_eq!(client_fields(&quiet.gets(Some(&known), SPOOFED)), [""; 0]);
+}
+
+#[test]
+fn a_client_among_trusted_proxies_tells_nothing_where_the_handshake_does() {
+    let trusted = "  trusted_proxies: [127.0.0.1]\n";
+    let asking = Asking::start_with(", required: false, forward: true", trusted);
+    let known = asking.clients.sign(&["shop.internal"]);
+    let der = STANDARD.encode(&chain(&known.cert)[0]);
+    let expected = format!("client-cert: :{der}:").to_lowercase();
+    assert_eq!(client_fields(&asking.gets(Some(&known), SPOOFED)), [expected]);
+    assert_eq!(client_fields(&asking.gets(None, SPOOFED)), [""; 0]);
+    // A proxy's word, where nothing else is told.
+    let quiet = Asking::start_with(", required: false", trusted);
+    assert_eq!(client_fields(&quiet.gets(None, SPOOFED)).len(), 3);
 }
 
 #[test]

@@ -213,10 +213,17 @@ fn certificate_that_is_replaced_is_taken_by_reload() {
     let (_peer, address) = serve(&python, &new.sign(LOCAL), &[]);
     let sidelane = sidelane(address, "", &ca(&old));
     refused(&sidelane, CANNOT);
-    std::fs::copy(new.ca(), old.ca()).expect("the directory is ours");
-    let (status, told) = sidelane.reload();
-    assert_eq!(status, 200, "{told}");
+    let trusted = std::fs::read(old.ca()).expect("the directory is ours");
+    let trust = |pem: &[u8]| {
+        std::fs::write(old.ca(), pem).expect("the directory is ours");
+        let (status, told) = sidelane.reload();
+        assert_eq!(status, 200, "{told}");
+    };
+    trust(&std::fs::read(new.ca()).expect("the directory is ours"));
     assert_eq!(seen(&ask(&sidelane))["http"], "HTTP/1.1");
+    // The connection that is kept, and its session, were made by what is believed no more.
+    trust(&trusted);
+    assert_eq!(ask(&sidelane).head.status, 502);
 }
 
 #[test]

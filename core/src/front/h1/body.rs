@@ -13,6 +13,7 @@ use hyper::body::Incoming;
 use sidelane_abi::failure;
 
 use crate::front::exchange::{Exchange, Output};
+use crate::front::tls::remove_client_cert;
 use crate::front::wire::Busy;
 use crate::plugin::lend::{self, BodyFrame, Reset};
 
@@ -66,7 +67,8 @@ impl lend::Body for RequestBody {
                 Ok(bytes) if bytes.is_empty() => {}
                 Ok(bytes) => return Poll::Ready(BodyFrame::Data { bytes, end: false }),
                 Err(frame) => {
-                    if let Ok(trailers) = frame.into_trailers() {
+                    if let Ok(mut trailers) = frame.into_trailers() {
+                        remove_client_cert(&mut trailers);
                         return self.end(BodyFrame::Trailers(trailers));
                     }
                 }

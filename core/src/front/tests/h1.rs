@@ -399,6 +399,16 @@ async fn request_trailers_arrive() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn trailers_say_nothing_of_the_clients_certificate() {
+    let mut client = connect(&echo());
+    client
+        .send("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\
+               X: y\r\nClient-Cert: :AAAA:\r\nclient_cert: :AAAA:\r\nClient-Cert-Chain: :AAAA:\r\n\r\n")
+        .await;
+    client.read_to("a {\"x\": \"y\"}").await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn announced_response_trailers_pass() {
     let script = Script::new(|mut asked| async move {
         asked.begin(200, &[("trailer", "x-sum")]).unwrap();

@@ -131,6 +131,30 @@ async fn a_session_whose_last_lane_is_never_driven_leaves_no_routes_in_force() {
     assert_eq!((sources.documents.len(), sources.lost.len()), (0, 1));
 }
 
+#[tokio::test(start_paused = true)]
+async fn of_documents_that_come_at_once_the_first_and_the_last_are_looked_at() {
+    let relay = relay();
+    let known = known(&relay, BOTH[0].1).await.expect("known");
+    let shop = admit_by(&relay, &hello(1), known);
+    let version = || relay.lock_sources().documents.get(&1).map(|document| document.version);
+    for number in 1..1000 {
+        let document = proto::Announce { version: number, ..announce("shop") };
+        relay.announced(&shop.session, document);
+        assert_eq!(version(), Some(1), "the first at once");
+    }
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(version(), Some(999));
+    assert!(metric(&relay, "sidelane_announcements_total{result=\"accepted\"} 2"));
+    // One that waited when the session ended comes into force never.
+    for number in 1000..1002 {
+        relay.announced(&shop.session, proto::Announce { version: number, ..announce("shop") });
+    }
+    assert!(relay.sessions.lane_ended(&shop.session, &shop.link));
+    relay.session_ended(&shop.session);
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    assert_eq!(version(), None);
+}
+
 #[tokio::test]
 async fn a_withdrawn_token_ends_its_session_its_exchanges_and_its_routes() {
     let relay = relay();

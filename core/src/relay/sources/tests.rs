@@ -339,6 +339,26 @@ fn a_flood_of_lost_sidecars_pushes_out_its_own() {
     assert_eq!(&*stage.sources.lost[0].1.grant.principal, "quiet");
 }
 
+#[test]
+fn lost_routes_are_bounded_too_and_the_principal_with_the_most_makes_room() {
+    let mut stage = Stage::new();
+    let quiet = stage.session("quiet", "quiet", claims(&["quiet"]));
+    stage.announce(&quiet, "quiet", &[("subdomain", "quiet")]);
+    stage.sources.lose(quiet.epoch, Instant::now());
+    let flood = stage.session("flood", "flood", claims(&["*"]));
+    let route = Arc::clone(&document(&flood, "f", &[("subdomain", "f")]).routes[0]);
+    for _ in 0..30 {
+        let mut many = document(&flood, "f", &[]);
+        many.routes = vec![Arc::clone(&route); 9_999];
+        stage.sources.documents.insert(flood.epoch, many);
+        stage.sources.lose(flood.epoch, Instant::now());
+    }
+    let lost = &stage.sources.lost;
+    let routes: usize = lost.iter().map(|(_, lost)| lost.routes.len()).sum();
+    assert_eq!((lost.len(), routes), (11, 99_991));
+    assert_eq!(&*lost[0].1.grant.principal, "quiet");
+}
+
 /// The routes of such a document, as a file's.
 fn own(stage: &Stage, hosts: &[(&str, &str)]) -> Vec<Arc<Route>> {
     document(&stage.session("file", "file", claims(&["*"])), "own", hosts).routes
@@ -346,7 +366,8 @@ fn own(stage: &Stage, hosts: &[(&str, &str)]) -> Vec<Arc<Route>> {
 
 #[test]
 fn the_relays_own_routes_win_however_a_host_is_said() {
-    let table: &[(&[(&str, &str)], &str, &str, bool)] = &[
+    type File<'a> = &'a [(&'a str, &'a str)];
+    let table: &[(File<'_>, &str, &str, bool)] = &[
         (&[("subdomain", "shop")], "host", "shop.example.org", true),
         (&[("host", "shop.example.org")], "subdomain", "shop", true),
         (&[("wildcard", "*")], "host", "*.example.org", true),

@@ -299,6 +299,29 @@ async fn a_clients_certificate_is_asked_for_and_told() {
     }
 }
 
+/// Of a session that is resumed nobody looks at the certificate again, and it would be resumed for ever.
+#[tokio::test]
+async fn who_is_asked_for_a_certificate_shows_it_each_time() {
+    let (ca, theirs) = (Ca::new("ca"), Ca::new("theirs"));
+    let mut tls = server(&[&ca.sign(&["a.example.org"])]);
+    tls.clients = Some(clients(&theirs, false));
+    let acceptor = acceptor(&tls);
+    let mut old = ClientConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS12])
+        .unwrap()
+        .with_root_certificates(roots(&ca.authorities()).unwrap())
+        .with_no_client_auth();
+    let known = theirs.sign(&["shop.internal"]);
+    let new = with_certificate(&ca, &known);
+    old.client_auth_cert_resolver = Arc::clone(&new.client_auth_cert_resolver);
+    for config in [Arc::new(old), Arc::new(new)] {
+        for carries in [Carries::Http, Carries::Http, Carries::Type("LINES".into())] {
+            let shaken = shake(&acceptor, &config, "a.example.org", carries).await.0;
+            assert_eq!(shaken.map(|(_, result)| result).unwrap_or("failed"), "full");
+        }
+    }
+}
+
 #[tokio::test]
 async fn what_is_no_tls_is_told_so_where_it_is_http() {
     let ca = Ca::new("ca");
