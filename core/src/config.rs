@@ -503,6 +503,22 @@ pub enum HostMatch {
 }
 
 impl HostMatch {
+    /// Returns the hosts that it takes, a star for what a wildcard does; none: any.
+    #[must_use]
+    pub fn hosts(&self, base_domains: &[Arc<str>]) -> Vec<String> {
+        let below = |prefix: &str| -> Vec<String> {
+            base_domains.iter().map(|base| format!("{prefix}.{base}")).collect()
+        };
+        match self {
+            Self::Any => Vec::new(),
+            Self::Exact(host) => vec![host.to_string()],
+            Self::HostWildcard(suffix) => vec![format!("*.{suffix}")],
+            Self::Subdomain(name) => below(name),
+            Self::Wildcard(suffix) if suffix.is_empty() => below("*"),
+            Self::Wildcard(suffix) => below(&format!("*.{suffix}")),
+        }
+    }
+
     /// Returns the key and value that stand for it in a file or an announcement.
     #[must_use]
     pub fn to_key_value(&self) -> Option<(&'static str, String)> {

@@ -24,6 +24,9 @@ const SCHEME_TYPES: [&str; 3] = ["HTTP", "WEBSOCKET", "GRPC"];
 /// Sidecars told that do not serve a tunnel. Replicas of a service often fail for the same reason.
 const UNAVAILABLE_MAX: usize = 8;
 
+/// Routes told that would take it and are not in force.
+const NOT_IN_FORCE_MAX: usize = 8;
+
 /// What only a role knows.
 pub trait Facts {
     /// Returns where the route comes from: `file`, or a sidecar's name.
@@ -244,16 +247,9 @@ impl Public {
             return Vec::new();
         }
         let is_http = listener.is_none_or(|listener| listener.is_http);
-        let below = |prefix: &str| -> Vec<String> {
-            self.base_domains.iter().map(|base| format!("{prefix}.{base}")).collect()
-        };
         let hosts = match &matches.host {
             HostMatch::Any => vec!["*".to_owned()],
-            HostMatch::Exact(host) => vec![host.to_string()],
-            HostMatch::HostWildcard(suffix) => vec![format!("*.{suffix}")],
-            HostMatch::Subdomain(name) => below(name),
-            HostMatch::Wildcard(suffix) if suffix.is_empty() => below("*"),
-            HostMatch::Wildcard(suffix) => below(&format!("*.{suffix}")),
+            host => host.hosts(&self.base_domains),
         };
         let is_tls = listener.is_some_and(|listener| listener.is_tls);
         let (scheme, default) = match (is_http, is_tls) {
@@ -330,6 +326,63 @@ pub fn answer(
     Ok(answer)
 }
 
+/// Returns which of `routes` alone would take what is asked.
+#[must_use]
+pub fn taken<'a>(
+    routes: &'a [Arc<Route>],
+    public: &Public,
+    question: &Question,
+) -> Option<&'a Arc<Route>> {
+    let query = Query {
+        host: question.host.as_deref(),
+        path: &question.target,
+        listener: question.listener(&public.listeners),
+        protocol_type: &question.protocol_type,
+    };
+    let taken = router::explain(routes, &public.base_domains, &query).route?;
+    routes.iter().find(|route| Arc::ptr_eq(route, &taken))
+}
+
+/// A route that would take what is asked, of a document that is not in force.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotInForce {
+    /// Whose document.
+    pub sidecar: String,
+    /// The route's name.
+    pub route: String,
+    /// Why the document is not in force.
+    pub reasons: Vec<String>,
+}
+
+/// Says in an answer which routes would take it and are not in force.
+pub fn tell_not_in_force(answer: &mut Json, all: Vec<NotInForce>) {
+    if all.is_empty() {
+        return;
+    }
+    let told = all.into_iter().take(NOT_IN_FORCE_MAX);
+    answer["not_in_force"] = told
+        .map(|NotInForce { sidecar, route, reasons }| {
+            json!({ "sidecar": sidecar, "route": route, "reasons": reasons })
+        })
+        .collect();
+}
+
+/// Says in a sidecar's answer what relays say of its document.
+pub fn tell_refusals(answer: &mut Json, relays: &[RelayAnswer]) {
+    let Some(notes) = answer["notes"].as_array_mut() else { return };
+    for relay in relays.iter().filter(|relay| relay.is_connected && !relay.refused.is_empty()) {
+        let before = match relay.accepted {
+            Some(version) => format!("version {version} of it is in force there"),
+            None => "nothing of it is in force there".to_owned(),
+        };
+        notes.push(Json::from(format!(
+            "relay {} refuses what this sidecar announces, and {before}: {}",
+            relay.relay,
+            relay.refused.join("; ")
+        )));
+    }
+}
+
 /// Returns the tunnels of a route with what is known of each, for one protocol type or for all.
 fn tunnels(route: &Route, facts: &dyn Facts, protocol_type: Option<&str>) -> Json {
     let describe = |share: &Share| {
@@ -385,6 +438,9 @@ pub fn from_config(
     };
     let served = served.or_else(|| types_of(config));
     let mut answer = answer(&config.routes, &public, question, &FromConfig { config, served })?;
+    if let (Some(_), Some(notes)) = (&config.relay, answer["notes"].as_array_mut()) {
+        notes.push("by the file alone: what sidecars announce to the relay is not in it".into());
+    }
     if let (None, Some(map)) = (&config.relay, answer.as_object_mut()) {
         map.insert("assumed_base_domains".to_owned(), true.into());
         // They would be told as if they were known.
@@ -634,6 +690,14 @@ fn lines(policies: &Policies) -> Vec<(&'static str, String)> {
     if let Some(compression) = &policies.compression {
         let (level, min_size) = (compression.level, size_text(compression.min_size));
         lines.push(("compression", format!("gzip level {level}, from {min_size}")));
+    }
+    if let Some(hsts) = &policies.hsts {
+        let parts = [
+            Some(format!("max_age {}, on https alone", duration_text(hsts.max_age))),
+            hsts.include_subdomains.then(|| "include_subdomains".to_owned()),
+            hsts.preload.then(|| "preload".to_owned()),
+        ];
+        push_joined(&mut lines, "hsts", parts);
     }
     lines
 }

@@ -6,7 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::json;
 use sidelane_tunnel::{LaneConfig, Side};
@@ -31,6 +31,7 @@ use crate::sidecar::{self, Sidecar};
 use crate::tunnel::dial;
 use crate::tunnel::pressure::PRESSURE_TICK;
 
+mod certificates;
 mod check;
 mod log;
 mod reload;
@@ -318,6 +319,11 @@ impl Process {
         // connections: whoever gave up is let go.
         let mut asked: Vec<(u64, ReloadRequest)> = Vec::new();
         let mut tick = tokio::time::interval(EXPIRY_TICK);
+        // What a start and a reload find they tell themselves.
+        let first_look = tokio::time::Instant::now() + certificates::LOOK;
+        let mut certificates_tick = tokio::time::interval_at(first_look, certificates::LOOK);
+        certificates_tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut told = certificates::Told::default();
         let mut pressure_tick = tokio::time::interval(PRESSURE_TICK);
         pressure_tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let Signals { mut terminate, mut interrupt, mut hangup } = signals;
@@ -346,6 +352,7 @@ impl Process {
                     }
                 }
                 _ = pressure_tick.tick() => self.balance(),
+                _ = certificates_tick.tick() => told.look(&self.config(), SystemTime::now()),
                 _ = tick.tick() => {
                     self.plugins.end_drained(self.config().drain_timeout);
                     if let Some(relay) = &self.relay {
@@ -651,7 +658,11 @@ impl AdminState for Process {
     fn explain(&self, question: &Question) -> Result<serde_json::Value, String> {
         let config = self.config();
         let Some(relay) = &self.relay else {
-            return explain::from_config(&config, question, Some(self.plugins.types()));
+            let served = Some(self.plugins.types());
+            let mut answer = explain::from_config(&config, question, served)?;
+            let relays = self.sidecar.as_ref().map(|sidecar| sidecar.relay_answers());
+            explain::tell_refusals(&mut answer, &relays.unwrap_or_default());
+            return Ok(answer);
         };
         let mut answer = relay.explain(question)?;
         if let Some(tunnels) = answer.get_mut("tunnels") {

@@ -90,7 +90,11 @@ fn text(answer: &Json) -> String {
         lines.line("", &plain(&note));
     }
     if answer["route"].is_null() {
-        lines.line("route", "none: 404");
+        let held = items(&answer["not_in_force"]);
+        let announced = held.first().map_or(String::new(), |held| {
+            format!("; sidecar {} announces one that is not in force", plain(&held["sidecar"]))
+        });
+        lines.line("route", &format!("none: 404{announced}"));
         if let Some(hint) = answer["hint"].as_str() {
             lines.line("hint", hint);
         }
@@ -155,6 +159,18 @@ fn text(answer: &Json) -> String {
             );
         }
     }
+    for held in items(&answer["not_in_force"]) {
+        let reasons: Vec<String> = items(&held["reasons"]).iter().map(plain).collect();
+        lines.line(
+            "not",
+            &format!(
+                "{}: sidecar {} announces it, and it is not in force: {}",
+                plain(&held["route"]),
+                plain(&held["sidecar"]),
+                reasons.join("; ")
+            ),
+        );
+    }
     for other in items(&answer["others"]) {
         lines.line("not", &format!("{}: {}", plain(&other["route"]), plain(&other["why"])));
     }
@@ -210,6 +226,7 @@ routes:
         let texts: Vec<String> = asked.iter().map(|url| text(&ask(&file, url))).collect();
         insta::assert_snapshot!(texts.join("\n"), @r#"
         asked     shop.localhost:9080/api/x?y, protocol HTTP, listener web
+                  by the file alone: what sidecars announce to the relay is not in it
         route     api (from file)
         because   the host is its subdomain "shop" below the base domain localhost
                   the path begins with its path_prefix /api
@@ -223,6 +240,7 @@ routes:
                   rpc: it takes protocol_type GRPC only, this is HTTP
 
         asked     old.example.org/a, protocol HTTP, listener web
+                  by the file alone: what sidecars announce to the relay is not in it
         route     old (from file)
         because   the host is its subdomain "old" below the base domain example.org
         policies  redirect: status 308; scheme https; host new.example.org
@@ -230,6 +248,7 @@ routes:
         not       all: it takes listener other only, this is web
 
         asked     shpo.localhost/, protocol HTTP, listener web
+                  by the file alone: what sidecars announce to the relay is not in it
         route     none: 404
         hint      did you mean "shop.localhost"?
         not       all: it takes listener other only, this is web
@@ -238,6 +257,7 @@ routes:
                   shop: its subdomain is "shop"
 
         asked     shop.example.com/, protocol HTTP, listener web
+                  by the file alone: what sidecars announce to the relay is not in it
         route     none: 404
         hint      did you mean "shop.example.org"?
         not       api: its subdomain is "shop", but example.com is no base domain (those are localhost, example.org)
@@ -308,6 +328,24 @@ routes: [{ subdomain: shop, tunnel: web }]
         let told = tunnel(true);
         assert!(told.contains("t, served, unavailable at sidecar shop: waiting\n"), "{told}");
         assert!(!told.contains("503"), "{told}");
+    }
+
+    #[test]
+    fn a_route_that_is_not_in_force_is_told() {
+        let mut answer = ask("version: 1\nrelay: {}\n", "shop.localhost");
+        let held = explain::NotInForce {
+            sidecar: "web".to_owned(),
+            route: "shop".to_owned(),
+            reasons: vec!["route shop: beyond the claims".to_owned()],
+        };
+        explain::tell_not_in_force(&mut answer, vec![held]);
+        let told = text(&answer);
+        let expected = "\
+          by the file alone: what sidecars announce to the relay is not in it
+route     none: 404; sidecar web announces one that is not in force
+not       shop: sidecar web announces it, and it is not in force: route shop: beyond the claims
+";
+        assert!(told.ends_with(expected), "{told}");
     }
 
     #[test]

@@ -248,7 +248,10 @@ scalar!(Listen, text("`IP:port`", "^.+:[0-9]+$"));
 scalar!(Dial, text("`host:port`", "^.+:[0-9]+$"));
 scalar!(
     Service,
-    text("`host:port`, `https://host:port`, `unix:/path`", "^(unix:/.+|.+:[0-9]+/?)$")
+    text(
+        "`host:port` or `http://host:port`, `https://host:port`, `unix:/path`",
+        "^(unix:/.+|.+:[0-9]+/?)$"
+    )
 );
 scalar!(Host, text("a host", r"^[A-Za-z0-9._:\[\]-]+$"));
 scalar!(MatchedHost, text("a host, `*.` and a host", r"^(\*\.)?[A-Za-z0-9._:-]+$"));

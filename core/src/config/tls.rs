@@ -121,11 +121,48 @@ impl Authorities {
         Ok(Self { place: place.into(), certificates: certificates.into() })
     }
 
+    /// Returns the first of them that another has signed and that may sign none itself, as a server's:
+    /// `certificate 2, of CN=relay,`. One that signs itself is trusted for itself, which may be meant.
+    #[must_use]
+    pub fn no_authority(&self) -> Option<String> {
+        self.certificates.iter().enumerate().find_map(|(index, certificate)| {
+            let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
+            let is_end = !parsed.is_ca() && parsed.subject().as_raw() != parsed.issuer().as_raw();
+            is_end.then(|| format!("certificate {}, of {},", index + 1, parsed.subject()))
+        })
+    }
+
     /// When the first of them ends.
     #[must_use]
     pub fn not_after(&self) -> Option<SystemTime> {
         self.certificates.iter().filter_map(|one| facts(one).ok()).map(|(_, _, end)| end).min()
     }
+}
+
+/// Returns what is to be told of a certificate's time.
+#[must_use]
+pub fn lifetime(now: SystemTime, not_before: SystemTime, not_after: SystemTime) -> Option<String> {
+    let days = |duration: Duration| match duration.as_secs() / (24 * 3600) {
+        0 => "less than a day".to_owned(),
+        1 => "1 day".to_owned(),
+        days => format!("{days} days"),
+    };
+    if let Ok(ago) = now.duration_since(not_after) {
+        return Some(format!("ended on {}, {} ago", date(not_after), days(ago)));
+    }
+    if let Ok(until) = not_before.duration_since(now)
+        && !until.is_zero()
+    {
+        return Some(format!("is not valid before {}, in {}", date(not_before), days(until)));
+    }
+    let left = not_after.duration_since(now).unwrap_or_default();
+    (left < EXPIRES_SOON).then(|| format!("ends on {}, in {}", date(not_after), days(left)))
+}
+
+/// Returns `25 Nov 2026`.
+fn date(time: SystemTime) -> String {
+    let text = httpdate::fmt_http_date(time);
+    text.get(5..16).unwrap_or(&text).to_owned()
 }
 
 fn certificates(text: &str, max: usize) -> Result<Vec<CertificateDer<'static>>, String> {
@@ -207,6 +244,19 @@ pub struct ServerTls {
     pub clients: Option<ClientCertificates>,
 }
 
+impl ServerTls {
+    /// Returns whether it shows a certificate for the host, which may begin with `*.`.
+    #[must_use]
+    pub fn covers(&self, host: &str) -> bool {
+        let above = host.split_once('.').map(|(_, above)| above);
+        let mut names = self.certificates.iter().flat_map(|certificate| certificate.names.iter());
+        self.acme.iter().any(|name| **name == *host)
+            || names.any(|name| {
+                **name == *host || name.strip_prefix("*.").is_some_and(|rest| Some(rest) == above)
+            })
+    }
+}
+
 /// Certificates of those who dial.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClientCertificates {
@@ -260,4 +310,29 @@ pub struct Acme {
     pub trust: Trust,
     /// Binds the account to one elsewhere (RFC 8555 §7.3.4): key id and HMAC key.
     pub external_account: Option<(Arc<str>, Secret)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_certificates_time_is_told_in_days() {
+        let day = Duration::from_secs(24 * 3600);
+        // 25 Nov 2026.
+        let now = SystemTime::UNIX_EPOCH + day * 20_782;
+        let table: &[(SystemTime, SystemTime, Option<&str>)] = &[
+            (now - day, now + day * 15, None),
+            (now, now + day * 14, None),
+            (now - day, now + day * 13, Some("ends on 08 Dec 2026, in 13 days")),
+            (now - day, now + day / 2, Some("ends on 25 Nov 2026, in less than a day")),
+            (now - day * 2, now, Some("ended on 25 Nov 2026, less than a day ago")),
+            (now - day * 2, now - day, Some("ended on 24 Nov 2026, 1 day ago")),
+            (now + day, now + day * 90, Some("is not valid before 26 Nov 2026, in 1 day")),
+        ];
+        assert!(!table.is_empty());
+        for (begin, end, expected) in table {
+            assert_eq!(lifetime(now, *begin, *end).as_deref(), *expected);
+        }
+    }
 }

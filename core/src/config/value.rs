@@ -332,12 +332,13 @@ pub(crate) fn socket_address(text: &str) -> Result<SocketAddr, String> {
 
 /// Parses `relay.example.org:9081`, `127.0.0.1:3000` or `[::1]:3000`.
 pub(crate) fn host_port(text: &str) -> Result<HostPort, String> {
-    let bad = |hint: String| {
-        format!(
-            "\"{text}\" is not an address (accepted: host:port, as in 127.0.0.1:3000, \
-             relay.example.org:9081 or [::1]:3000){hint}"
-        )
-    };
+    let accepted = "host:port, as in 127.0.0.1:3000, relay.example.org:9081 or [::1]:3000";
+    host_port_among(text, accepted)
+}
+
+/// As [`host_port`], where more than that is `accepted`.
+fn host_port_among(text: &str, accepted: &str) -> Result<HostPort, String> {
+    let bad = |hint: String| format!("\"{text}\" is not an address (accepted: {accepted}){hint}");
     if let Ok(address) = text.parse::<SocketAddr>() {
         return match address.port() {
             0 => Err(bad("; port 0 cannot be dialled".to_owned())),
@@ -450,24 +451,29 @@ pub(crate) fn percent(text: &str) -> Result<u32, String> {
 /// Longest path of a Unix socket: `sun_path` holds 108 bytes with the zero at its end.
 const UNIX_PATH_BYTES_MAX: usize = 107;
 
-/// Parses `127.0.0.1:3000`, `https://127.0.0.1:8443` or `unix:/run/app.sock`. Returns as well whether
+/// Parses `127.0.0.1:3000`, which is `http://127.0.0.1:3000` as well, `https://127.0.0.1:8443` or
+/// `unix:/run/app.sock`. Returns as well whether
 /// it is spoken to by TLS.
 pub(crate) fn service(text: &str) -> Result<(ServiceAddress, bool), String> {
-    let Some(rest) = text.strip_prefix("https://") else {
-        return plain_service(text).map(|service| (service, false));
+    let (scheme, rest, is_tls, port) = match text.split_once("://") {
+        Some((scheme @ "http", rest)) => (scheme, rest, false, 80),
+        Some((scheme @ "https", rest)) => (scheme, rest, true, 443),
+        _ => return plain_service(text).map(|service| (service, false)),
     };
     let bad = |hint: &str| {
+        let by = if is_tls { " by TLS" } else { "" };
+        let example = if is_tls { "127.0.0.1:8443" } else { "127.0.0.1:3000" };
         format!(
-            "\"{text}\" is not a service by TLS (accepted: https:// and host:port, as in \
-             https://127.0.0.1:8443){hint}"
+            "\"{text}\" is not a service{by} (accepted: {scheme}:// and host:port, as in \
+             {scheme}://{example}){hint}"
         )
     };
     let address = rest.strip_suffix('/').unwrap_or(rest);
     match host_port(address) {
-        Ok(address) => Ok((ServiceAddress::Tcp(address), true)),
+        Ok(address) => Ok((ServiceAddress::Tcp(address), is_tls)),
         Err(_) if address.contains('/') => Err(bad("; leave out the path")),
         Err(_) if is_host_name(&address.to_ascii_lowercase()) => {
-            Err(bad(&format!("; did you mean \"https://{address}:443\"?")))
+            Err(bad(&format!("; did you mean \"{scheme}://{address}:{port}\"?")))
         }
         Err(_) => Err(bad("")),
     }
@@ -480,7 +486,8 @@ fn plain_service(text: &str) -> Result<ServiceAddress, String> {
         } else {
             String::new()
         };
-        return host_port(text)
+        let accepted = "host:port, as in 127.0.0.1:3000, the same behind https://, or unix:/path";
+        return host_port_among(text, accepted)
             .map(ServiceAddress::Tcp)
             .map_err(|message| format!("{message}{hint}"));
     };
@@ -604,6 +611,10 @@ mod tests {
 
     #[test]
     fn addresses_to_dial_need_a_port() {
+        let plain = (ServiceAddress::Tcp(host_port("127.0.0.1:3000").unwrap()), false);
+        for text in ["127.0.0.1:3000", "http://127.0.0.1:3000", "http://127.0.0.1:3000/"] {
+            assert_eq!(service(text).as_ref(), Ok(&plain), "{text}");
+        }
         assert_eq!(host_port("[::1]:3000").unwrap().to_string(), "[::1]:3000");
         assert!(host_port("[::1]:3000").unwrap().is_loopback());
         assert!(host_port("LOCALHOST:1").unwrap().is_loopback());

@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::config::policy::{
-    Addresses, BasicAuth, Compression, Redirect, Retries, Rewrite, RouteLimits, RouteTimeouts,
+    Addresses, BasicAuth, Compression, Hsts, Redirect, Retries, Rewrite, RouteLimits, RouteTimeouts,
 };
 use crate::config::{Match, MatchSpec, Share};
 
@@ -286,7 +286,11 @@ fn every_policy_has_its_line() {
         response_headers: HeaderChanges { remove: vec![name("server")], ..Default::default() },
         rewrite: Rewrite { host: Some("app".into()), path_prefix: Some("".into()) },
         redirect: None,
-        hsts: None,
+        hsts: Some(Hsts {
+            max_age: Duration::from_secs(24 * 3600),
+            include_subdomains: true,
+            preload: false,
+        }),
         basic_auth: Some(BasicAuth {
             realm: "Shop".into(),
             users: vec![("alice".into(), "$2y$05$hash".into())],
@@ -322,6 +326,7 @@ fn every_policy_has_its_line() {
     response_headers: remove server
     rewrite: host app; path_prefix removed
     compression: gzip level 5, from 1KiB
+    hsts: max_age 24h, on https alone; include_subdomains
     "#);
     assert!(!answer.to_string().contains("secret") && !answer.to_string().contains("hash"));
 }
@@ -360,4 +365,25 @@ routes:
         let expected = if is_told { public.urls(route) } else { Vec::new() };
         assert_eq!(described[index]["urls"], json!(expected), "{}", route.name);
     }
+}
+
+#[test]
+fn a_sidecar_tells_which_relays_refuse_its_document() {
+    let answer = |relay: &str, refused: &[&str], accepted| RelayAnswer {
+        relay: relay.to_owned(),
+        is_connected: true,
+        accepted,
+        refused: refused.iter().map(|reason| (*reason).to_owned()).collect(),
+        notes: Vec::new(),
+        addresses: Vec::new(),
+        last_error: None,
+    };
+    let mut told = json!({ "notes": [] });
+    let gone = RelayAnswer { is_connected: false, ..answer("c:1", &["old"], None) };
+    let relays =
+        [answer("a:1", &["not yours", "nor that"], Some(3)), answer("b:1", &[], Some(4)), gone];
+    tell_refusals(&mut told, &relays);
+    let expected = "relay a:1 refuses what this sidecar announces, and version 3 of it is in force \
+                    there: not yours; nor that";
+    assert_eq!(told["notes"], json!([expected]));
 }

@@ -73,19 +73,15 @@ impl TlsFacts {
 }
 
 /// The hosts that a connection may be asked for (RFC 9110 §15.5.20).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Hosts {
     /// The one that the client named in its hello (SNI), for which the certificate is.
     Named(Arc<str>),
-    /// The client named none: those of the certificate that it was shown. Or the certificate is not for
-    /// the one that it named: none at all.
+    /// The client named none: those of the certificate that it was shown.
     Shown(Arc<[Arc<str>]>),
-}
-
-impl Default for Hosts {
-    fn default() -> Self {
-        Self::Shown(Arc::from([]))
-    }
+    /// None: the certificate is not for the one that the client named.
+    #[default]
+    Uncovered,
 }
 
 impl Hosts {
@@ -98,7 +94,7 @@ impl Hosts {
             Some(sni) if names.iter().any(|name| covers(name, without_dot(sni))) => {
                 Self::Named(Arc::clone(sni))
             }
-            Some(_) => Self::default(),
+            Some(_) => Self::Uncovered,
         }
     }
 
@@ -116,6 +112,22 @@ impl Hosts {
                 let host = without_dot(host);
                 names.iter().any(|name| covers(name, host))
             }),
+            Self::Uncovered => false,
+        }
+    }
+
+    /// Returns why a request that does not belong here does not.
+    #[must_use]
+    pub const fn why_not(&self) -> &'static str {
+        match self {
+            Self::Named(_) => {
+                "this connection's TLS is for another host: that of the handshake (SNI) differs"
+            }
+            Self::Shown(_) => {
+                "this connection's TLS is for another host: the handshake named none (SNI), and the \
+                 certificate shown is not for this one"
+            }
+            Self::Uncovered => "no certificate here is for the host that the handshake named (SNI)",
         }
     }
 }
@@ -241,6 +253,8 @@ mod tests {
 
     #[test]
     fn a_certificate_that_is_not_for_the_hellos_name_takes_nothing() {
+        let hosts = Hosts::new(Some(&"a.b.example.org".into()), &names(&["*.example.org"]));
+        assert!(hosts.why_not().contains("no certificate"), "{hosts:?}");
         check(Some("a.example.com"), &["*.example.org"], "a.example.com", false);
         check(Some("a.example.com"), &["*.example.org"], "a.example.org", false);
         check(Some("a.b.example.org"), &["*.example.org"], "a.b.example.org", false);

@@ -97,6 +97,7 @@ impl Relay {
                 let own = settled.accepted.iter().position(|one| one.session.epoch == epoch);
                 if let Some(own) = own {
                     answer.notes = settled.accepted.remove(own).notes;
+                    answer.notes.extend(self.uncovered(&sources, epoch));
                     answer.accepted = true;
                     answer.addresses = self.addresses(&sources, epoch);
                     public::tell(&fresh, &self.public(&sources));

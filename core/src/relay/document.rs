@@ -33,7 +33,7 @@ const CLIENT_TABLES_MAX: usize = 256;
 const OWN_WINS: &str = "the relay's own routes win";
 
 /// Reasons of a refusal that are told; the first ones suffice to mend the file.
-const REASONS_MAX: usize = 32;
+pub(super) const REASONS_MAX: usize = 32;
 
 /// Bytes of one reason: it quotes what a sidecar sent, which may be as long as a message.
 const REASON_BYTES_MAX: usize = 512;

@@ -76,11 +76,12 @@ impl Dispatch for HttpEntry {
             record.unopened(failure::PLUGIN_FAILED);
             return HttpExchange::Runs(plugin.refuse_http(head, responder, failure), record);
         }
-        if connection.tls.as_ref().is_some_and(|tls| !tls.hosts.allow(head.authority())) {
+        let misdirected = connection.tls.as_ref().filter(|tls| !tls.hosts.allow(head.authority()));
+        if let Some(tls) = misdirected {
             let failure = Failure {
                 code: failure::MISDIRECTED,
                 retry_after_s: None,
-                detail: "this connection's TLS is for another host".to_owned(),
+                detail: tls.hosts.why_not().to_owned(),
             };
             record.unopened(failure::MISDIRECTED);
             return HttpExchange::Runs(plugin.refuse_http(head, responder, failure), record);

@@ -8,10 +8,11 @@ use serde_json::{Value as Json, json};
 use sidelane_tunnel::proto;
 
 use super::Relay;
+use super::document::{REASONS_MAX, shortened};
 use super::routing::{Routing, Serving};
 use super::sources::{Accepted, Earlier, Sources};
-use crate::config::{self, Match, Route};
-use crate::explain::{self, Facts, Public, PublicListener, Question};
+use crate::config::{Listener, Match, Route};
+use crate::explain::{self, Facts, NotInForce, Public, PublicListener, Question};
 use crate::tunnel::session::Session;
 
 /// Addresses told in one answer to an announcement. A page of them helps nobody, and the answer must
@@ -99,7 +100,18 @@ impl Relay {
         let sources = self.lock_sources();
         let routing = self.routing.load();
         let known = Known::of(self, &sources, &routing);
-        explain::answer(routing.table.routes(), &self.public(&sources), question, &known)
+        let public = self.public(&sources);
+        let mut answer = explain::answer(routing.table.routes(), &public, question, &known)?;
+        let held = sources.held.values().filter_map(|held| {
+            let route = explain::taken(&held.document.routes, &public, question)?;
+            Some(NotInForce {
+                sidecar: held.document.session.name.to_string(),
+                route: route.name.to_string(),
+                reasons: held.reasons.clone(),
+            })
+        });
+        explain::tell_not_in_force(&mut answer, held.collect());
+        Ok(answer)
     }
 
     /// What the admin page says of routes: those of the file, those announced, those of documents that
@@ -187,7 +199,8 @@ impl Relay {
         sources: &Sources,
         accepted: Vec<Accepted>,
     ) -> Vec<(Arc<Session>, proto::Announced)> {
-        let answer = |Accepted { session, version, notes }| {
+        let answer = |Accepted { session, version, mut notes }| {
+            notes.extend(self.uncovered(sources, session.epoch));
             let announced = proto::Announced {
                 version,
                 accepted: true,
@@ -200,6 +213,17 @@ impl Relay {
         accepted.into_iter().map(answer).collect()
     }
 
+    /// Returns which hosts of the session's routes clients come to by TLS without a certificate for them, one
+    /// line each.
+    pub(super) fn uncovered(&self, sources: &Sources, epoch: u64) -> Vec<String> {
+        let Some(document) = sources.documents.get(&epoch) else { return Vec::new() };
+        let listeners = self.listeners.addresses();
+        let listeners: Vec<&Listener> = listeners.iter().map(|(listener, _)| &**listener).collect();
+        let all = document.routes.iter();
+        let all = all.flat_map(|route| uncovered(route, &sources.base_domains, &listeners));
+        shortened(all.take(REASONS_MAX).collect())
+    }
+
     pub(super) fn public(&self, sources: &Sources) -> Public {
         Public {
             base_domains: sources.base_domains.clone(),
@@ -208,6 +232,40 @@ impl Relay {
     }
 }
 
-fn public_listener((listener, bound): &(Arc<config::Listener>, SocketAddr)) -> PublicListener {
+fn public_listener((listener, bound): &(Arc<Listener>, SocketAddr)) -> PublicListener {
     PublicListener { port: bound.port(), ..PublicListener::of(listener) }
 }
+
+/// Returns which hosts of a route no certificate is for, of the listeners with TLS at which it is taken.
+fn uncovered(route: &Route, base_domains: &[Arc<str>], listeners: &[&Listener]) -> Vec<String> {
+    let matches = &route.matches;
+    let is_taken = |listener: &&&Listener| {
+        // A protocol of bytes has no 421.
+        listener.protocol_type().is_none()
+            && matches.listener.as_ref().is_none_or(|name| *name == listener.name)
+    };
+    let ends: Vec<_> = listeners
+        .iter()
+        .filter(is_taken)
+        .filter_map(|listener| Some((&*listener.name, listener.tls.as_ref()?)))
+        .collect();
+    if ends.is_empty() {
+        return Vec::new();
+    }
+    let plural = if ends.len() == 1 { "" } else { "s" };
+    let names = ends.iter().map(|(name, _)| *name).collect::<Vec<&str>>().join(", ");
+    let hosts = matches.host.hosts(base_domains).into_iter();
+    hosts
+        .filter(|host| !ends.iter().any(|(_, tls)| tls.covers(host)))
+        .map(|host| {
+            format!(
+                "route {}: no certificate of listener{plural} {names} is for {host}; clients are \
+                 answered 421",
+                route.name
+            )
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -138,8 +138,7 @@ impl RelayOpener {
                 if let (Some(host), Some(tls)) = (named, tls)
                     && !tls.hosts.allow(host.as_bytes())
                 {
-                    let detail = "this connection's TLS is for another host";
-                    return Err(failed(failure::MISDIRECTED, detail.into()));
+                    return Err(failed(failure::MISDIRECTED, tls.hosts.why_not().into()));
                 }
                 let sni = tls.map(|tls| &*tls.sni).filter(|sni| !sni.is_empty());
                 let host = named.or(sni);

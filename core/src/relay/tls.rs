@@ -36,6 +36,12 @@ const BUFFER_BYTES_MAX: usize = 128 * 1024;
 /// What a connection with TLS begins with: a record of the handshake (RFC 8446 §5.1).
 const HANDSHAKE_RECORD: u8 = 22;
 
+/// What a tunnel's hello begins with, behind its length: the key of field 32, by which its kind is told.
+const HELLO_KEY: [u8; 2] = [0x82, 0x02];
+
+/// Longest length of a hello in bytes of a varint; it says two million, and a hello is shorter.
+const HELLO_LENGTH_BYTES_MAX: usize = 3;
+
 /// How long a client that spoke plain HTTP has to take the answer. Closing at once would make the
 /// kernel reset the connection, and the client could lose it.
 const LINGER: Duration = Duration::from_secs(2);
@@ -114,6 +120,9 @@ pub(super) enum HandshakeError {
     /// Plain HTTP came, and was answered.
     #[error("plain HTTP came where TLS is spoken")]
     Http,
+    /// A sidecar came without TLS, and was answered.
+    #[error("a sidecar speaks no TLS where TLS is spoken")]
+    PlainSidecar,
     /// Something else came.
     #[error("what came is not TLS")]
     NotTls,
@@ -136,7 +145,7 @@ impl HandshakeError {
             Self::Closed | Self::Io(_) => "closed",
             Self::Timeout => "timeout",
             Self::TurnedAway => "turned_away",
-            Self::Http | Self::NotTls => "not_tls",
+            Self::Http | Self::PlainSidecar | Self::NotTls => "not_tls",
             Self::Tls(E::NoCertificatesPresented | E::InvalidCertificate(_)) => "certificate",
             Self::Tls(E::PeerIncompatible(_) | E::NoApplicationProtocol) => "incompatible",
             Self::Tls(E::AlertReceived(_)) => "rejected",
@@ -238,6 +247,25 @@ impl Acceptor {
             (Arc::clone(name), certificate.not_after)
         };
         self.tls.certificates.iter().map(named).collect()
+    }
+
+    /// Returns whether a sidecar has come by here without TLS, where sidecars come in at all.
+    ///
+    /// # Errors
+    /// The connection's.
+    pub(super) async fn hears_plain_sidecar(&self, socket: &mut Socket) -> io::Result<bool> {
+        if self.sidecar.is_none() {
+            return Ok(false);
+        }
+        let mut count = 1;
+        loop {
+            let begin = socket.peek(count).await?;
+            match is_plain_hello(begin) {
+                Some(is_hello) => return Ok(is_hello),
+                None if begin.len() < count => return Ok(false),
+                None => count += 1,
+            }
+        }
     }
 
     /// Reads a client's hello, which says what the handshake is for. Plain HTTP, where the listener
@@ -357,6 +385,25 @@ impl Greeted<'_> {
         };
         Ok((accepted, result))
     }
+}
+
+/// Returns whether a connection that begins so is a sidecar's without TLS; `None`: what follows says it.
+fn is_plain_hello(begin: &[u8]) -> Option<bool> {
+    if begin.first() == Some(&HANDSHAKE_RECORD) {
+        // A hello is longer than that.
+        return Some(false);
+    }
+    let Some(end) = begin.iter().position(|byte| *byte < 0x80) else {
+        return (begin.len() >= HELLO_LENGTH_BYTES_MAX).then_some(false);
+    };
+    if end >= HELLO_LENGTH_BYTES_MAX {
+        return Some(false);
+    }
+    let key = &begin[end + 1..];
+    if !HELLO_KEY.starts_with(&key[..key.len().min(HELLO_KEY.len())]) {
+        return Some(false);
+    }
+    (key.len() >= HELLO_KEY.len()).then_some(true)
 }
 
 /// Answers plain HTTP, and waits until the answer is taken.

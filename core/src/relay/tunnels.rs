@@ -25,7 +25,7 @@ use crate::tunnel::accept::{self, HelloError};
 use crate::tunnel::gate::TurnedAway;
 use crate::tunnel::session::{Admitted, Session, SessionId, shown, shown_name};
 use crate::tunnel::transport::{Movable as _, Socket, Transport};
-use crate::tunnel::{Link, dial, drive};
+use crate::tunnel::{Link, dial, drive, fault};
 
 /// Pause after the system refused a connection (out of descriptors, say): retrying at once would
 /// spin.
@@ -121,6 +121,22 @@ pub(super) fn is_turned_away(relay: &Relay, peer: SocketAddr) -> bool {
     }
 }
 
+/// Answers a sidecar that speaks no TLS at a listener that is shared with clients. The caller bounds how
+/// many are answered at once.
+pub(super) async fn refuse_plain(relay: &Relay, socket: Socket, peer: SocketAddr) {
+    let refuse = match relay.door.check_failures(peer) {
+        Ok(()) => {
+            failed(relay, peer, "tls", "the dialler speaks no TLS, and the listener expects it");
+            malformed_refusal(EXPECTS_TLS)
+        }
+        Err(why) => {
+            door::note(&relay.metrics, peer, why);
+            refusal(why)
+        }
+    };
+    refuse_plainly(socket, &refuse).await;
+}
+
 /// Counts and tells of a sidecar's TLS that came to nothing.
 pub(super) fn tls_failed(relay: &Relay, peer: SocketAddr, error: &io::Error) {
     failed(relay, peer, "tls", &tls_fault(error));
@@ -138,6 +154,14 @@ fn refusal(why: TurnedAway) -> proto::Refuse {
         reason: proto::RefuseReason::Overloaded.into(),
         detail: why.detail().to_owned(),
         retry_after_ms: u32::try_from(millis).unwrap_or(u32::MAX),
+    }
+}
+
+fn malformed_refusal(detail: &str) -> proto::Refuse {
+    proto::Refuse {
+        reason: proto::RefuseReason::Malformed.into(),
+        detail: detail.to_owned(),
+        retry_after_ms: 0,
     }
 }
 
@@ -198,11 +222,11 @@ async fn greet(relay: Arc<Relay>, stream: TcpStream, peer: SocketAddr, place: Pl
         (Way::Plain, false) => Transport::plain(socket),
         (Way::Plain, true) => {
             failed(&relay, peer, "tls", "the dialler speaks TLS, and relay.tunnel has none");
-            return refuse_plainly(socket, EXPECTS_PLAIN).await;
+            return refuse_plainly(socket, &malformed_refusal(EXPECTS_PLAIN)).await;
         }
         (Way::Tls(_) | Way::Closed, false) => {
             failed(&relay, peer, "tls", "the dialler speaks no TLS, and relay.tunnel.tls is set");
-            return refuse_plainly(socket, EXPECTS_TLS).await;
+            return refuse_plainly(socket, &malformed_refusal(EXPECTS_TLS)).await;
         }
         (Way::Tls(config), true) => {
             let Some(permit) = tls_permit(&relay, peer) else {
@@ -248,14 +272,9 @@ fn tls_permit(relay: &Relay, peer: SocketAddr) -> Option<Permit> {
 }
 
 /// Turns a dialler away in the tunnel's own words, whatever it speaks.
-async fn refuse_plainly(mut socket: Socket, detail: &str) {
-    let refuse = proto::Refuse {
-        reason: proto::RefuseReason::Malformed.into(),
-        detail: detail.to_owned(),
-        retry_after_ms: 0,
-    };
+async fn refuse_plainly(mut socket: Socket, refuse: &proto::Refuse) {
     let told = async {
-        accept::send_refuse(&mut socket, &refuse).await?;
+        accept::send_refuse(&mut socket, refuse).await?;
         throw_away(&mut socket).await
     };
     // Whoever does not take the answer learns of it by the closed connection.
@@ -269,17 +288,7 @@ fn tls_fault(error: &io::Error) -> String {
         Some(rustls::Error::NoApplicationProtocol) => {
             format!("{WANTS_ALPN} (it offered others)")
         }
-        Some(rustls::Error::AlertReceived(alert)) => {
-            format!(
-                "the dialler gave up TLS with the alert {alert:?}: it does not believe this relay's certificate, or wants other TLS"
-            )
-        }
-        Some(rustls::Error::InvalidCertificate(fault)) => {
-            format!(
-                "the dialler's certificate is not one that relay.tunnel.tls.client_ca signed, or not any more: {fault}"
-            )
-        }
-        Some(fault) => format!("TLS failed: {fault}"),
+        Some(fault) => fault::of_dialler(fault),
         None => format!("TLS failed: {error}"),
     }
 }
@@ -302,12 +311,7 @@ async fn shake_hands(
     let limit = relay.door.bounds().timeout;
     if !transport.speaks_tunnel() {
         failed(&relay, peer, "tls", WANTS_ALPN);
-        let refuse = proto::Refuse {
-            reason: proto::RefuseReason::Malformed.into(),
-            detail: WANTS_ALPN.to_owned(),
-            retry_after_ms: 0,
-        };
-        return send_refuse(&mut transport, &refuse, limit).await;
+        return send_refuse(&mut transport, &malformed_refusal(WANTS_ALPN), limit).await;
     }
     let mut input = BytesMut::with_capacity(4096);
     let hello = timeout(limit, accept::read_hello(&mut transport, &mut input)).await;

@@ -1,4 +1,4 @@
-//! What became of TLS with a relay, in words that say what to do.
+//! What became of TLS between sidecar and relay, in words that say what to do.
 
 use std::fmt::Write as _;
 use std::io;
@@ -107,7 +107,48 @@ fn alert(alert: AlertDescription) -> String {
     }
 }
 
-/// `relay.internal` of rustls's `DnsName("relay.internal")`, an address of its `IpAddress(127.0.0.1)`.
+/// Returns what an error of TLS means at the relay's end.
+#[must_use]
+pub fn of_dialler(fault: &Error) -> String {
+    match fault {
+        Error::AlertReceived(alert) => format!(
+            "the dialler gave up TLS with the alert {alert:?}: it does not believe this relay's \
+             certificate, or wants other TLS"
+        ),
+        Error::InvalidCertificate(fault) => diallers_certificate(fault),
+        Error::InvalidMessage(
+            InvalidMessage::InvalidContentType | InvalidMessage::UnknownProtocolVersion,
+        ) => "the dialler goes on without TLS".to_owned(),
+        Error::PeerIncompatible(fault) => {
+            format!("the dialler speaks no TLS that is spoken here: {fault:?}")
+        }
+        fault => format!("TLS failed: {fault}"),
+    }
+}
+
+fn diallers_certificate(fault: &CertificateError) -> String {
+    match fault {
+        CertificateError::UnknownIssuer | CertificateError::BadSignature => {
+            "the dialler's certificate is not one that relay.tunnel.tls.client_ca signed, or not \
+             any more"
+                .to_owned()
+        }
+        CertificateError::ExpiredContext { not_after, .. } => {
+            format!("the dialler's certificate ended at {}", date(*not_after))
+        }
+        CertificateError::Expired => "the dialler's certificate has ended".to_owned(),
+        CertificateError::NotValidYetContext { not_before, .. } => {
+            format!("the dialler's certificate begins at {} only", date(*not_before))
+        }
+        CertificateError::NotValidYet => "the dialler's certificate is not valid yet".to_owned(),
+        CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
+            "the dialler's certificate is not for clients (extendedKeyUsage clientAuth)".to_owned()
+        }
+        fault => format!("the dialler's certificate does not hold: {fault}"),
+    }
+}
+
+/// `relay.internal` of rustls's `DnsName("relay.internal")`, `127.0.0.1` of `IpAddress(127.0.0.1)`.
 fn bare(name: &str) -> &str {
     let inner = name.split_once('(').and_then(|(_, rest)| rest.strip_suffix(')'));
     inner.map_or(name, |inner| inner.trim_matches('"'))
@@ -120,6 +161,29 @@ fn date(time: UnixTime) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn at(seconds: u64) -> UnixTime {
+        UnixTime::since_unix_epoch(Duration::from_secs(seconds))
+    }
+
+    #[test]
+    fn a_diallers_certificate_is_told_of_in_words_of_ours() {
+        let ended =
+            CertificateError::ExpiredContext { time: at(978_307_300), not_after: at(978_307_200) };
+        let early =
+            CertificateError::NotValidYetContext { time: at(1), not_before: at(978_307_200) };
+        let table = [
+            (ended, "the dialler's certificate ended at Mon, 01 Jan 2001 00:00:00 GMT"),
+            (early, "the dialler's certificate begins at Mon, 01 Jan 2001 00:00:00 GMT only"),
+            (
+                CertificateError::UnknownIssuer,
+                "the dialler's certificate is not one that relay.tunnel.tls.client_ca signed, or not any more",
+            ),
+        ];
+        for (fault, expected) in table {
+            assert_eq!(of_dialler(&Error::InvalidCertificate(fault)), expected);
+        }
+    }
 
     #[test]
     fn names_are_told_as_people_write_them() {

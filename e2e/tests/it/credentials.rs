@@ -132,6 +132,11 @@ fn a_token_revoked_by_reload_ends_its_sidecar_alone() {
         assert!(relay_process.log().contains(reason), "{what}");
         assert_eq!(relay_process.metric("sidelane_announcements_forbidden", &[]), Some(1.0));
         assert_eq!(status(&relay_process, "shop-2"), 404, "{what}");
+        let page = "/explain?url=http://shop-2.localhost/";
+        let told = relay_process.admin_page(page)["not_in_force"].to_string();
+        assert!(told.contains(reason), "{what}: {told}");
+        let told = thief.admin_page(page)["notes"].to_string();
+        assert!(told.contains("refuses what this sidecar announces"), "{what}: {told}");
         thief.kill();
         relay_process.until_metric("sidelane_announcements_forbidden", &[], |count| count == 0.0);
     }

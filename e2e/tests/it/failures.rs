@@ -103,6 +103,16 @@ fn service_that_speaks_no_http_is_502() {
 }
 
 #[test]
+fn a_service_that_speaks_tls_is_told_of() {
+    // An alert: unexpected_message.
+    let stage = Stage::of(Service::answering("\x15\x03\x01\0\x02\x02\x0a"));
+    let answer = stage.get("/");
+    assert_failure(&answer, 502, "service-invalid");
+    let told = String::from_utf8_lossy(&answer.body.bytes).into_owned();
+    assert!(told.contains("if it speaks TLS: `service: https://"), "{told}");
+}
+
+#[test]
 fn slow_service_is_504() {
     let service = Service::start(|connection| {
         connection.request()?;

@@ -549,6 +549,33 @@ fn sidecars_come_in_by_the_port_of_clients() {
 }
 
 #[test]
+fn a_sidecar_without_tls_is_told_so_at_the_port_of_clients() {
+    let authority = Authority::new("ca");
+    let files = authority.sign(&[HOST]);
+    let service = Service::ok();
+    let mut setup = Setup::of(service.address());
+    let token = "0123456789abcdef0123456789abcdef".to_owned();
+    (setup.relay_token, setup.sidecar_token) = (Some(token.clone()), Some(token));
+    let relay = setup
+        .relay()
+        .replace(WEB, &listener(&[&files], ""))
+        .replace("tunnel: { address: \"127.0.0.1:0\"", "tunnel: { listener: web");
+    let relay = Sidelane::spawn("relay", &relay);
+    let sidecar = Sidelane::spawn("sidecar", &setup.sidecar(relay.web()));
+    wait::until("the sidecar's log to say so", || {
+        let log = sidecar.log();
+        let is_told = |line: &str| {
+            line.contains("no session") && line.contains("this relay expects TLS here")
+        };
+        log.lines().any(is_told).then_some(())
+    });
+    assert!(relay.log().contains("the dialler speaks no TLS, and the listener expects it"));
+    let refused = relay.metric("sidelane_handshakes_refused_total", &["reason=\"tls\""]);
+    assert!(refused.unwrap_or(0.0) >= 1.0, "{refused:?}");
+    until_result(&relay, "not_tls", 1.0);
+}
+
+#[test]
 fn large_bodies_pass_both_ways() {
     const SIZE: usize = 8 << 20;
     let authority = Authority::new("ca");

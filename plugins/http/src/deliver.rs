@@ -506,7 +506,8 @@ impl<'a> Delivery<'a> {
         }
         let error = error.into_error();
         if error.is_parse() {
-            let text = format!("the service's response is invalid: {error}");
+            let hint = speaks_tls_hint(&error);
+            let text = format!("the service's response is invalid: {error}{hint}");
             return NoHead::Stop(Failed::new(failure::SERVICE_INVALID, text).into());
         }
         let replayable = self.method.is_idempotent() && self.source.is_none();
@@ -601,6 +602,17 @@ fn connecting(error: Connecting) -> Stop {
         Connecting::Failed(PoolError::Handshake(error)) => {
             Failed::new(failure::INTERNAL, error.to_string()).into()
         }
+    }
+}
+
+/// What to do where the answer does not begin as HTTP does. Many a service that speaks TLS answers what
+/// comes without by an alert.
+fn speaks_tls_hint(error: &hyper::Error) -> &'static str {
+    // hyper says which part it is by this text alone.
+    if error.to_string().contains("HTTP version") {
+        "; if it speaks TLS: `service: https://…`"
+    } else {
+        ""
     }
 }
 

@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::{at, tls};
+use super::at;
 use crate::config::error::list;
 use crate::config::policy::{Policies, Rate};
 use crate::config::raw::Field;
@@ -341,7 +341,7 @@ fn unlikely_tls(place: &Field<'_>, route: &Route, relay: &Relay) {
         }
         _ => return,
     };
-    let is_covered = |host: &String| ends.iter().any(|tls| tls::is_covered(tls, host));
+    let is_covered = |host: &String| ends.iter().any(|tls| tls.covers(host));
     if !hosts.iter().any(is_covered)
         && let Some(field) = place.child(key)
     {

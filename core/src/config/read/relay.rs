@@ -51,6 +51,7 @@ impl Reader<'_> {
             let listeners = items(&field, |item| self.listener(item));
             unique(&field, "listener", &listeners, |listener| &listener.name);
             relay.listeners = arcs(listeners);
+            redirects(&field, &relay.listeners);
             if field.is_empty() {
                 field.fail("is empty (accepted: at least one listener; without the key: web on 127.0.0.1:9080)");
             }
@@ -169,6 +170,26 @@ impl Reader<'_> {
             tls,
             https_redirect,
         })
+    }
+}
+
+/// Tells ports that clients are sent to and at which no listener speaks TLS. Port 0 may be any.
+fn redirects(field: &Field<'_>, listeners: &[Arc<Listener>]) {
+    let ports = || listeners.iter().filter(|one| one.tls.is_some()).map(|one| one.address.port());
+    let items = field.items().unwrap_or_default();
+    if items.len() != listeners.len() {
+        // One is faulty, and may be the one.
+        return;
+    }
+    for (item, listener) in items.iter().zip(listeners) {
+        if let Some(port) = listener.https_redirect
+            && let Some(redirect) = item.child("https_redirect")
+            && !ports().any(|other| other == port || other == 0)
+        {
+            redirect.warn(format!(
+                "no listener with tls has port {port}: right only where something in front leads it to one"
+            ));
+        }
     }
 }
 

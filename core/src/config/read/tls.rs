@@ -3,16 +3,15 @@
 use std::net::IpAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
 use super::{Reader, Secret, one_of_keys, twice};
 use crate::config::files::{Pair, PairFault};
 use crate::config::raw::{Field, Section};
 use crate::config::tls::{
-    Acme, Authorities, Certificate, ClientCertificates, ClientTls, EXPIRES_SOON, PEM_BYTES_MAX,
-    PemFault, ServerTls, TlsVersion, Trust,
+    Acme, Authorities, Certificate, ClientCertificates, ClientTls, PEM_BYTES_MAX, PemFault,
+    ServerTls, TlsVersion, Trust,
 };
-use crate::config::value;
+use crate::config::{tls, value};
 
 pub(crate) const LISTENER_TLS_KEYS: &[&str] =
     &["certificates", "acme", "min_version", "client_certificates"];
@@ -217,7 +216,7 @@ impl Reader<'_> {
     /// Warns of a certificate that is not valid now, or soon will not be.
     fn lifetime(&self, field: &Field<'_>, certificate: &Certificate) {
         let Certificate { place, not_before, not_after, .. } = certificate;
-        if let Some(text) = lifetime(self.now, *not_before, *not_after) {
+        if let Some(text) = tls::lifetime(self.now, *not_before, *not_after) {
             field.warn(format!("{place}: {text}"));
         }
     }
@@ -234,7 +233,16 @@ impl Reader<'_> {
         };
         let full = self.files.path(path);
         match Authorities::from_pem(&full.display().to_string(), &text) {
-            Ok(authorities) => Some(authorities),
+            Ok(authorities) => {
+                if let Some(which) = authorities.no_authority() {
+                    field.warn(format!(
+                        "{}: {which} is no authority (basicConstraints CA:TRUE is missing): nothing \
+                         that it would have signed is believed; name the certificate of who signs",
+                        full.display()
+                    ));
+                }
+                Some(authorities)
+            }
             Err(message) => {
                 field.fail(file_fault(&full, &message));
                 None
@@ -416,31 +424,6 @@ fn file_fault(path: &Path, message: &str) -> String {
     format!("{}: {message}", path.display())
 }
 
-/// Returns what is to be told of a certificate's time.
-fn lifetime(now: SystemTime, not_before: SystemTime, not_after: SystemTime) -> Option<String> {
-    let days = |duration: Duration| match duration.as_secs() / (24 * 3600) {
-        0 => "less than a day".to_owned(),
-        1 => "1 day".to_owned(),
-        days => format!("{days} days"),
-    };
-    if let Ok(ago) = now.duration_since(not_after) {
-        return Some(format!("ended on {}, {} ago", date(not_after), days(ago)));
-    }
-    if let Ok(until) = not_before.duration_since(now)
-        && !until.is_zero()
-    {
-        return Some(format!("is not valid before {}, in {}", date(not_before), days(until)));
-    }
-    let left = not_after.duration_since(now).unwrap_or_default();
-    (left < EXPIRES_SOON).then(|| format!("ends on {}, in {}", date(not_after), days(left)))
-}
-
-/// Returns `25 Nov 2026`.
-fn date(time: SystemTime) -> String {
-    let text = httpdate::fmt_http_date(time);
-    text.get(5..16).unwrap_or(&text).to_owned()
-}
-
 /// Names that an authority makes sure of by asking this relay, which it cannot for a wildcard.
 fn acme_names(field: &Field<'_>) -> Option<Vec<Arc<str>>> {
     let names = field.list_of(|item| {
@@ -537,39 +520,4 @@ fn contact(text: &str) -> Result<Arc<str>, String> {
                  mailto:ops@example.org){hint}"
             )
         })
-}
-
-/// Returns whether one of these ends shows a certificate for the host.
-pub(super) fn is_covered(tls: &ServerTls, host: &str) -> bool {
-    let above = host.split_once('.').map(|(_, above)| above);
-    let names = tls.certificates.iter().flat_map(|certificate| certificate.names.iter());
-    tls.acme.iter().any(|name| **name == *host)
-        || names.into_iter().any(|name| {
-            **name == *host || name.strip_prefix("*.").is_some_and(|rest| Some(rest) == above)
-        })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_certificates_time_is_told_in_days() {
-        let day = Duration::from_secs(24 * 3600);
-        // 25 Nov 2026.
-        let now = SystemTime::UNIX_EPOCH + day * 20_782;
-        let table: &[(SystemTime, SystemTime, Option<&str>)] = &[
-            (now - day, now + day * 15, None),
-            (now, now + day * 14, None),
-            (now - day, now + day * 13, Some("ends on 08 Dec 2026, in 13 days")),
-            (now - day, now + day / 2, Some("ends on 25 Nov 2026, in less than a day")),
-            (now - day * 2, now, Some("ended on 25 Nov 2026, less than a day ago")),
-            (now - day * 2, now - day, Some("ended on 24 Nov 2026, 1 day ago")),
-            (now + day, now + day * 90, Some("is not valid before 26 Nov 2026, in 1 day")),
-        ];
-        assert!(!table.is_empty());
-        for (begin, end, expected) in table {
-            assert_eq!(lifetime(now, *begin, *end).as_deref(), *expected);
-        }
-    }
 }

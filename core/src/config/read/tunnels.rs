@@ -31,7 +31,10 @@ impl Reader<'_> {
         let section = field.section(TUNNEL_KEYS)?;
         let name = section.require("name", "text").and_then(|f| f.parse(value::name));
         let service = section
-            .require("service", "host:port, as in 127.0.0.1:3000, https://host:port, or unix:/path")
+            .require(
+                "service",
+                "host:port, as in 127.0.0.1:3000, the same behind https://, or unix:/path",
+            )
             .and_then(|f| f.parse(value::service));
         let mut protocols = None;
         section.set("protocols", &mut protocols, |f| protocol_types(f).map(Some));

@@ -182,6 +182,15 @@ routes[4].hsts: has no effect: no listener that the route is taken at has tls",
 relay.tunnel.insecure: 0.0.0.0:1 is plain: anybody on the way reads and changes everything, credentials too",
         ),
         (
+            "relay:
+  listeners:
+    - { name: a, address: \"127.0.0.1:8443\", tls: { certificates: [{ cert: good.crt, key: good.key }] } }
+    - { name: b, address: \"127.0.0.1:2\", https_redirect: 8443 }
+    - { name: c, address: \"127.0.0.1:3\", https_redirect: 443 }
+",
+            "relay.listeners[2].https_redirect: no listener with tls has port 443: right only where something in front leads it to one",
+        ),
+        (
             "relay: { tunnel: { insecure: true } }
 ",
             "relay.tunnel.insecure: has no effect: on loopback nobody reads along",
@@ -457,5 +466,38 @@ fn an_address_that_stays_keeps_its_tls() {
         let tls = new.relay.unwrap().tunnel.tls.expect("TLS stays");
         assert_eq!(tls.certificates, stays.tls.as_ref().unwrap().certificates, "{client_ca}");
         assert_eq!(tls.clients.is_some(), has_clients, "sidecars at the listener show theirs");
+    }
+}
+
+#[test]
+fn authorities_that_are_none_are_warned_of() {
+    let directory = directory();
+    let path = directory.path();
+    let issuer = |is_ca: rcgen::IsCa| {
+        let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+        params.is_ca = is_ca;
+        let key = rcgen::KeyPair::generate().unwrap();
+        rcgen::CertifiedIssuer::self_signed(params, key).unwrap()
+    };
+    let ca = issuer(rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained));
+    let mut params = rcgen::CertificateParams::new(vec!["a.example".to_owned()]).unwrap();
+    params.distinguished_name = rcgen::DistinguishedName::new();
+    params.distinguished_name.push(rcgen::DnType::CommonName, "relay");
+    let end = params.signed_by(&rcgen::KeyPair::generate().unwrap(), &ca).unwrap();
+    fs::write(path.join("authority.pem"), ca.pem()).unwrap();
+    // Trusted for itself.
+    fs::write(path.join("pinned.pem"), issuer(rcgen::IsCa::NoCa).pem()).unwrap();
+    fs::write(path.join("end.pem"), format!("{}{}", ca.pem(), end.pem())).unwrap();
+    for (name, is_warned) in [("authority", false), ("pinned", false), ("end", true)] {
+        let text = format!(
+            "sidecar: {{ relays: [{{ address: \"127.0.0.1:1\", tls: {{ ca: {name}.pem }} }}] }}\n"
+        );
+        let told = warnings(&directory, &text);
+        assert_eq!(told.len(), usize::from(is_warned), "{told:?}");
+        if let Some(told) = told.first() {
+            let expected =
+                "sidecar.relays[0].tls.ca: end.pem: certificate 2, of CN=relay, is no authority";
+            assert!(told.starts_with(expected), "{told}");
+        }
     }
 }

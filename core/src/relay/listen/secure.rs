@@ -80,9 +80,13 @@ impl Client {
     async fn shake_hands(
         &self,
         acceptor: &Acceptor,
-        socket: Socket,
+        mut socket: Socket,
         address: SocketAddr,
     ) -> Result<(Accepted, &'static str), HandshakeError> {
+        if acceptor.hears_plain_sidecar(&mut socket).await? {
+            tunnels::refuse_plain(&self.relay, socket, address).await;
+            return Err(HandshakeError::PlainSidecar);
+        }
         let greeted = acceptor.greet(socket, &self.config.carries).await?;
         let is_sidecar = greeted.kind == Kind::Sidecar;
         if is_sidecar && tunnels::is_turned_away(&self.relay, address) {

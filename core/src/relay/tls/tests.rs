@@ -351,3 +351,31 @@ async fn what_is_no_tls_is_told_so_where_it_is_http() {
         assert_eq!(answer.ends_with("\r\n\r\nbad-request: this port speaks https\n"), is_told);
     }
 }
+
+#[tokio::test]
+async fn a_sidecar_without_tls_is_known_by_its_hello_where_sidecars_come_in() {
+    let ca = Ca::new("ca");
+    let tls = server(&[&ca.sign(&["a.example.org"])]);
+    let sidecars = Some(SidecarTls { clients: None });
+    let shared = Acceptor::new(&tls, sidecars, &Arc::default()).unwrap();
+    let table: [(&[u8], bool); 9] = [
+        (b"\x47\x82\x02\x45", true),
+        (b"\xc8\x01\x82\x02\xc5\x01", true),
+        (b"\x80\x80\x01\x82\x02", true),
+        (b"\x80\x80\x80\x01\x82\x02", false),
+        (b"GET / HTTP/1.1\r\n", false),
+        (b"\x16\x03\x01", false),
+        (b"\xc8\x01\x82", false),
+        (b"\x00\x01", false),
+        (b"", false),
+    ];
+    for (sent, expected) in table {
+        for (acceptor, expected) in [(&shared, expected), (&acceptor(&tls), false)] {
+            let (mut stream, mut socket) = connection().await;
+            stream.write_all(sent).await.unwrap();
+            stream.shutdown().await.unwrap();
+            let is_hello = acceptor.hears_plain_sidecar(&mut socket).await.unwrap();
+            assert_eq!(is_hello, expected, "{sent:?}");
+        }
+    }
+}
