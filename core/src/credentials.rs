@@ -27,7 +27,7 @@ mod fetch;
 pub mod jwks;
 mod jwt;
 
-pub use claims::{is_one_of, why_not_route, why_not_tunnel};
+pub use claims::{NOT_TUNNEL, is_one_of, why_not_route, why_not_tunnel};
 pub use error::AuthError;
 
 use claims::Placeholders;
