@@ -158,7 +158,12 @@ async fn a_token_is_the_first_principals_that_has_its_hash() {
     let embedded = authenticator.embedded_token().expose().to_owned();
     assert_eq!(name(&authenticator, embedded.as_bytes()).await, Ok("embedded".to_owned()));
 
+    // Tokens are told apart by their hashes, but for the one that may be a word of somebody's own.
+    let shorthand = authenticator.authenticate(presented(b"all")).await.expect("let in");
+    assert_eq!(shorthand.credential(), "token");
     let known = authenticator.authenticate(presented(b"old")).await.expect("let in");
+    let hex: String = hash(b"old")[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(known.credential(), format!("token sha256:{hex}…"));
     let again = authenticator.regrant(&known).expect("as before");
     assert!(Arc::ptr_eq(&again.grant, &known.grant), "nothing has changed");
     let mut wider = with("shop", &["old"]);
