@@ -76,7 +76,7 @@ impl Sidecar {
                         } else {
                             tracing::warn!(relay = peer.name, error = cause, "no session");
                         }
-                        peer.with(|state| state.last_error = Some(cause));
+                        peer.failed(&cause);
                         self.answers.send_replace(());
                         wait_at_least = error.retry_after().unwrap_or_default();
                     }
@@ -166,7 +166,8 @@ impl Sidecar {
         let timeouts = self.settings.timeouts;
         let dialled = dial::dial(&peer.name, &peer.target, &carrier, &hello, timeouts).await;
         let (transport, welcome, input) = dialled?;
-        peer.presented(&credential);
+        peer.known_by(&credential);
+        self.count_refused_credentials();
         Ok((NewLane { transport, carrier, input, number: welcome.lane }, welcome))
     }
 
@@ -254,6 +255,7 @@ impl Sidecar {
         }
         peer.session_ended();
         self.count_refusals();
+        self.count_refused_credentials();
         self.answers.send_replace(());
     }
 

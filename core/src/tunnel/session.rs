@@ -17,8 +17,8 @@ use sidelane_tunnel::{Lane, LaneConfig, OpenError, ProtocolTable, RequestId, Res
 use subtle::ConstantTimeEq as _;
 
 use super::{Link, RecvHalf, SendHalf};
-use crate::credentials::{Authenticated, Grant};
-use crate::error::visible;
+use crate::credentials::{Authenticated, Grant, Proof};
+use crate::error::bounded;
 use crate::metrics::Flow;
 use crate::random;
 
@@ -233,6 +233,20 @@ impl Session {
         }
     }
 
+    /// Sends the answer to a credential on any lane.
+    pub fn answer_credential(&self, authenticated: proto::Authenticated) {
+        if let Some(link) = self.lanes.load().first() {
+            link.with(|lane| lane.authenticated(authenticated));
+        }
+    }
+
+    /// Why the credential that it presented last while it runs was refused; `None`: it was not.
+    #[must_use]
+    pub fn refused_credential(&self) -> Option<String> {
+        let renewal = self.renewal.lock().unwrap_or_else(PoisonError::into_inner);
+        renewal.refused.as_ref().map(|refused| refused.why.clone())
+    }
+
     /// Ends every lane once what is queued has been written.
     pub fn close(&self) {
         for link in self.lanes.load().iter() {
@@ -263,6 +277,15 @@ impl Session {
 pub(crate) struct Renewal {
     pub(crate) is_running: bool,
     pub(crate) next: Option<Bytes>,
+    /// The last one, where it was refused.
+    pub(crate) refused: Option<RefusedRenewal>,
+}
+
+/// A credential that was presented in a running session, and was refused.
+pub(crate) struct RefusedRenewal {
+    pub(crate) why: String,
+    /// To look again, where that can be.
+    pub(crate) proof: Option<Proof>,
 }
 
 /// Documents that a session announces: one at a time is looked at, of further ones the last is kept.
@@ -458,6 +481,8 @@ impl Sessions {
             return Err(unknown());
         }
         let Ok(()) = session.regrant(|_| Ok::<_, Infallible>(authenticated));
+        // What it presents now counts, whatever it presented before.
+        session.renewal.lock().unwrap_or_else(PoisonError::into_inner).refused = None;
         let protocols = answer_protocols(settings, &session)?;
         let link = self.add_lane(settings, &session, shard_of)?;
         let welcome = self.welcome(settings, &session, &link, &protocols);
@@ -574,10 +599,7 @@ pub fn shown_name(name: &str) -> Arc<str> {
 /// What a sidecar says for people, on one line, and not long.
 #[must_use]
 pub fn shown(text: &str) -> String {
-    let mut shown = visible(text).into_owned();
-    let end = (0..=NAME_BYTES_MAX.min(shown.len())).rev().find(|at| shown.is_char_boundary(*at));
-    shown.truncate(end.unwrap_or_default());
-    shown
+    bounded(text, NAME_BYTES_MAX)
 }
 
 #[cfg(test)]
