@@ -42,6 +42,8 @@ const RETRY_AFTER_FULL_MS: u32 = 5_000;
 pub struct Settings {
     /// Sessions at once.
     pub sessions_max: usize,
+    /// Sessions of one principal at once, but for those that are about to be replaced.
+    pub sessions_of_principal_max: usize,
     /// Lanes of one session.
     pub lanes_max: u32,
     /// How each lane is set up, but for what the peer's hello says.
@@ -408,6 +410,20 @@ impl Sessions {
                 0,
             )
         })?;
+        let principal = &authenticated.grant.principal;
+        let of_principal = self.by_id.iter().filter(|other| {
+            other.instance != instance
+                && !other.is_revoked()
+                && other.grant().principal == *principal
+        });
+        let count = of_principal.count();
+        if count >= settings.sessions_of_principal_max {
+            return Err(refuse(
+                proto::RefuseReason::Overloaded,
+                format!("principal {principal} has {count} sessions, the limit of one"),
+                RETRY_AFTER_FULL_MS,
+            ));
+        }
         let id: SessionId = random::bytes();
         let session = Arc::new(Session {
             id,
