@@ -56,7 +56,7 @@ fn a_host_that_tls_is_not_for_is_misdirected() {
         assert_eq!(answer.head.status, status, "{name}: {host}: {answer:?}");
         if status == 421 {
             assert_eq!(answer.head.first("x-sidelane-error"), Some("misdirected"));
-            let told = String::from_utf8_lossy(&answer.body.bytes).into_owned();
+            let told = String::from_utf8_lossy(&answer.body).into_owned();
             assert!(told.contains("TLS is for another host"), "{name}: {host}: {told}");
             // The connection is for others still.
             client.send(for_host(name));
