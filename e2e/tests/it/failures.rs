@@ -106,10 +106,9 @@ fn service_that_speaks_no_http_is_502() {
 fn a_service_that_speaks_tls_is_told_of() {
     // An alert: unexpected_message.
     let stage = Stage::of(Service::answering("\x15\x03\x01\0\x02\x02\x0a"));
-    let answer = stage.get("/");
-    assert_failure(&answer, 502, "service-invalid");
-    let told = String::from_utf8_lossy(&answer.body).into_owned();
-    assert!(told.contains("if it speaks TLS: `service: https://"), "{told}");
+    assert_failure(&stage.get("/"), 502, "service-invalid");
+    let log = stage.sidelane.log();
+    assert!(log.contains("if it speaks TLS: `service: https://"), "{log}");
 }
 
 #[test]

@@ -576,6 +576,21 @@ fn a_sidecar_without_tls_is_told_so_at_the_port_of_clients() {
 }
 
 #[test]
+fn a_sidecar_is_told_of_names_that_no_certificate_is_for() {
+    let authority = Authority::new("ca");
+    let files = authority.sign(&["other.localhost"]);
+    let service = Service::ok();
+    let setup = Setup::of(service.address());
+    let relay = setup.relay().replace(WEB, &listener(&[&files], ""));
+    let relay = Sidelane::spawn("relay", &relay);
+    let sidecar = Sidelane::start("sidecar", &setup.sidecar(relay.tunnel()));
+    let notes = sidecar.admin_page("/tunnels")["relays"][0]["announcement_notes"].to_string();
+    let expected =
+        format!("no certificate of listener web is for {HOST}; clients are answered 421");
+    assert!(notes.contains(&expected), "{notes}");
+}
+
+#[test]
 fn large_bodies_pass_both_ways() {
     const SIZE: usize = 8 << 20;
     let authority = Authority::new("ca");
