@@ -151,7 +151,13 @@ impl Sidecar {
         of_session: proto::Hello,
     ) -> Result<(NewLane, proto::Welcome), DialError> {
         let carrier = self.access.load().carrier(&peer.relay);
-        let credential = self.credential().await;
+        // The session's lanes are not to go for a credential that is not accepted yet.
+        let known = peer.known_credential().filter(|_| !of_session.session.is_empty());
+        let is_newest = known.is_none();
+        let credential = match known {
+            Some(known) => known,
+            None => self.credential().await,
+        };
         let hello = proto::Hello {
             version: sidelane_tunnel::VERSION,
             features: FEATURE_ANNOUNCE,
@@ -166,8 +172,10 @@ impl Sidecar {
         let timeouts = self.settings.timeouts;
         let dialled = dial::dial(&peer.name, &peer.target, &carrier, &hello, timeouts).await;
         let (transport, welcome, input) = dialled?;
-        peer.known_by(&credential);
-        self.count_refused_credentials();
+        if is_newest {
+            peer.known_by(&credential);
+            self.count_refused_credentials();
+        }
         Ok((NewLane { transport, carrier, input, number: welcome.lane }, welcome))
     }
 

@@ -70,6 +70,8 @@ pub(super) struct PeerState {
     presented: Arc<[u8]>,
     /// The relay knows this sidecar by it.
     is_known: bool,
+    /// What the relay knows this sidecar by.
+    known: Arc<[u8]>,
     /// Why the relay refuses it; `None`: it does not, or has not answered.
     credential_refused: Option<String>,
 }
@@ -133,9 +135,15 @@ impl Peer {
     pub(super) fn known_by(&self, credential: &Arc<[u8]>) {
         self.with(|state| {
             state.presented = Arc::clone(credential);
+            state.known = Arc::clone(credential);
             state.is_known = true;
             state.credential_refused = None;
         });
+    }
+
+    /// What a further lane of the session is let in by, where the relay refuses the newest credential.
+    pub(super) fn known_credential(&self) -> Option<Arc<[u8]>> {
+        self.with(|state| state.credential_refused.is_some().then(|| Arc::clone(&state.known)))
     }
 
     /// The relay is shown this credential, and has not answered. Returns whether it is another one.
@@ -159,6 +167,7 @@ impl Peer {
         let relay = &*self.name;
         if answer.accepted {
             self.with(|state| {
+                state.known = Arc::clone(&state.presented);
                 state.is_known = true;
                 state.credential_refused = None;
             });
@@ -396,6 +405,7 @@ mod tests {
         };
         peer.credential_answered(&answer(false, &"no\n".repeat(1000)));
         assert!(peer.refuses_credential() && peer.is_to_see(&new));
+        assert_eq!(peer.known_credential(), Some(old), "for further lanes");
         let told = peer.describe()["credential_refused"].to_string();
         assert!(told.starts_with("\"no\\\\u{a}no") && told.len() < 1000, "{told}");
         assert!(!peer.presents(&new), "once more");
@@ -404,6 +414,7 @@ mod tests {
         assert_eq!(peer.describe()["credential_refused"], "the relay gave no reason");
         peer.credential_answered(&answer(true, ""));
         assert!(!peer.refuses_credential() && !peer.is_to_see(&new));
+        assert_eq!(peer.known_credential(), None, "the newest");
         assert!(peer.describe()["credential_refused"].is_null());
         // A lane that is let in by it says as much.
         peer.credential_answered(&answer(false, "no"));

@@ -496,9 +496,13 @@ impl Sessions {
         if !is_its || session.is_revoked() {
             return Err(unknown());
         }
+        let before = session.authenticated();
+        let is_same = before.credential() == authenticated.credential();
+        if !is_same || before.expires != authenticated.expires {
+            // What it presents now counts, whatever was refused before.
+            session.renewal.lock().unwrap_or_else(PoisonError::into_inner).refused = None;
+        }
         let Ok(()) = session.regrant(|_| Ok::<_, Infallible>(authenticated));
-        // What it presents now counts, whatever it presented before.
-        session.renewal.lock().unwrap_or_else(PoisonError::into_inner).refused = None;
         let protocols = answer_protocols(settings, &session)?;
         let link = self.add_lane(settings, &session, shard_of)?;
         let welcome = self.welcome(settings, &session, &link, &protocols);

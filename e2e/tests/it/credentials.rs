@@ -271,6 +271,23 @@ fn a_signed_token_is_renewed_ends_and_goes_with_its_key() {
     relay.until_metric("sidelane_credentials_refused_total", refused, |count| count >= 1.0);
     write("token", &second.account("shop", "web", hour));
     until_status(&relay, "web.shop", 200);
+
+    // Signed by a key that the relay does not know yet: the token before counts until it does.
+    let epoch = session_of(&relay, "cluster/shop/web").expect("a session")["epoch"].clone();
+    let third = Signer::new("third");
+    write("token", &third.account("shop", "web", hour));
+    let _ = sidecar.reload();
+    sidecar.until_metric("sidelane_credential_renewal_refused", &[], |refused| refused == 1.0);
+    assert_eq!(status(&relay, "web.shop"), 200);
+    let keys = |set: &str| serde_json::from_str::<Value>(set).expect("JSON")["keys"][0].clone();
+    let both = serde_json::json!({ "keys": [keys(&second.set()), keys(&third.set())] });
+    write("keys.json", &both.to_string());
+    let _ = (relay.reload(), sidecar.reload());
+    sidecar.until_metric("sidelane_credential_renewal_refused", &[], |refused| refused == 0.0);
+    write("keys.json", &third.set());
+    let _ = relay.reload();
+    assert_eq!(status(&relay, "web.shop"), 200);
+    assert_eq!(session_of(&relay, "cluster/shop/web").expect("the same")["epoch"], epoch);
 }
 
 #[test]

@@ -273,15 +273,18 @@ async fn a_renewal_that_was_refused_counts_once_its_hash_is_known() {
     assert!(page("credential_refused").is_null());
     assert!(metric(&relay, "sidelane_credentials_renewed_total{result=\"accepted\"} 1"));
 
-    // A lane that is let in by a credential says that this one counts.
+    // A further lane by what counts leaves the refusal as it is; by another one that one counts.
     relay.renew_by(&shop, b"a-token-of-nobody-yet").await;
-    assert!(page("credential_refused").is_string());
     let further = proto::Hello {
         session: first.welcome.session.clone(),
         secret: first.welcome.secret.clone(),
         ..hello(1)
     };
-    drop(admit_by(&relay, &further, known(&relay, next).await.expect("known")));
+    let by_next = known(&relay, next).await.expect("known");
+    drop(admit_by(&relay, &further, by_next.clone()));
+    assert!(page("credential_refused").is_string());
+    let expires = SystemTime::now().checked_add(Duration::from_secs(60));
+    drop(admit_by(&relay, &further, Authenticated { expires, ..by_next }));
     assert!(page("credential_refused").is_null());
 
     // One that becomes another principal's does not keep the session.
