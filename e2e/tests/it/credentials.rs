@@ -128,7 +128,9 @@ fn a_token_revoked_by_reload_ends_its_sidecar_alone() {
                 .any(|session| session["forbidden"]["reasons"].to_string().contains(reason));
             told.then_some(())
         });
-        assert_eq!(thief.get(thief.health(), "/ready").head.status, 503, "{what}");
+        wait::until("not ready", || {
+            (thief.get(thief.health(), "/ready").head.status == 503).then_some(())
+        });
         assert!(relay_process.log().contains(reason), "{what}");
         assert_eq!(relay_process.metric("sidelane_announcements_forbidden", &[]), Some(1.0));
         assert_eq!(status(&relay_process, "shop-2"), 404, "{what}");
@@ -253,7 +255,8 @@ fn a_signed_token_is_renewed_ends_and_goes_with_its_key() {
     assert_ne!(renewed["expires"], known["expires"]);
     assert_eq!(status(&relay, "web.shop"), 200);
     relay.until_metric("sidelane_sessions_revoked_total", &["reason=\"expired\""], |n| n == 1.0);
-    assert!(relay.log().contains("session ended: its credential has expired"));
+    let line = "session ended: its credential has expired";
+    wait::until(line, || relay.log().contains(line).then_some(()));
     until_status(&relay, "web.shop", 404);
     let refused = &["reason=\"expired\""][..];
     relay.until_metric("sidelane_credentials_refused_total", refused, |count| count >= 1.0);
