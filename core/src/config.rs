@@ -257,6 +257,8 @@ pub struct RelayLimits {
     pub connections: usize,
     /// Sessions at once.
     pub sessions: usize,
+    /// Sessions of one principal at once.
+    pub sessions_per_principal: usize,
     /// Lanes of one session.
     pub lanes_per_session: usize,
     /// Exchanges of one session at once.
@@ -288,6 +290,7 @@ impl Default for RelayLimits {
         Self {
             connections: 65_536,
             sessions: 4_096,
+            sessions_per_principal: 2_048,
             lanes_per_session: 16,
             exchanges_per_session: 10_000,
             streams_per_connection: 256,

@@ -27,7 +27,7 @@ mod fetch;
 pub mod jwks;
 mod jwt;
 
-pub use claims::{is_one_of, why_not_route, why_not_tunnel};
+pub use claims::{NOT_TUNNEL, is_one_of, why_not_route, why_not_tunnel};
 pub use error::AuthError;
 
 use claims::Placeholders;
@@ -102,7 +102,10 @@ impl fmt::Display for Proof {
         match self {
             Self::Loopback => f.write_str("loopback"),
             Self::Embedded => f.write_str("embedded"),
-            Self::Token(_) => f.write_str("token"),
+            // Enough to tell the hashes of a file apart; of a token of random bits it says nothing.
+            Self::Token([a, b, c, d, ..]) => {
+                write!(f, "token sha256:{a:02x}{b:02x}{c:02x}{d:02x}…")
+            }
             Self::Certificate(_, name) => write!(f, "certificate {}", crate::error::visible(name)),
             Self::Jwt(signed) => {
                 write!(f, "jwt {} {}", signed.issuer, crate::error::visible(&signed.subject))
@@ -141,11 +144,31 @@ pub struct Authenticated {
 }
 
 impl Authenticated {
+    /// For people: what it was let in by, never its secret.
+    #[must_use]
+    pub fn credential(&self) -> String {
+        match self.proof {
+            // `relay.tunnel.token` may be a word of somebody's own, of which not even a hash is shown.
+            Proof::Token(_) if *self.grant.principal == *TOKEN => "token".to_owned(),
+            ref proof => proof.to_string(),
+        }
+    }
+
     /// Returns whether what was presented has ended.
     #[must_use]
     pub fn is_expired(&self, now: SystemTime) -> bool {
         self.expires.is_some_and(|expires| expires <= now)
     }
+}
+
+/// What was presented and is nobody's.
+#[derive(Debug)]
+pub struct Refused {
+    /// Why.
+    pub error: AuthError,
+    /// What it was, to look again when the rules are others: a token's hash, or what a signed token says
+    /// whose signature is good. The credential itself is not kept.
+    pub proof: Option<Proof>,
 }
 
 /// The rules in force, with the keys of their issuers.
@@ -194,8 +217,8 @@ impl Authenticator {
         authenticator
     }
 
-    /// Takes other rules, for whoever comes from here on. Keys that were fetched from a URL are kept
-    /// where the same URL is named again.
+    /// Takes other rules, for whoever comes from here on. Keys that are known stay until those of another
+    /// URL have been fetched.
     pub fn set(&self, rules: Rules) {
         let before = self.state.load();
         let issuers = rules.credentials.issuers.iter().map(|issuer| {
@@ -232,18 +255,35 @@ impl Authenticator {
     /// # Errors
     /// It is nobody who is known.
     pub async fn authenticate(&self, presented: Presented<'_>) -> Result<Authenticated, AuthError> {
-        let result = self.find(presented).await;
-        if let Err(error) = &result {
-            self.metrics.credentials.refused(error.label());
-        }
-        result
+        self.authenticate_or_keep(presented).await.map_err(|refused| refused.error)
     }
 
-    async fn find(&self, presented: Presented<'_>) -> Result<Authenticated, AuthError> {
+    /// As [`Authenticator::authenticate`], with what may be looked at again of what is refused.
+    ///
+    /// # Errors
+    /// It is nobody who is known.
+    pub async fn authenticate_or_keep(
+        &self,
+        presented: Presented<'_>,
+    ) -> Result<Authenticated, Refused> {
         let state = self.state.load_full();
-        let proof = self.proof(&state, presented).await?;
-        // Others may be in force by now.
-        let known = self.judge(&self.state.load(), &proof, None)?;
+        let result = match self.proof(&state, presented).await {
+            // Others may be in force by now.
+            Ok(proof) => self.grant(&proof).map_err(|error| (error, Some(proof))),
+            Err(error) => Err((error, None)),
+        };
+        result.map_err(|(error, proof)| {
+            self.metrics.credentials.refused(error.label());
+            Refused { error, proof }
+        })
+    }
+
+    /// Returns what a proof is worth now.
+    ///
+    /// # Errors
+    /// Nothing, and why.
+    pub fn grant(&self, proof: &Proof) -> Result<Authenticated, AuthError> {
+        let known = self.judge(&self.state.load(), proof, None)?;
         if known.is_expired(SystemTime::now()) {
             return Err(AuthError::Expired);
         }

@@ -43,6 +43,17 @@ pub fn visible(text: &str) -> Cow<'_, str> {
     shown.into()
 }
 
+/// Returns what another process says, as [`visible`] shows it, cut off at `bytes_max`.
+#[must_use]
+pub fn bounded(text: &str, bytes_max: usize) -> String {
+    let mut shown = visible(text).into_owned();
+    if shown.len() > bytes_max {
+        let end = (0..=bytes_max).rev().find(|at| shown.is_char_boundary(*at));
+        shown.truncate(end.unwrap_or_default());
+    }
+    shown
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -51,5 +62,7 @@ mod tests {
     fn what_a_terminal_would_obey_is_shown() {
         assert_eq!(visible("a \u{1b}[31mé\n\u{202e}b"), "a \\u{1b}[31mé\\u{a}\\u{202e}b");
         assert!(matches!(visible("plain…"), Cow::Borrowed(_)));
+        assert_eq!(bounded("plain…", 7), "plain", "cut off between characters");
+        assert_eq!(bounded("plain…", 8), "plain…");
     }
 }

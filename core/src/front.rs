@@ -161,6 +161,9 @@ pub enum ConnectionError {
     /// The client was too slow with a request's head, or with HTTP/2's settings.
     #[error("the client sent no whole request head in time")]
     HeadTimeout,
+    /// The client took nothing more of a response that is over.
+    #[error("the client did not take its response in time")]
+    Stalled,
     /// The client broke HTTP/1.
     #[error("the client broke HTTP/1")]
     Http1(#[source] hyper::Error),

@@ -582,11 +582,7 @@ impl AdminState for Process {
         if self.draining.load(Ordering::Relaxed) {
             reasons.push("shutting down".to_owned());
         }
-        if let Some(sidecar) = &self.sidecar
-            && !sidecar.is_connected()
-        {
-            reasons.push("no session with any relay".to_owned());
-        }
+        reasons.extend(self.sidecar.as_ref().and_then(|sidecar| sidecar.no_session()));
         if let Some(refusal) = self.sidecar.as_ref().and_then(|sidecar| sidecar.refused_by_all()) {
             reasons.push(format!("every relay refuses what this sidecar announces: {refusal}"));
         }

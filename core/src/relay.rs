@@ -271,8 +271,9 @@ impl Relay {
             serde_json::json!({
                 "sidecar": &*session.name,
                 "principal": &*authenticated.grant.principal,
-                "credential": authenticated.proof.to_string(),
+                "credential": authenticated.credential(),
                 "expires": expires,
+                "credential_refused": session.refused_credential(),
                 "peer": session.peer.to_string(),
                 "epoch": session.epoch,
                 "connected_for_seconds": session.since.elapsed().as_secs(),
@@ -326,7 +327,7 @@ impl Relay {
         tracing::info!(
             sidecar = &*session.name,
             principal = &*authenticated.grant.principal,
-            credential = %authenticated.proof,
+            credential = authenticated.credential(),
             peer = %session.peer,
             epoch = session.epoch,
             "session begun"

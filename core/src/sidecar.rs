@@ -41,6 +41,9 @@ pub use relays::{Resolve, ResolveFuture, system_resolver};
 pub use retry::{Allowance, Budget, Budgets};
 pub use service::{Asked, Retries, ServiceHandle, Services};
 
+/// Relays of which readiness says why there is no session.
+const FAILURES_TOLD_MAX: usize = 3;
+
 /// Longest time that is taken from a relay: a week. Clocks do not overflow by it.
 const TIMEOUT_MAX: Duration = Duration::from_secs(7 * 24 * 60 * 60);
 
@@ -187,6 +190,23 @@ impl Sidecar {
         self.peers().iter().any(|peer| peer.is_connected())
     }
 
+    /// Why there is no session with any relay, as far as is known, the first ones; `None`: there is one.
+    #[must_use]
+    pub fn no_session(&self) -> Option<String> {
+        if self.is_connected() {
+            return None;
+        }
+        let mut text = "no session with any relay".to_owned();
+        let peers = self.peers();
+        let of_peers = peers.iter().filter_map(|peer| peer.failure());
+        let of_names = self.names.iter().filter_map(|named| named.answer()?.last_error);
+        for (index, failure) in of_peers.chain(of_names).take(FAILURES_TOLD_MAX).enumerate() {
+            text += if index == 0 { ": " } else { "; " };
+            text += &failure;
+        }
+        Some(text)
+    }
+
     /// Why all relays with a session refuse the newest document; `None`: one does not, or there is none.
     pub fn refused_by_all(&self) -> Option<String> {
         let peers = self.peers();
@@ -308,6 +328,11 @@ impl Sidecar {
             Event::Announce(_) => {
                 tracing::warn!(relay = peer.name, "the relay sent an announcement; ignored");
             }
+            Event::Authenticated(answer) => {
+                peer.credential_answered(&answer);
+                self.count_refused_credentials();
+                self.answers.send_replace(());
+            }
             Event::Authenticate(_) | Event::Rtt(_) => {}
         }
     }
@@ -398,6 +423,11 @@ impl Sidecar {
     fn count_refusals(&self) {
         let is_refused = self.peers().iter().any(|peer| peer.refusal().is_some());
         self.metrics.sidecar.set_announcement_refused(is_refused);
+    }
+
+    fn count_refused_credentials(&self) {
+        let is_refused = self.peers().iter().any(|peer| peer.refuses_credential());
+        self.metrics.sidecar.set_credential_refused(is_refused);
     }
 
     /// Sends the current document on a lane that is up.

@@ -62,6 +62,8 @@ pub mod field {
     pub const ANNOUNCED: u32 = 42;
     /// `authenticate`.
     pub const AUTHENTICATE: u32 = 43;
+    /// `authenticated`.
+    pub const AUTHENTICATED: u32 = 44;
     /// `window`, and the first number of an exchange's control.
     pub const WINDOW: u32 = 48;
     /// `reset`.
@@ -237,7 +239,7 @@ fn parse(message: &[u8]) -> Result<Parts, DecodeError> {
                 let range = cursor.length_delimited()?;
                 parts.open.join(message, range);
             }
-            field::PROTOCOL_FIRST..=field::AUTHENTICATE | field::WINDOW..=field::REFUSED => {
+            field::PROTOCOL_FIRST..=field::AUTHENTICATED | field::WINDOW..=field::REFUSED => {
                 wire.expect_length_delimited(number, at)?;
                 let range = cursor.length_delimited()?;
                 // A oneof: another member replaces, the same embedded message is joined.

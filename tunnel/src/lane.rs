@@ -214,6 +214,8 @@ pub enum Event {
     Announced(proto::Announced),
     /// The sidecar presents another credential.
     Authenticate(proto::Authenticate),
+    /// What became of the credential that we presented.
+    Authenticated(proto::Authenticated),
     /// No new exchanges on this lane.
     GoAway(proto::GoAway),
     /// The smoothed round-trip time was measured again.
@@ -611,6 +613,11 @@ impl Lane {
     /// Presents another credential. False: it is longer than the peer accepts, and is not sent.
     pub fn authenticate(&mut self, authenticate: proto::Authenticate) -> bool {
         self.push_document(field::AUTHENTICATE, &authenticate)
+    }
+
+    /// Answers another credential. False: it is longer than the peer accepts, and is not sent.
+    pub fn authenticated(&mut self, authenticated: proto::Authenticated) -> bool {
+        self.push_document(field::AUTHENTICATED, &authenticated)
     }
 
     /// Says that no new exchanges are to come on this lane: the peer's are refused with `DRAINING`

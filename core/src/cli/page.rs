@@ -225,6 +225,8 @@ fn tunnels(json: &Json, width: Option<usize>) -> String {
         let mut table = Table::new(&[
             "SIDECAR",
             "PRINCIPAL",
+            "CREDENTIAL",
+            "EXPIRES",
             "PEER",
             "UP FOR",
             "LANES",
@@ -237,6 +239,8 @@ fn tunnels(json: &Json, width: Option<usize>) -> String {
             table.row([
                 plain(&session["sidecar"]),
                 plain(&session["principal"]),
+                session_credential(session),
+                plain(&session["expires"]),
                 plain(&session["peer"]),
                 up_for(session),
                 lanes(session),
@@ -291,6 +295,15 @@ fn relay_name(relay: &Json) -> String {
     }
 }
 
+/// What counts, and why a newer one does not.
+fn session_credential(session: &Json) -> String {
+    let credential = plain(&session["credential"]);
+    match session["credential_refused"].as_str() {
+        Some(reason) => format!("{credential}; a newer one is refused: {reason}"),
+        None => credential,
+    }
+}
+
 fn session_announcement(session: &Json) -> String {
     let waiting = &session["waiting"];
     if waiting.is_object() {
@@ -307,7 +320,10 @@ fn session_announcement(session: &Json) -> String {
 
 fn relay_state(relay: &Json) -> String {
     if relay["connected"] == Json::Bool(true) {
-        return "connected".to_owned();
+        return match relay["credential_refused"].as_str() {
+            Some(reason) => format!("connected; refuses the newest credential: {reason}"),
+            None => "connected".to_owned(),
+        };
     }
     match relay["last_error"].as_str() {
         Some(error) => format!("not connected: {error}"),
@@ -511,14 +527,24 @@ mod tests {
             ],
             "names": [{ "relay": "t:9081", "last_error": "no such name" }],
             "sessions": [{
-                "sidecar": "laptop", "principal": "shop", "peer": "192.0.2.1:4711", "connected_for_seconds": 3700,
+                "sidecar": "laptop", "principal": "shop",
+                "credential": "token sha256:0e5751c0…", "expires": null, "peer": "192.0.2.1:4711", "connected_for_seconds": 3700,
                 "tunnels": ["web"], "announcement": 3,
                 "lanes": [{ "exchanges": 3 }, { "exchanges": 4 }],
+            }, {
+                "sidecar": "ci", "principal": "cluster/shop/web", "credential": "jwt k8s ci",
+                "expires": "Sun, 06 Nov 1994 08:49:37 GMT", "credential_refused": "another audience",
+                "peer": "192.0.2.2:4711", "lanes": [],
             }],
             "relays": [
                 {
                     "relay": "r:9081", "connected": true, "connected_for_seconds": 12,
                     "lanes": [], "announcement_accepted": 2, "announcement_refused": [],
+                },
+                {
+                    "relay": "q:9081", "connected": true, "connected_for_seconds": 12,
+                    "lanes": [], "announcement_accepted": 2, "announcement_refused": [],
+                    "credential_refused": "not known",
                 },
                 {
                     "relay": "s:9081", "address": "192.0.2.7:9081", "connected": false, "lanes": [],
@@ -532,12 +558,14 @@ mod tests {
         rpc     unix:/run/rpc.sock  healthy                                                        -           -         -      -
         shop    -                   unavailable at shop: waiting for the service; at ci: HTTP 500  -           -         -      -
 
-        SIDECAR  PRINCIPAL  PEER            UP FOR  LANES  IN FLIGHT  TUNNELS  ANNOUNCEMENT
-        laptop   shop       192.0.2.1:4711  1h1m    2      7          web      3
+        SIDECAR  PRINCIPAL         CREDENTIAL                                            EXPIRES                        PEER            UP FOR  LANES  IN FLIGHT  TUNNELS  ANNOUNCEMENT
+        laptop   shop              token sha256:0e5751c0…                                -                              192.0.2.1:4711  1h1m    2      7          web      3
+        ci       cluster/shop/web  jwt k8s ci; a newer one is refused: another audience  Sun, 06 Nov 1994 08:49:37 GMT  192.0.2.2:4711  -       0      0          -        -
 
-        RELAY                     STATE                     UP FOR  LANES  IN FLIGHT  ANNOUNCEMENT
-        r:9081                    connected                 12s     0      0          accepted 2
-        s:9081 at 192.0.2.7:9081  not connected: no answer  -       0      0          refused: route a: taken
+        RELAY                     STATE                                                UP FOR  LANES  IN FLIGHT  ANNOUNCEMENT
+        r:9081                    connected                                            12s     0      0          accepted 2
+        q:9081                    connected; refuses the newest credential: not known  12s     0      0          accepted 2
+        s:9081 at 192.0.2.7:9081  not connected: no answer                             -       0      0          refused: route a: taken
         t:9081 cannot be resolved: no such name
         "#);
     }

@@ -175,6 +175,7 @@ pub(crate) const RELAY_TUNNEL_KEYS: &[&str] =
 pub(crate) const RELAY_LIMITS_KEYS: &[&str] = &[
     "connections",
     "sessions",
+    "sessions_per_principal",
     "lanes_per_session",
     "exchanges_per_session",
     "streams_per_connection",

@@ -474,6 +474,8 @@ struct RelayLimits {
     connections: Int<1, 10_000_000>,
     /// Sessions at once; a further sidecar is refused.
     sessions: Int<1, COUNT>,
+    /// The same of one principal, so that none takes all.
+    sessions_per_principal: Int<1, COUNT>,
     /// Connections of one session.
     lanes_per_session: Int<1, LANES>,
     /// Exchanges of one session at once; beyond: 503.

@@ -86,6 +86,7 @@ impl Relay {
             "limits": {
                 "connections": limits.connections,
                 "sessions": limits.sessions,
+                "sessions_per_principal": limits.sessions_per_principal,
                 "lanes_per_session": limits.lanes_per_session,
                 "exchanges_per_session": limits.exchanges_per_session,
                 "streams_per_connection": limits.streams_per_connection,

@@ -90,13 +90,16 @@ pub fn is_one_of(a: &Grant, b: &Grant) -> bool {
     a.principal == b.principal || (a.claims == everything && b.claims == everything)
 }
 
+/// By which a reason is known that is of a tunnel's name.
+pub const NOT_TUNNEL: &str = "may not claim tunnel";
+
 /// Returns why a tunnel of that name may not be served; `None`: it may.
 #[must_use]
 pub fn why_not_tunnel(grant: &Grant, name: &str) -> Option<String> {
     let claims = &grant.claims;
     (!claims.has_tunnel(name)).then(|| {
         format!(
-            "tunnel {name}: principal {} may not claim tunnel {name}; its tunnels: {}",
+            "tunnel {name}: principal {} {NOT_TUNNEL} {name}; its tunnels: {}",
             grant.principal,
             told(&claims.tunnels)
         )

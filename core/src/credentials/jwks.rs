@@ -136,7 +136,8 @@ impl std::fmt::Debug for IssuerKeys {
 }
 
 impl IssuerKeys {
-    /// Returns an issuer. What `before` fetched from the same URL is kept.
+    /// Returns an issuer. Keys that are to be fetched are first what `before` has of the same URL, or of
+    /// the issuer: who is let in by them is so until it is known which keys there are now.
     pub(super) fn new(issuer: &Arc<Issuer>, before: &[Arc<Self>]) -> Self {
         let keys = match &issuer.keys {
             Keys::Set(text) => match parse(text) {
@@ -151,7 +152,11 @@ impl IssuerKeys {
                 let same = before.iter().find(|other| {
                     matches!(&other.issuer.keys, Keys::Url { url: other, .. } if other == url)
                 });
-                same.and_then(|same| same.keys.load_full())
+                let of_issuer = |other: &&Arc<Self>| {
+                    other.issuer.name == issuer.name && other.issuer.issuer == issuer.issuer
+                };
+                let known = |other: &Arc<Self>| other.keys.load_full();
+                same.and_then(known).or_else(|| before.iter().find(of_issuer).and_then(known))
             }
         };
         Self {

@@ -158,7 +158,12 @@ async fn a_token_is_the_first_principals_that_has_its_hash() {
     let embedded = authenticator.embedded_token().expose().to_owned();
     assert_eq!(name(&authenticator, embedded.as_bytes()).await, Ok("embedded".to_owned()));
 
+    // Tokens are told apart by their hashes, but for the one that may be a word of somebody's own.
+    let shorthand = authenticator.authenticate(presented(b"all")).await.expect("let in");
+    assert_eq!(shorthand.credential(), "token");
     let known = authenticator.authenticate(presented(b"old")).await.expect("let in");
+    let hex: String = hash(b"old")[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(known.credential(), format!("token sha256:{hex}…"));
     let again = authenticator.regrant(&known).expect("as before");
     assert!(Arc::ptr_eq(&again.grant, &known.grant), "nothing has changed");
     let mut wider = with("shop", &["old"]);
@@ -461,6 +466,46 @@ async fn keys_are_fetched_once_for_all_who_miss_them_and_kept_where_that_fails()
         "sidelane_credentials_refused_total{reason=\"unknown_key\"} 1",
     ] {
         assert!(text.contains(line), "{line}: {text}");
+    }
+    keeper.abort();
+}
+
+#[tokio::test]
+async fn keys_of_an_issuer_stay_until_those_of_its_new_source_are_there() {
+    let (first, second) = (Signer::new("one"), Signer::new("two"));
+    let failed = || "HTTP/1.1 500 No\r\ncontent-length: 0\r\n\r\n".to_owned();
+    let both = json!({ "keys": [first.jwk(), second.jwk()] }).to_string();
+    let (url, _seen) = server(vec![failed(), ok(&both)]).await;
+    let (other_url, _other_seen) = server(vec![failed(), ok(&second.set())]).await;
+    let principals = || vec![of_account("shop", "shop", "web")];
+    let by = |keys: Issuer| rules(principals(), vec![keys]);
+    let authenticator = authenticator(by(issuer(Keys::Set(first.set().into()))));
+    let (_stop, stopping) = watch::channel(false);
+    let keeper = tokio::spawn(Arc::clone(&authenticator).keep_keys(stopping));
+    let by_first = first.sign(&claims(json!({})));
+    let known = authenticator.authenticate(presented(by_first.as_bytes())).await.expect("let in");
+    let mut changed = authenticator.keys_changed();
+
+    // From a file to a URL that fails first, and from that to another.
+    for (url, is_kept) in [(&url, true), (&other_url, false)] {
+        authenticator.set(by(by_url(url, None)));
+        authenticator.regrant(&known).expect("its key is known before anything is fetched");
+        let mut fetched = authenticator.state.load().issuers[0].fetched.subscribe();
+        fetched.changed().await.expect("a fetch that fails");
+        authenticator.regrant(&known).expect("its key is still known");
+        changed.changed().await.expect("other keys");
+        let after = authenticator.regrant(&known).map(|_| ());
+        let expected = if is_kept { Ok(()) } else { Err(AuthError::UnknownKey) };
+        assert_eq!(after, expected);
+    }
+    // What an issuer of another name, or `iss`, has signed says nothing of this one.
+    for changed in [
+        Issuer { name: "other".into(), ..by_url("http://127.0.0.1:1/", None) },
+        Issuer { issuer: "https://other".into(), ..by_url("http://127.0.0.1:1/", None) },
+    ] {
+        authenticator.set(by(changed));
+        assert_eq!(authenticator.state.load().issuers[0].len(), 0);
+        authenticator.set(by(issuer(Keys::Set(first.set().into()))));
     }
     keeper.abort();
 }

@@ -100,6 +100,8 @@ where
         }
         End::Done(Err(error)) => Err(classify(error)),
         End::Gone => Err(ConnectionError::ClientGone),
+        // What the client has not taken is lost, and must not look whole.
+        End::Late(Late::Idle) if !signals.flushed.load(Relaxed) => Err(ConnectionError::Stalled),
         End::Late(Late::Idle) => {
             close(wire, false).await;
             Ok(())
@@ -259,7 +261,8 @@ impl Clock {
 
     fn observe(&mut self, signals: &Signals) {
         let requests = signals.requests.load(Relaxed);
-        if signals.live.load(Relaxed) > 0 {
+        // A response that is over, and waits for its client alone, keeps nobody busy.
+        if signals.live.load(Relaxed) > 0 && signals.calls.load(Relaxed) > 0 {
             self.phase = Phase::Busy;
         } else if self.requests != requests || self.phase == Phase::Busy {
             self.requests = requests;

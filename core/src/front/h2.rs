@@ -7,6 +7,7 @@ use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::task::{self, Poll, ready};
 use std::time::{Duration, SystemTime};
 
@@ -23,7 +24,7 @@ use self::tunnel::Tunnel;
 use super::answer::{self, Refusal};
 use super::exchange::{DropInterim, Exchange, Output, Traits, has_body};
 use super::tls::remove_client_cert;
-use super::wire::{Signals, Wire};
+use super::wire::{Calling, Signals, Wire};
 use super::{ConnectionError, Context, Dispatch, Event, FrontConfig, head};
 use crate::plugin::lend::{self, BodyFrame, Reset, ResponseHead};
 
@@ -52,7 +53,8 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     D: Dispatch,
 {
-    let wire = Wire::new(stream, ahead, Arc::new(Signals::new()));
+    let signals = Arc::new(Signals::new());
+    let wire = Wire::new(stream, ahead, Arc::clone(&signals));
     let handshake = builder(&context.config).handshake::<_, Bytes>(wire);
     let mut connection = tokio::time::timeout(context.config.request_head_timeout, handshake)
         .await
@@ -61,7 +63,7 @@ where
 
     let mut rest = RestClock::new(context.config.idle_timeout);
     let mut closing = false;
-    let mut requests = Requests::new(context);
+    let mut requests = Requests::new(context, Arc::clone(&signals));
     poll_fn(|cx| {
         if !closing && shutdown.as_mut().poll(cx).is_ready() {
             closing = true;
@@ -82,8 +84,16 @@ where
                 }
                 Poll::Pending => {}
             }
-            if rest.poll(connection.has_streams(), cx).is_pending() {
+            // Of responses that are over, and wait for the client alone.
+            let left = connection.has_streams() && signals.calls.load(Relaxed) == 0;
+            if left && signals.wrote.swap(false, Relaxed) {
+                rest.deadline = None;
+            }
+            if rest.poll(connection.has_streams() && !left, cx).is_pending() {
                 return Poll::Pending;
+            }
+            if left {
+                return Poll::Ready(Err(ConnectionError::Stalled));
             }
             if closing {
                 // The client was told, and has not closed.
@@ -141,11 +151,15 @@ impl RestClock {
     }
 
     fn poll(&mut self, busy: bool, cx: &mut task::Context<'_>) -> Poll<()> {
+        let timeout = self.timeout;
         if busy {
             self.deadline = None;
+            // What ends on a stream's own task need not wake the connection.
+            while self.sleep.as_mut().poll(cx).is_ready() {
+                self.sleep.as_mut().reset(Instant::now() + timeout);
+            }
             return Poll::Pending;
         }
-        let timeout = self.timeout;
         let deadline = *self.deadline.get_or_insert_with(|| Instant::now() + timeout);
         if deadline < self.sleep.deadline() {
             self.sleep.as_mut().reset(deadline);
@@ -165,16 +179,17 @@ impl RestClock {
 /// The requests of one connection.
 struct Requests<D> {
     context: Context<D>,
+    signals: Arc<Signals>,
     dropped: DropInterim,
     /// The last authority that was accepted: a client asks the same one again and again.
     authority: Bytes,
 }
 
 impl<D: Dispatch> Requests<D> {
-    fn new(context: Context<D>) -> Self {
+    fn new(context: Context<D>, signals: Arc<Signals>) -> Self {
         let dispatch = Arc::clone(&context.dispatch);
         let dropped: DropInterim = Arc::new(move || dispatch.note(Event::InformationalDropped));
-        Self { context, dropped, authority: Bytes::new() }
+        Self { context, signals, dropped, authority: Bytes::new() }
     }
 
     fn start(&mut self, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
@@ -208,7 +223,7 @@ impl<D: Dispatch> Requests<D> {
         let responder = exchange.responder(Arc::clone(&self.dropped));
         let call = context.dispatch.accept(&context.info, Box::new(head), body, responder);
         tokio::spawn(Stream {
-            call: Some(call),
+            call: Some((call, Calling::new(&self.signals))),
             exchange,
             head_only,
             dispatch: Arc::clone(&context.dispatch),
@@ -276,7 +291,7 @@ impl lend::Body for RequestBody {
 
 /// One request.
 struct Stream<D: Dispatch> {
-    call: Option<D::Call>,
+    call: Option<(D::Call, Calling)>,
     exchange: Arc<Exchange>,
     head_only: bool,
     dispatch: Arc<D>,
@@ -297,7 +312,7 @@ impl<D: Dispatch> Future for Stream<D> {
     fn poll(self: Pin<&mut Self>, cx: &mut task::Context<'_>) -> Poll<()> {
         let this = self.get_mut();
         let gone = !this.done && this.poll_gone(cx).is_ready();
-        if let Some(call) = &mut this.call
+        if let Some((call, _)) = &mut this.call
             && this.exchange.attend(call, cx)
         {
             this.call = None;

@@ -49,6 +49,8 @@ pub(super) struct Signals {
     pub(super) unread: AtomicBool,
     /// Parts of exchanges that hyper or a plugin still holds.
     pub(super) live: AtomicU32,
+    /// Plugins' calls that run. Without one, what is live waits for the client alone.
+    pub(super) calls: Arc<AtomicU32>,
     /// Requests so far, wrapping.
     pub(super) requests: AtomicU32,
     /// The connection ends soon; see [`ConnectionInfo`](super::ConnectionInfo).
@@ -72,6 +74,7 @@ impl Signals {
             look_ahead: AtomicBool::new(false),
             unread: AtomicBool::new(false),
             live: AtomicU32::new(0),
+            calls: Arc::default(),
             ends_soon: AtomicBool::new(false),
             requests: AtomicU32::new(0),
             upgrade: Mutex::default(),
@@ -132,6 +135,22 @@ impl Busy {
 impl Drop for Busy {
     fn drop(&mut self) {
         self.0.live.fetch_sub(1, Relaxed);
+    }
+}
+
+/// A plugin's call that runs. It outlives its connection, whose end is told with its signals.
+pub(super) struct Calling(Arc<AtomicU32>);
+
+impl Calling {
+    pub(super) fn new(signals: &Arc<Signals>) -> Self {
+        signals.calls.fetch_add(1, Relaxed);
+        Self(Arc::clone(&signals.calls))
+    }
+}
+
+impl Drop for Calling {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Relaxed);
     }
 }
 

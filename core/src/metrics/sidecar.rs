@@ -33,6 +33,7 @@ pub struct SidecarMetrics {
     healthy: Family<TunnelLabel, Gauge>,
     checks: Family<CheckLabels, Counter>,
     announcement_refused: Gauge,
+    credential_refused: Gauge,
     resolve_failures: Counter,
 }
 
@@ -54,6 +55,11 @@ impl SidecarMetrics {
             "announcement_refused",
             "1 while a connected relay refuses the newest document of this sidecar",
             self.announcement_refused.clone(),
+        );
+        r.register(
+            "credential_renewal_refused",
+            "1 while a connected relay refuses the newest credential of this sidecar",
+            self.credential_refused.clone(),
         );
         r.register(
             "relay_resolve_failures",
@@ -94,6 +100,11 @@ impl SidecarMetrics {
     /// Whether a relay refuses the newest document.
     pub fn set_announcement_refused(&self, is_refused: bool) {
         self.announcement_refused.set(i64::from(is_refused));
+    }
+
+    /// Whether a relay refuses the newest credential in a running session.
+    pub fn set_credential_refused(&self, is_refused: bool) {
+        self.credential_refused.set(i64::from(is_refused));
     }
 
     /// A relay's name could not be resolved.

@@ -121,6 +121,10 @@ impl Process {
             check::warn(&config);
         }
         if is_same {
+            // Whoever asks for a reload may have put something right at a relay.
+            if let Some(sidecar) = &self.sidecar {
+                sidecar.try_again();
+            }
             let since = if is_pending_same {
                 format!("nothing has changed since {}", self.lock_taken().text())
             } else {

@@ -21,6 +21,7 @@ pub(super) fn session_settings(section: &config::Relay, plugins: &Plugins) -> Se
     let window_max = limits.window;
     Settings {
         sessions_max: limits.sessions,
+        sessions_of_principal_max: limits.sessions_per_principal,
         lanes_max: u32::try_from(limits.lanes_per_session).unwrap_or(u32::MAX),
         lane: LaneConfig {
             exchanges_max: limits.exchanges_per_session,

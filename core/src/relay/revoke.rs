@@ -6,11 +6,12 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
+use sidelane_tunnel::proto;
 
 use super::Relay;
-use crate::credentials::{AuthError, Presented};
+use crate::credentials::{AuthError, Authenticated, Presented, Refused};
 use crate::shard::Shard;
-use crate::tunnel::session::Session;
+use crate::tunnel::session::{RefusedRenewal, Session};
 
 /// Between two credentials that one session presents. Each may cost a check of a signature; a token is
 /// renewed a few times in an hour.
@@ -19,6 +20,11 @@ const RENEWAL_PAUSE: Duration = Duration::from_secs(1);
 /// What a sidecar is told at the end of its session.
 const WITHDRAWN: &str = "the credential was withdrawn";
 const EXPIRED: &str = "the credential has expired; renew it before its end";
+
+/// Of a credential that a session presents while it runs.
+const NOT_RENEWED: &str = "the sidecar's new credential is not accepted; the one before counts";
+const OTHERS: &str =
+    "the credential is another principal's (accepted: one of the principal whose session it is)";
 
 impl Relay {
     /// Fetches issuers' keys from here on, and looks at sessions again when they change.
@@ -50,7 +56,7 @@ impl Relay {
         let mut revoked = Vec::new();
         // Each may cost the check of a chain, and whoever announces meanwhile is not to wait for all.
         for session in self.sessions.all() {
-            if let Err(error) = session.regrant(|before| self.authenticator.regrant(before)) {
+            if let Err(error) = self.look_again(&session) {
                 revoked.push((session, error));
             }
         }
@@ -80,6 +86,40 @@ impl Relay {
         }
     }
 
+    /// Looks at a session's credential again. One that is worth nothing any more gives way to the one that
+    /// was refused last, where that is worth something by now: a token whose hash came later.
+    fn look_again(&self, session: &Arc<Session>) -> Result<(), AuthError> {
+        self.regrant(session, |before| self.authenticator.regrant(before))
+    }
+
+    fn regrant(
+        &self,
+        session: &Arc<Session>,
+        change: impl FnOnce(&Authenticated) -> Result<Authenticated, AuthError>,
+    ) -> Result<(), AuthError> {
+        let mut is_renewed = false;
+        let result = session.regrant(|before| {
+            change(before).or_else(|error| {
+                let known = self.by_refused(session, before).ok_or(error)?;
+                is_renewed = true;
+                Ok(known)
+            })
+        });
+        if is_renewed {
+            self.renewed(session);
+        }
+        result
+    }
+
+    /// What the credential is worth now that was refused last, where it is the same principal's.
+    fn by_refused(&self, session: &Session, before: &Authenticated) -> Option<Authenticated> {
+        let renewal = session.renewal.lock().unwrap_or_else(PoisonError::into_inner);
+        let proof = renewal.refused.as_ref()?.proof.clone()?;
+        drop(renewal);
+        let known = self.authenticator.grant(&proof).ok()?;
+        (known.grant.principal == before.grant.principal).then_some(known)
+    }
+
     /// Looks at a session's credential once more, after the registry has it: rules that changed while it
     /// was let in did not find it there.
     pub(super) fn confirm(&self, session: &Arc<Session>) {
@@ -88,7 +128,7 @@ impl Relay {
             return;
         }
         let before = session.grant();
-        let result = session.regrant(|before| self.authenticator.regrant(before));
+        let result = self.look_again(session);
         self.regranted(session, &before, result);
     }
 
@@ -121,35 +161,59 @@ impl Relay {
         let peer: IpAddr = session.peer.ip();
         // A certificate counts where it was shown, in a handshake.
         let presented = Presented { credential, chain: &[], peer, local: peer };
-        let result = self.authenticator.authenticate(presented).await;
-        let known = match result {
-            Ok(known) if known.grant.principal == session.grant().principal => Ok(known),
-            Ok(_) => Err("it is another principal's".to_owned()),
-            Err(error) => Err(error.to_string()),
-        };
-        self.metrics.credentials.renewed(known.is_ok());
-        match known {
-            Ok(known) => {
-                let expires = known.expires.map(httpdate::fmt_http_date);
+        let (why, proof) = match self.authenticator.authenticate_or_keep(presented).await {
+            Ok(known) if known.grant.principal == session.grant().principal => {
                 let before = session.grant();
                 let result = session.regrant(|_| Ok::<_, AuthError>(known));
                 self.regranted(session, &before, result);
                 // Rules that changed meanwhile did not see it.
                 self.confirm(session);
-                tracing::info!(
-                    sidecar = &*session.name,
-                    principal = &*session.grant().principal,
-                    expires,
-                    "credential renewed"
-                );
+                return self.renewed(session);
             }
-            Err(error) => tracing::warn!(
-                sidecar = &*session.name,
-                principal = &*session.grant().principal,
-                error,
-                "the sidecar's new credential is not accepted; the one before counts"
-            ),
+            Ok(known) => (OTHERS.to_owned(), Some(known.proof)),
+            Err(Refused { error, proof }) => (error.to_string(), proof),
+        };
+        self.metrics.credentials.renewed(false);
+        let is_told = session.refused_credential().is_some_and(|before| before == why);
+        let (sidecar, principal) = (&*session.name, &*session.grant().principal);
+        if is_told {
+            tracing::debug!(sidecar, principal, error = why, "{NOT_RENEWED}");
+        } else {
+            tracing::warn!(sidecar, principal, error = why, "{NOT_RENEWED}");
         }
+        let mut renewal = session.renewal.lock().unwrap_or_else(PoisonError::into_inner);
+        renewal.refused = Some(RefusedRenewal { why: why.clone(), proof });
+        drop(renewal);
+        session.answer_credential(proto::Authenticated {
+            accepted: false,
+            detail: why,
+            expires_ms: 0,
+        });
+    }
+
+    /// Tells of a credential that has taken the place of the one before.
+    fn renewed(&self, session: &Arc<Session>) {
+        self.metrics.credentials.renewed(true);
+        session.renewal.lock().unwrap_or_else(PoisonError::into_inner).refused = None;
+        if session.is_revoked() {
+            return;
+        }
+        let known = session.authenticated();
+        tracing::info!(
+            sidecar = &*session.name,
+            principal = &*known.grant.principal,
+            credential = known.credential(),
+            expires = known.expires.map(httpdate::fmt_http_date),
+            "credential renewed"
+        );
+        let left = known.expires.map(|at| at.duration_since(SystemTime::now()).unwrap_or_default());
+        // 0 would say that it never ends.
+        let left = left.map(|left| u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1));
+        session.answer_credential(proto::Authenticated {
+            accepted: true,
+            detail: String::new(),
+            expires_ms: left.unwrap_or_default(),
+        });
     }
 
     /// Acts on what a session was granted anew.
@@ -190,7 +254,7 @@ impl Relay {
                 continue;
             }
             let before = session.grant();
-            let result = session.regrant(|known| {
+            let result = self.regrant(&session, |known| {
                 // It may have been renewed just now.
                 if known.is_expired(now) { Err(AuthError::Expired) } else { Ok(known.clone()) }
             });
@@ -204,15 +268,15 @@ impl Relay {
         self.metrics.credentials.session_revoked(is_expired);
         let authenticated = session.authenticated();
         let (sidecar, principal) = (&*session.name, &*authenticated.grant.principal);
-        let (credential, peer) = (&authenticated.proof, session.peer);
+        let (credential, peer) = (authenticated.credential(), session.peer);
         if is_expired {
             tracing::warn!(
-                sidecar, principal, %credential, %peer,
+                sidecar, principal, credential, %peer,
                 "session ended: its credential has expired; a sidecar renews it before its end"
             );
         } else {
             tracing::warn!(
-                sidecar, principal, %credential, %peer, %cause,
+                sidecar, principal, credential, %peer, %cause,
                 "session ended: its credential was withdrawn"
             );
         }

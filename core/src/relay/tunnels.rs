@@ -432,7 +432,14 @@ async fn run_lane(
         );
         old.close();
     }
-    tracing::info!(sidecar = &*session.name, peer = %session.peer, lane = link.number, tls = transport.is_tls(), "lane up");
+    tracing::info!(
+        sidecar = &*session.name,
+        peer = %session.peer,
+        lane = link.number,
+        tls = transport.is_tls(),
+        credential = session.authenticated().credential(),
+        "lane up"
+    );
     relay.confirm(&session);
     relay.notice();
     let lost = Reset::new(failure::TUNNEL_LOST);
@@ -470,6 +477,6 @@ fn handle_event(relay: &Arc<Relay>, session: &Arc<Session>, link: &Arc<Link>, ev
         // Exchanges opened by a sidecar are reserved.
         Event::Opened { key, .. } => link.refuse(key, Reset::new(failure::UNSUPPORTED)),
         Event::Authenticate(presented) => relay.renew(session, presented.credential),
-        Event::Announced(_) | Event::Rtt(_) => {}
+        Event::Announced(_) | Event::Authenticated(_) | Event::Rtt(_) => {}
     }
 }

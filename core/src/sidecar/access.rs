@@ -200,6 +200,11 @@ impl Sidecar {
         self.access_changes.send_replace(());
     }
 
+    /// Dials at once, and presents at once, what waits to be tried again.
+    pub fn try_again(&self) {
+        self.access_changes.send_replace(());
+    }
+
     /// What is to be presented now.
     pub(super) async fn credential(&self) -> Arc<[u8]> {
         let access = self.access.load_full();
@@ -220,14 +225,15 @@ impl Sidecar {
         }
     }
 
-    /// Presents the credential to each relay whose session knows another.
+    /// Presents the credential to each relay whose session knows another, or does not accept it yet: its
+    /// hash, or the key that signed it, may come to the relay later.
     pub(super) async fn renew(&self) {
         let credential = self.credential().await;
         if credential.is_empty() {
             return;
         }
         for peer in self.peers().iter() {
-            if peer.is_connected() && peer.presents_other(&credential) {
+            if peer.is_connected() && peer.is_to_see(&credential) {
                 present(peer, &credential);
             }
         }
@@ -237,9 +243,14 @@ impl Sidecar {
 fn present(peer: &Peer, credential: &Arc<[u8]>) {
     let links = peer.with(|state| state.lanes.clone());
     let Some(link) = links.iter().find(|link| link.is_open()) else { return };
-    if link.authenticate(credential) {
-        peer.presented(credential);
+    // Before the relay can answer.
+    let is_other = peer.presents(credential);
+    if !link.authenticate(credential) {
+        tracing::error!(relay = peer.name, "the credential is longer than the relay accepts");
+    } else if is_other {
         tracing::info!(relay = peer.name, "another credential is presented to the relay");
+    } else {
+        tracing::debug!(relay = peer.name, "the credential is presented to the relay again");
     }
 }
 

@@ -76,7 +76,7 @@ impl Sidecar {
                         } else {
                             tracing::warn!(relay = peer.name, error = cause, "no session");
                         }
-                        peer.with(|state| state.last_error = Some(cause));
+                        peer.failed(&cause);
                         self.answers.send_replace(());
                         wait_at_least = error.retry_after().unwrap_or_default();
                     }
@@ -151,7 +151,13 @@ impl Sidecar {
         of_session: proto::Hello,
     ) -> Result<(NewLane, proto::Welcome), DialError> {
         let carrier = self.access.load().carrier(&peer.relay);
-        let credential = self.credential().await;
+        // The session's lanes are not to go for a credential that is not accepted yet.
+        let known = peer.known_credential().filter(|_| !of_session.session.is_empty());
+        let is_newest = known.is_none();
+        let credential = match known {
+            Some(known) => known,
+            None => self.credential().await,
+        };
         let hello = proto::Hello {
             version: sidelane_tunnel::VERSION,
             features: FEATURE_ANNOUNCE,
@@ -166,7 +172,10 @@ impl Sidecar {
         let timeouts = self.settings.timeouts;
         let dialled = dial::dial(&peer.name, &peer.target, &carrier, &hello, timeouts).await;
         let (transport, welcome, input) = dialled?;
-        peer.presented(&credential);
+        if is_newest {
+            peer.known_by(&credential);
+            self.count_refused_credentials();
+        }
         Ok((NewLane { transport, carrier, input, number: welcome.lane }, welcome))
     }
 
@@ -254,6 +263,7 @@ impl Sidecar {
         }
         peer.session_ended();
         self.count_refusals();
+        self.count_refused_credentials();
         self.answers.send_replace(());
     }
 

@@ -9,10 +9,14 @@ use bytes::Bytes;
 use sidelane_tunnel::proto;
 use tokio::sync::watch;
 
+use crate::error::bounded;
 use crate::tunnel::Link;
 
 /// Addresses of an accepted announcement that the log tells.
 const ADDRESSES_TOLD_MAX: usize = 3;
+
+/// Longest word of a relay's, or error of a dial, that is kept and shown.
+pub(super) const TOLD_BYTES_MAX: usize = 512;
 
 /// One relay, or one of the addresses that a relay's name stands for.
 pub struct Peer {
@@ -61,9 +65,15 @@ pub(super) struct PeerState {
     notes: Vec<String>,
     addresses: Vec<String>,
     accepted: Option<u64>,
-    pub(super) last_error: Option<String>,
-    /// What the relay knows this sidecar by.
+    last_error: Option<String>,
+    /// What was shown to the relay last.
     presented: Arc<[u8]>,
+    /// The relay knows this sidecar by it.
+    is_known: bool,
+    /// What the relay knows this sidecar by.
+    known: Arc<[u8]>,
+    /// Why the relay refuses it; `None`: it does not, or has not answered.
+    credential_refused: Option<String>,
 }
 
 /// What is told of a session on the admin page.
@@ -121,14 +131,90 @@ impl Peer {
         });
     }
 
-    /// The relay was shown this credential.
-    pub(super) fn presented(&self, credential: &Arc<[u8]>) {
-        self.with(|state| state.presented = Arc::clone(credential));
+    /// The relay has let a lane in by this credential.
+    pub(super) fn known_by(&self, credential: &Arc<[u8]>) {
+        self.with(|state| {
+            state.presented = Arc::clone(credential);
+            state.known = Arc::clone(credential);
+            state.is_known = true;
+            state.credential_refused = None;
+        });
     }
 
-    /// Whether the relay was shown another one last.
-    pub(super) fn presents_other(&self, credential: &[u8]) -> bool {
-        self.with(|state| *state.presented != *credential)
+    /// What a further lane of the session is let in by, where the relay refuses the newest credential.
+    pub(super) fn known_credential(&self) -> Option<Arc<[u8]>> {
+        self.with(|state| state.credential_refused.is_some().then(|| Arc::clone(&state.known)))
+    }
+
+    /// The relay is shown this credential, and has not answered. Returns whether it is another one.
+    pub(super) fn presents(&self, credential: &Arc<[u8]>) -> bool {
+        self.with(|state| {
+            state.is_known = false;
+            let is_other = *state.presented != **credential;
+            state.presented = Arc::clone(credential);
+            is_other
+        })
+    }
+
+    /// Whether the relay is to be shown this credential: it was shown another one last, or does not accept
+    /// this one yet.
+    pub(super) fn is_to_see(&self, credential: &[u8]) -> bool {
+        self.with(|state| !state.is_known || *state.presented != *credential)
+    }
+
+    /// Takes what the relay says of the credential that it was shown in the running session.
+    pub(super) fn credential_answered(&self, answer: &proto::Authenticated) {
+        let relay = &*self.name;
+        if answer.accepted {
+            self.with(|state| {
+                state.known = Arc::clone(&state.presented);
+                state.is_known = true;
+                state.credential_refused = None;
+            });
+            let expires_in = (answer.expires_ms > 0).then_some(answer.expires_ms / 1000);
+            tracing::info!(
+                relay,
+                expires_in_seconds = expires_in,
+                "the relay accepts the credential presented"
+            );
+            return;
+        }
+        let mut reason = bounded(&answer.detail, TOLD_BYTES_MAX);
+        if reason.is_empty() {
+            "the relay gave no reason".clone_into(&mut reason);
+        }
+        let before = self.with(|state| {
+            state.is_known = false;
+            state.credential_refused.replace(reason.clone())
+        });
+        if before.as_ref() == Some(&reason) {
+            tracing::debug!(relay, reason, "the relay still refuses the credential presented");
+        } else {
+            tracing::warn!(
+                relay,
+                reason,
+                "the relay refuses the credential presented: the one before counts, and this one is \
+                 presented again"
+            );
+        }
+    }
+
+    /// Whether the relay refuses the credential that it was shown last.
+    pub(super) fn refuses_credential(&self) -> bool {
+        self.with(|state| state.credential_refused.is_some())
+    }
+
+    /// Why there is no session; `None`: there is one, or no dial has failed yet.
+    pub(super) fn failure(&self) -> Option<String> {
+        if self.is_connected() {
+            return None;
+        }
+        self.with(|state| state.last_error.clone())
+    }
+
+    /// No dial succeeds.
+    pub(super) fn failed(&self, error: &str) {
+        self.with(|state| state.last_error = Some(bounded(error, TOLD_BYTES_MAX)));
     }
 
     /// The session can carry exchanges.
@@ -141,6 +227,7 @@ impl Peer {
         self.is_connected.store(false, Ordering::Relaxed);
         self.with(|state| {
             state.session = None;
+            state.credential_refused = None;
             state.forget_answers();
         });
     }
@@ -238,6 +325,7 @@ impl Peer {
                 "announcement_waits": state.waiting,
                 "announcement_notes": state.notes,
                 "addresses": state.addresses,
+                "credential_refused": state.credential_refused,
                 "last_error": state.last_error,
             })
         })
@@ -300,6 +388,41 @@ mod tests {
         assert_eq!(peer.refusal().as_deref(), Some("the relay gave no reason"));
         peer.session_ended();
         assert_eq!(peer.refusal(), None);
+    }
+
+    #[test]
+    fn a_credential_is_shown_until_the_relay_accepts_it() {
+        let peer = Peer::new("relay.example.org:9081".into(), None);
+        let (old, new): (Arc<[u8]>, Arc<[u8]>) = ((*b"old").into(), (*b"new").into());
+        peer.known_by(&old);
+        assert!(!peer.is_to_see(&old) && peer.is_to_see(&new));
+        assert!(peer.presents(&new));
+        assert!(peer.is_to_see(&new), "a lane may be lost with it");
+        let answer = |accepted: bool, detail: &str| proto::Authenticated {
+            accepted,
+            detail: detail.to_owned(),
+            expires_ms: 0,
+        };
+        peer.credential_answered(&answer(false, &"no\n".repeat(1000)));
+        assert!(peer.refuses_credential() && peer.is_to_see(&new));
+        assert_eq!(peer.known_credential(), Some(old), "for further lanes");
+        let told = peer.describe()["credential_refused"].to_string();
+        assert!(told.starts_with("\"no\\\\u{a}no") && told.len() < 1000, "{told}");
+        assert!(!peer.presents(&new), "once more");
+        assert!(peer.refuses_credential(), "until it is accepted");
+        peer.credential_answered(&answer(false, ""));
+        assert_eq!(peer.describe()["credential_refused"], "the relay gave no reason");
+        peer.credential_answered(&answer(true, ""));
+        assert!(!peer.refuses_credential() && !peer.is_to_see(&new));
+        assert_eq!(peer.known_credential(), None, "the newest");
+        assert!(peer.describe()["credential_refused"].is_null());
+        // A lane that is let in by it says as much.
+        peer.credential_answered(&answer(false, "no"));
+        peer.known_by(&new);
+        assert!(!peer.refuses_credential() && !peer.is_to_see(&new));
+        peer.credential_answered(&answer(false, "no"));
+        peer.session_ended();
+        assert!(!peer.refuses_credential());
     }
 
     #[test]

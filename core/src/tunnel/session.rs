@@ -17,8 +17,8 @@ use sidelane_tunnel::{Lane, LaneConfig, OpenError, ProtocolTable, RequestId, Res
 use subtle::ConstantTimeEq as _;
 
 use super::{Link, RecvHalf, SendHalf};
-use crate::credentials::{Authenticated, Grant};
-use crate::error::visible;
+use crate::credentials::{Authenticated, Grant, Proof};
+use crate::error::bounded;
 use crate::metrics::Flow;
 use crate::random;
 
@@ -42,6 +42,8 @@ const RETRY_AFTER_FULL_MS: u32 = 5_000;
 pub struct Settings {
     /// Sessions at once.
     pub sessions_max: usize,
+    /// Sessions of one principal at once, but for those that are about to be replaced.
+    pub sessions_of_principal_max: usize,
     /// Lanes of one session.
     pub lanes_max: u32,
     /// How each lane is set up, but for what the peer's hello says.
@@ -233,6 +235,20 @@ impl Session {
         }
     }
 
+    /// Sends the answer to a credential on any lane.
+    pub fn answer_credential(&self, authenticated: proto::Authenticated) {
+        if let Some(link) = self.lanes.load().first() {
+            link.with(|lane| lane.authenticated(authenticated));
+        }
+    }
+
+    /// Why the credential that it presented last while it runs was refused; `None`: it was not.
+    #[must_use]
+    pub fn refused_credential(&self) -> Option<String> {
+        let renewal = self.renewal.lock().unwrap_or_else(PoisonError::into_inner);
+        renewal.refused.as_ref().map(|refused| refused.why.clone())
+    }
+
     /// Ends every lane once what is queued has been written.
     pub fn close(&self) {
         for link in self.lanes.load().iter() {
@@ -263,6 +279,15 @@ impl Session {
 pub(crate) struct Renewal {
     pub(crate) is_running: bool,
     pub(crate) next: Option<Bytes>,
+    /// The last one, where it was refused.
+    pub(crate) refused: Option<RefusedRenewal>,
+}
+
+/// A credential that was presented in a running session, and was refused.
+pub(crate) struct RefusedRenewal {
+    pub(crate) why: String,
+    /// To look again, where that can be.
+    pub(crate) proof: Option<Proof>,
 }
 
 /// Documents that a session announces: one at a time is looked at, of further ones the last is kept.
@@ -385,6 +410,20 @@ impl Sessions {
                 0,
             )
         })?;
+        let principal = &authenticated.grant.principal;
+        let of_principal = self.by_id.iter().filter(|other| {
+            other.instance != instance
+                && !other.is_revoked()
+                && other.grant().principal == *principal
+        });
+        let count = of_principal.count();
+        if count >= settings.sessions_of_principal_max {
+            return Err(refuse(
+                proto::RefuseReason::Overloaded,
+                format!("principal {principal} has {count} sessions, the limit of one"),
+                RETRY_AFTER_FULL_MS,
+            ));
+        }
         let id: SessionId = random::bytes();
         let session = Arc::new(Session {
             id,
@@ -456,6 +495,12 @@ impl Sessions {
         let is_its = same_secret(&session.secret, &hello.secret) && is_same_principal;
         if !is_its || session.is_revoked() {
             return Err(unknown());
+        }
+        let before = session.authenticated();
+        let is_same = before.credential() == authenticated.credential();
+        if !is_same || before.expires != authenticated.expires {
+            // What it presents now counts, whatever was refused before.
+            session.renewal.lock().unwrap_or_else(PoisonError::into_inner).refused = None;
         }
         let Ok(()) = session.regrant(|_| Ok::<_, Infallible>(authenticated));
         let protocols = answer_protocols(settings, &session)?;
@@ -574,10 +619,7 @@ pub fn shown_name(name: &str) -> Arc<str> {
 /// What a sidecar says for people, on one line, and not long.
 #[must_use]
 pub fn shown(text: &str) -> String {
-    let mut shown = visible(text).into_owned();
-    let end = (0..=NAME_BYTES_MAX.min(shown.len())).rev().find(|at| shown.is_char_boundary(*at));
-    shown.truncate(end.unwrap_or_default());
-    shown
+    bounded(text, NAME_BYTES_MAX)
 }
 
 #[cfg(test)]

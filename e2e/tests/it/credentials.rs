@@ -273,6 +273,23 @@ fn a_signed_token_is_renewed_ends_and_goes_with_its_key() {
     relay.until_metric("sidelane_credentials_refused_total", refused, |count| count >= 1.0);
     write("token", &second.account("shop", "web", hour));
     until_status(&relay, "web.shop", 200);
+
+    // Signed by a key that the relay does not know yet: the token before counts until it does.
+    let epoch = session_of(&relay, "cluster/shop/web").expect("a session")["epoch"].clone();
+    let third = Signer::new("third");
+    write("token", &third.account("shop", "web", hour));
+    let _ = sidecar.reload();
+    sidecar.until_metric("sidelane_credential_renewal_refused", &[], |refused| refused == 1.0);
+    assert_eq!(status(&relay, "web.shop"), 200);
+    let keys = |set: &str| serde_json::from_str::<Value>(set).expect("JSON")["keys"][0].clone();
+    let both = serde_json::json!({ "keys": [keys(&second.set()), keys(&third.set())] });
+    write("keys.json", &both.to_string());
+    let _ = (relay.reload(), sidecar.reload());
+    sidecar.until_metric("sidelane_credential_renewal_refused", &[], |refused| refused == 0.0);
+    write("keys.json", &third.set());
+    let _ = relay.reload();
+    assert_eq!(status(&relay, "web.shop"), 200);
+    assert_eq!(session_of(&relay, "cluster/shop/web").expect("the same")["epoch"], epoch);
 }
 
 #[test]
@@ -335,4 +352,95 @@ fn a_client_certificate_is_a_principal_until_nobody_trusts_it() {
     until_status(&relay, "shop", 404);
     until_status(&relay, "bank", 404);
     assert!(relay.log().contains("cause=the client certificate is not trusted"));
+}
+
+#[test]
+fn a_token_that_comes_before_its_hash_is_taken_once_the_hash_is_there() {
+    const NEXT: &str = "the-next-token-of-shop-by-far";
+    let files = tempfile::tempdir().expect("a directory");
+    let file = files.path().join("token");
+    let write = |token: &str| {
+        fs::write(files.path().join("fresh"), token).expect("a file");
+        fs::rename(files.path().join("fresh"), &file).expect("a file");
+    };
+    // The hashes that the relay knows of the principal's.
+    let rules = |tokens: &[&str]| {
+        let hashes: Vec<String> =
+            tokens.iter().map(|token| format!("\"{}\"", token_hash(token))).collect();
+        relay(&format!(
+            "  credentials:\n    - {{ principal: shop, tokens: [{}], subdomains: [shop], tunnels: [shop] }}\n",
+            hashes.join(", ")
+        ))
+    };
+    let shown = |token: &str| format!("token {}…", &token_hash(token)[..15]);
+    write("not-a-token-of-anybody");
+    let relay = Sidelane::spawn("relay", &rules(&[SHOP]));
+    let service = Service::ok();
+    let setup = sidecar("shop", &service, &["shop"]);
+    let token_file = format!("sidecar:\n  token_file: \"{}\"\n", file.display());
+    let yaml = setup.sidecar(relay.tunnel()).replacen("sidecar:\n", &token_file, 1);
+    let sidecar = Sidelane::spawn("sidecar", &yaml);
+    // Readiness says why, and no word of what was presented.
+    let ready = wait::until("the reason", || {
+        let page = sidecar.get(sidecar.health(), "/ready");
+        let text = String::from_utf8_lossy(&page.body).into_owned();
+        text.contains("the token is not one that this relay accepts").then_some(text)
+    });
+    assert!(ready.contains("no session with any relay: relay 127.0.0.1:"), "{ready}");
+    assert!(!ready.contains("not-a-token-of-anybody"), "{ready}");
+    write(SHOP);
+    // With all lanes that it wants: a further one would present the file's token too.
+    let known = wait::until("two lanes", || {
+        let known = session_of(&relay, "shop")?;
+        (known["lanes"].as_array()?.len() == 2).then_some(known)
+    });
+    assert_eq!(known["credential"], shown(SHOP));
+
+    // The sidecar's file is replaced first.
+    let of_relay = |key: &str| sidecar.admin_page("/tunnels")["relays"][0][key].clone();
+    let is_refused = || {
+        wait::until("the relay's refusal", || {
+            of_relay("credential_refused").is_string().then_some(())
+        });
+        sidecar.until_metric("sidelane_credential_renewal_refused", &[], |refused| refused == 1.0);
+        let page = session_of(&relay, "shop").expect("the same");
+        assert!(page["credential_refused"].is_string(), "{page}");
+        assert_eq!(page["epoch"], known["epoch"]);
+    };
+    write(NEXT);
+    let _ = sidecar.reload();
+    is_refused();
+    let log = sidecar.log();
+    let line = log.lines().find(|line| line.contains("the relay refuses the credential presented"));
+    let line = line.expect("a line");
+    assert!(line.contains("WARN") && line.contains("the token is not one"), "{line}");
+    assert_eq!(session_of(&relay, "shop").expect("the same")["credential"], shown(SHOP));
+    // The hash comes: the token is presented again though it is the same.
+    relay.rewrite(&rules(&[SHOP, NEXT]));
+    let accepted = &["result=\"accepted\""][..];
+    let _ = (relay.reload(), sidecar.reload());
+    relay.until_metric("sidelane_credentials_renewed_total", accepted, |count| count == 1.0);
+    sidecar.until_metric("sidelane_credential_renewal_refused", &[], |refused| refused == 0.0);
+    assert!(of_relay("credential_refused").is_null());
+    assert_eq!(session_of(&relay, "shop").expect("the same")["credential"], shown(NEXT));
+    relay.rewrite(&rules(&[NEXT]));
+    let _ = relay.reload();
+
+    // Both at once, before the sidecar asks again: the relay has what it refused.
+    write(BANK);
+    let _ = sidecar.reload();
+    is_refused();
+    relay.rewrite(&rules(&[BANK]));
+    relay.until_metric("sidelane_credentials_renewed_total", accepted, |count| count >= 2.0);
+    let page = session_of(&relay, "shop").expect("the same");
+    assert_eq!((&page["credential"], &page["epoch"]), (&shown(BANK).into(), &known["epoch"]));
+    sidecar.until_metric("sidelane_credential_renewal_refused", &[], |refused| refused == 0.0);
+    assert_eq!(status(&relay, "shop"), 200);
+    let withdrawn = &["reason=\"withdrawn\""][..];
+    assert_eq!(relay.metric("sidelane_sessions_revoked_total", withdrawn), Some(0.0));
+    for log in [sidecar.log(), relay.log()] {
+        for secret in [SHOP, NEXT, BANK] {
+            assert!(!log.contains(secret));
+        }
+    }
 }

@@ -19,7 +19,7 @@ pub struct TunnelMessage {
     pub open: ::core::option::Option<Open>,
     #[prost(
         oneof = "tunnel_message::Payload",
-        tags = "9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 48, 49, 50, 51"
+        tags = "9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 48, 49, 50, 51"
     )]
     pub payload: ::core::option::Option<tunnel_message::Payload>,
 }
@@ -80,6 +80,8 @@ pub mod tunnel_message {
         Announced(super::Announced),
         #[prost(message, tag = "43")]
         Authenticate(super::Authenticate),
+        #[prost(message, tag = "44")]
+        Authenticated(super::Authenticated),
         /// Control of an exchange (request_id set).
         #[prost(message, tag = "48")]
         Window(super::Window),
@@ -359,6 +361,19 @@ pub struct GoAway {
 pub struct Authenticate {
     #[prost(bytes = "bytes", tag = "1")]
     pub credential: ::prost::bytes::Bytes,
+}
+/// What became of a credential that was presented in a running session. Of several that came at once the
+/// last is answered.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Authenticated {
+    #[prost(bool, tag = "1")]
+    pub accepted: bool,
+    /// For people: what was wrong and what is accepted; empty where accepted.
+    #[prost(string, tag = "2")]
+    pub detail: ::prost::alloc::string::String,
+    /// Time left until the credential ends, in milliseconds; 0: it never does.
+    #[prost(uint64, tag = "3")]
+    pub expires_ms: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Announce {

@@ -41,7 +41,7 @@ impl Lane {
     fn handle(&mut self, envelope: Envelope) -> Result<(), LaneError> {
         let number = envelope.field;
         match (envelope.request_id, number) {
-            (None, field::HELLO..=field::AUTHENTICATE) => {
+            (None, field::HELLO..=field::AUTHENTICATED) => {
                 self.handle_lane(number, &envelope.payload)
             }
             (Some(id), 0..=field::CUSTOM) => {
@@ -98,6 +98,10 @@ impl Lane {
             field::AUTHENTICATE => {
                 self.received += 1;
                 self.push_event(Event::Authenticate(decode(number, payload)?))?;
+            }
+            field::AUTHENTICATED => {
+                self.received += 1;
+                self.push_event(Event::Authenticated(decode(number, payload)?))?;
             }
             field => return Err(LaneError::Unexpected { field }),
         }

@@ -863,6 +863,13 @@ fn documents_reach_the_peer() {
     pair.run();
     assert_eq!(pair.relay.events.pop_front(), Some(Event::Announce(announce)));
     assert_eq!(pair.sidecar.events.pop_front(), Some(Event::Announced(answer)));
+    let credential = proto::Authenticate { credential: b"another".to_vec().into() };
+    assert!(pair.sidecar.lane.authenticate(credential.clone()));
+    let answer = proto::Authenticated { accepted: true, expires_ms: 5, ..Default::default() };
+    assert!(pair.relay.lane.authenticated(answer.clone()));
+    pair.run();
+    assert_eq!(pair.relay.events.pop_front(), Some(Event::Authenticate(credential)));
+    assert_eq!(pair.sidecar.events.pop_front(), Some(Event::Authenticated(answer)));
     pair.assert_empty();
 }
 

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 
 use crate::cli::Paint;
 use crate::cli::text::{bytes, printable};
+use crate::credentials::NOT_TUNNEL;
 use crate::metrics::Ended;
 use crate::process::Followed;
 use crate::sidecar::RelayAnswer;
@@ -19,6 +20,10 @@ const TARGET_CHARS_MAX: usize = 80;
 
 /// How a relay goes on where it tells that another session holds a route. This process ends instead.
 const WAITS: &str = ", and this document waits";
+
+/// What is missing where the tunnel may not be claimed.
+const NEEDS_TUNNELS: &str =
+    "the principal's entry under relay.credentials needs tunnels: [\"expose-*\"]";
 
 /// For a relay's first answer before it is said that there is none.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -158,16 +163,29 @@ impl View {
     }
 
     fn refused(&self, relay: &str, reasons: &[String]) -> String {
-        let hint =
-            if self.is_named { "another --subdomain" } else { "--subdomain, or run it again" };
+        let (tunnels, others): (Vec<&String>, Vec<&String>) =
+            reasons.iter().partition(|reason| reason.contains(NOT_TUNNEL));
+        let mut hints = Vec::new();
+        if !tunnels.is_empty() {
+            hints.push(NEEDS_TUNNELS);
+        }
+        // No subdomain helps where the tunnel may not be claimed.
+        if !others.is_empty() || tunnels.is_empty() {
+            hints.push(if self.is_named {
+                "try another --subdomain"
+            } else {
+                "try --subdomain, or run it again"
+            });
+        }
         let told = |reason: &String| {
             printable(reason.split_once(WAITS).map_or(&**reason, |(reason, _)| reason))
         };
         let reasons: Vec<String> = reasons.iter().map(told).collect();
         format!(
-            "the relay {relay} does not give the address {}: {} (try {hint})",
+            "the relay {relay} does not give the address {}: {} ({})",
             self.subdomain,
-            reasons.join("; ")
+            reasons.join("; "),
+            hints.join("; ")
         )
     }
 
@@ -311,6 +329,12 @@ mod tests {
         let part = "does not give the address calm-otter-42: taken; ?[2J (try --subdomain, or";
         check(Stage::Waiting, &refused(&["taken", "\x1b[2J"]), part, Stage::Waiting);
         check(Stage::Lost, &refused(&["taken"]), "taken", Stage::Lost);
+        let tunnel =
+            "tunnel expose-x: principal shop may not claim tunnel expose-x; its tunnels: shop";
+        let part = "shop (the principal's entry under relay.credentials needs tunnels: [";
+        check(Stage::Waiting, &refused(&[tunnel]), part, Stage::Waiting);
+        let part = "]; try --subdomain, or run it again)";
+        check(Stage::Waiting, &refused(&[tunnel, "taken"]), part, Stage::Waiting);
         let waits = "taken; the older session keeps it, and this document waits until it ends";
         let part = "calm-otter-42: taken; the older session keeps it (try --subdomain";
         check(Stage::Waiting, &refused(&[waits]), part, Stage::Waiting);

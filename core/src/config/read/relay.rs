@@ -297,6 +297,9 @@ fn relay_limits(field: &Field<'_>, limits: &mut RelayLimits) {
     let Some(section) = field.section(RELAY_LIMITS_KEYS) else { return };
     section.set("connections", &mut limits.connections, |f| f.integer(1, 10_000_000));
     section.set("sessions", &mut limits.sessions, |f| f.integer(1, 1_000_000));
+    section.set("sessions_per_principal", &mut limits.sessions_per_principal, |f| {
+        f.integer(1, 1_000_000)
+    });
     section.set("lanes_per_session", &mut limits.lanes_per_session, |f| f.integer(1, LANES_MAX));
     section.set("exchanges_per_session", &mut limits.exchanges_per_session, |f| {
         f.integer(1, 1_000_000)

@@ -18,7 +18,7 @@ use super::body::{RequestBody, ResponseBody, Streaming};
 use super::interim;
 use crate::front::answer::{self, Refusal};
 use crate::front::exchange::{DropInterim, Exchange, Output, Rest, Traits, has_body};
-use crate::front::wire::{Busy, CONTINUE, Signals};
+use crate::front::wire::{Busy, CONTINUE, Calling, Signals};
 use crate::front::{Context, Dispatch, Event, head};
 use crate::plugin::lend::{Reset, ResponseHead};
 
@@ -55,7 +55,7 @@ impl<D: Dispatch> Requests<D> {
         let context = &self.context;
         let call = context.dispatch.accept(&context.info, Box::new(head), body, responder);
         Ok(Running {
-            call: Some(call),
+            call: Some((call, Calling::new(&self.signals))),
             exchange,
             traits,
             dispatch: Arc::clone(&context.dispatch),
@@ -115,7 +115,7 @@ impl<D: Dispatch> Future for Answer<D> {
 }
 
 pub(super) struct Running<D: Dispatch> {
-    call: Option<D::Call>,
+    call: Option<(D::Call, Calling)>,
     exchange: Arc<Exchange>,
     traits: Traits,
     dispatch: Arc<D>,
@@ -134,7 +134,7 @@ impl<D: Dispatch> Running<D> {
             ready!(signals.poll_start());
             self.started = true;
         }
-        if let Some(call) = &mut self.call
+        if let Some((call, _)) = &mut self.call
             && self.exchange.attend(call, cx)
         {
             self.call = None;
@@ -151,8 +151,12 @@ impl<D: Dispatch> Running<D> {
             }
         };
         self.busy = None;
-        if let Some(call) = self.call.take() {
-            tokio::spawn(Rest::new(call, Arc::clone(&self.exchange)));
+        if let Some((call, calling)) = self.call.take() {
+            let rest = Rest::new(call, Arc::clone(&self.exchange));
+            tokio::spawn(async move {
+                rest.await;
+                drop(calling);
+            });
         }
         Poll::Ready(response)
     }

@@ -1054,6 +1054,40 @@ async fn idle_connection_ends_without_a_word() {
     assert!(matches!(silent.served.await.unwrap(), Err(ConnectionError::HeadTimeout)));
 }
 
+/// Its exchange has ended, as by a timeout of its route.
+#[tokio::test(start_paused = true)]
+async fn client_that_takes_nothing_holds_no_response_that_is_over() {
+    let (ended, over) = Once::new();
+    let script = Script::new(move |mut asked| {
+        let ended = Arc::clone(&ended);
+        async move {
+            asked.begin(200, &[]).unwrap();
+            put_until_full(&mut asked, 32 * 1024).await;
+            ended.say(());
+        }
+    });
+    let mut client = connect(&script);
+    client.send(GET).await;
+    over.await.unwrap();
+    let served = tokio::time::timeout(Duration::from_secs(300), client.served).await;
+    assert!(matches!(served.unwrap().unwrap(), Err(ConnectionError::Stalled)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn slow_client_takes_a_response_that_is_over() {
+    let script = Script::new(|mut asked| async move {
+        asked.answer(200, &[], &"x".repeat(20 * 16 * 1024));
+    });
+    let mut client = connect(&script);
+    client.send(GET).await;
+    client.read_to("\r\n\r\n").await;
+    for _ in 0..20 {
+        // Five times the idle timeout in all, and never a whole one at once.
+        tokio::time::sleep(Duration::from_secs(20)).await;
+        client.stream.read_exact(&mut [0; 16 * 1024]).await.unwrap();
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn slow_service_is_no_idle_connection() {
     let script = Script::new(|mut asked| async move {

@@ -449,6 +449,27 @@ async fn idle_connection_is_told_to_go_away() {
     assert!(client.requests.ready().await.is_err(), "GOAWAY was not said");
 }
 
+/// Its exchange has ended, as by a timeout of its route.
+#[tokio::test(start_paused = true)]
+async fn client_that_takes_nothing_holds_no_response_that_is_over() {
+    let (ended, over) = Once::new();
+    let script = Script::new(move |mut asked| {
+        let ended = Arc::clone(&ended);
+        async move {
+            asked.begin(200, &[]).unwrap();
+            put_until_full(&mut asked, 32 * 1024).await;
+            ended.say(());
+        }
+    });
+    let mut client = h2(&script).await;
+    let (answer, _) = client.send(get(&[]), true).await;
+    // Its window stays shut.
+    let _response = answer.await.unwrap();
+    over.await.unwrap();
+    let served = tokio::time::timeout(Duration::from_secs(300), client.served).await;
+    assert!(matches!(served.unwrap().unwrap(), Err(ConnectionError::Stalled)));
+}
+
 #[tokio::test(start_paused = true)]
 async fn silent_client_ends_after_its_goodbye() {
     let script = Script::new(|mut asked| async move { asked.answer(200, &[], "ok") });

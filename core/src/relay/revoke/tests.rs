@@ -249,6 +249,50 @@ async fn an_expired_credential_ends_its_session_unless_it_is_renewed() {
     }
 }
 
+#[tokio::test]
+async fn a_renewal_that_was_refused_counts_once_its_hash_is_known() {
+    let relay = relay();
+    let first = admit_by(&relay, &hello(1), known(&relay, BOTH[0].1).await.expect("known"));
+    let shop = Arc::clone(&first.session);
+    assert!(relay.announce(&shop, &announce("shop")).accepted);
+    let page = |key: &str| relay.describe_sessions()[0][key].clone();
+    let shown = |token: &str| {
+        let hash = Sha256::digest(token);
+        format!("token sha256:{:02x}{:02x}{:02x}{:02x}…", hash[0], hash[1], hash[2], hash[3])
+    };
+    assert_eq!(page("credential"), shown(BOTH[0].1));
+    let next = "the-next-token-of-shop";
+    relay.renew_by(&shop, next.as_bytes()).await;
+    let why = AuthError::UnknownToken.to_string();
+    assert_eq!(page("credential_refused"), why);
+    assert_eq!(page("credential"), shown(BOTH[0].1), "the one before counts");
+    // The hash comes, and the one before goes, whether or not the sidecar has asked again.
+    relay.limit(&section(&[("shop", next), BOTH[1]]));
+    assert!(!shop.is_revoked() && is_routed(&relay, "shop"));
+    assert_eq!(page("credential"), shown(next));
+    assert!(page("credential_refused").is_null());
+    assert!(metric(&relay, "sidelane_credentials_renewed_total{result=\"accepted\"} 1"));
+
+    // A further lane by what counts leaves the refusal as it is; by another one that one counts.
+    relay.renew_by(&shop, b"a-token-of-nobody-yet").await;
+    let further = proto::Hello {
+        session: first.welcome.session.clone(),
+        secret: first.welcome.secret.clone(),
+        ..hello(1)
+    };
+    let by_next = known(&relay, next).await.expect("known");
+    drop(admit_by(&relay, &further, by_next.clone()));
+    assert!(page("credential_refused").is_string());
+    let expires = SystemTime::now().checked_add(Duration::from_secs(60));
+    drop(admit_by(&relay, &further, Authenticated { expires, ..by_next }));
+    assert!(page("credential_refused").is_null());
+
+    // One that becomes another principal's does not keep the session.
+    relay.renew_by(&shop, b"a-token-of-nobody-yet").await;
+    relay.limit(&section(&[("shop", "not-the-next-but-one"), ("bank", "a-token-of-nobody-yet")]));
+    assert!(shop.is_revoked() && !is_routed(&relay, "shop"));
+}
+
 #[tokio::test(start_paused = true)]
 async fn renewals_are_looked_at_one_at_a_time_and_the_last_counts() {
     let relay = relay();

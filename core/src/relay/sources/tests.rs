@@ -37,6 +37,7 @@ impl Stage {
     fn new() -> Self {
         let sessions = Sessions::new(Settings {
             sessions_max: 4096,
+            sessions_of_principal_max: 4096,
             lanes_max: 2,
             lane: LaneConfig::default(),
             protocols: vec!["HTTP".into()],

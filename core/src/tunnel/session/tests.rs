@@ -9,6 +9,7 @@ const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 fn settings() -> Settings {
     Settings {
         sessions_max: 2,
+        sessions_of_principal_max: 2,
         lanes_max: 2,
         lane: LaneConfig::default(),
         protocols: vec!["HTTP".into()],
@@ -144,6 +145,22 @@ fn a_refused_hello_leaves_no_session_behind() {
     let sessions = Sessions::new(settings);
     assert_eq!(reason(admit(&sessions, &hello(1), LOOPBACK)), proto::RefuseReason::Malformed);
     assert!(sessions.is_empty());
+}
+
+#[test]
+fn one_principal_leaves_sessions_for_others() {
+    let sessions = Sessions::new(Settings { sessions_max: 4, ..settings() });
+    let _held = (admit(&sessions, &hello(1), LOOPBACK), admit(&sessions, &hello(2), LOOPBACK));
+    let peer = SocketAddr::new(LOOPBACK, 4711);
+    let by = |instance, principal| {
+        sessions.admit(&hello(instance), authenticated(principal), peer, |_, lane| lane as usize)
+    };
+    let refuse = by(3, "p").expect_err("it has as many as one may");
+    assert_eq!(refuse.reason(), proto::RefuseReason::Overloaded);
+    assert!(refuse.detail.contains("principal p has 2 sessions"), "{}", refuse.detail);
+    // A sidecar that is back before its old session is gone replaces that.
+    assert!(by(2, "p").expect("its own place").replaced.is_some());
+    assert!(by(3, "q").is_ok());
 }
 
 #[test]
