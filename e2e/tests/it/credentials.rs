@@ -128,7 +128,6 @@ fn a_token_revoked_by_reload_ends_its_sidecar_alone() {
                 .any(|session| session["forbidden"]["reasons"].to_string().contains(reason));
             told.then_some(())
         });
-        assert_eq!(thief.get(thief.health(), "/ready").head.status, 503, "{what}");
         assert!(relay_process.log().contains(reason), "{what}");
         assert_eq!(relay_process.metric("sidelane_announcements_forbidden", &[]), Some(1.0));
         assert_eq!(status(&relay_process, "shop-2"), 404, "{what}");
@@ -139,6 +138,7 @@ fn a_token_revoked_by_reload_ends_its_sidecar_alone() {
             let told = thief.admin_page(page)["notes"].to_string();
             told.contains("refuses what this sidecar announces").then_some(())
         });
+        assert_eq!(thief.get(thief.health(), "/ready").head.status, 503, "{what}");
         thief.kill();
         relay_process.until_metric("sidelane_announcements_forbidden", &[], |count| count == 0.0);
     }
