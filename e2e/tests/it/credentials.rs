@@ -137,8 +137,11 @@ fn a_token_revoked_by_reload_ends_its_sidecar_alone() {
         let page = "/explain?url=http://shop-2.localhost/";
         let told = relay_process.admin_page(page)["not_in_force"].to_string();
         assert!(told.contains(reason), "{what}: {told}");
-        let told = thief.admin_page(page)["notes"].to_string();
-        assert!(told.contains("refuses what this sidecar announces"), "{what}: {told}");
+        wait::until(what, || {
+            let told = thief.admin_page(page)["notes"].to_string();
+            told.contains("refuses what this sidecar announces").then_some(())
+        });
+        assert_eq!(thief.get(thief.health(), "/ready").head.status, 503, "{what}");
         thief.kill();
         relay_process.until_metric("sidelane_announcements_forbidden", &[], |count| count == 0.0);
     }

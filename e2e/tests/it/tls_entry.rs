@@ -584,10 +584,13 @@ fn a_sidecar_is_told_of_names_that_no_certificate_is_for() {
     let relay = setup.relay().replace(WEB, &listener(&[&files], ""));
     let relay = Sidelane::spawn("relay", &relay);
     let sidecar = Sidelane::start("sidecar", &setup.sidecar(relay.tunnel()));
-    let notes = sidecar.admin_page("/tunnels")["relays"][0]["announcement_notes"].to_string();
     let expected =
         format!("no certificate of listener web is for {HOST}; clients are answered 421");
-    assert!(notes.contains(&expected), "{notes}");
+    wait::until("the relay's note", || {
+        let page = sidecar.admin_page("/tunnels");
+        let notes = page["relays"][0]["announcement_notes"].to_string();
+        notes.contains(&expected).then_some(())
+    });
 }
 
 #[test]
