@@ -627,6 +627,12 @@ impl Lane {
         self.push_document(field::GO_AWAY, &go_away);
     }
 
+    /// Asks for no new exchanges on this lane, and still takes those that the peer opened before it heard
+    /// of it: for a lane whose place another has taken, where nobody is to notice.
+    pub fn ask_away(&mut self, go_away: proto::GoAway) {
+        self.push_document(field::GO_AWAY, &go_away);
+    }
+
     // --- events, time, end --------------------------------------------------------------------------
 
     /// Takes the next event.

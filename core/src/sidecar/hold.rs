@@ -33,7 +33,7 @@ const REACHED_LOOK: Duration = Duration::from_secs(1);
 const LEAVING_LOOK: Duration = Duration::from_millis(250);
 
 /// How long after it was told to a relay that nothing new is to come on a lane that may still come, and
-/// is refused, which it understands better than an end.
+/// is taken.
 const LEAVING_GRACE: Duration = Duration::from_secs(1);
 
 /// Ends of lanes that the session's task has not looked at yet: one per lane at most.
@@ -379,7 +379,7 @@ impl Held {
         let count = (fresh + stale).saturating_sub(wanted).max(usize::from(is_full)).min(stale);
         let leaving = self.lanes.iter_mut().filter(|lane| lane.is_stale(carrier)).take(count);
         for lane in leaving {
-            lane.link.go_away(failure::DRAINING, "the lane is dialled anew");
+            lane.link.ask_away(failure::DRAINING, "the lane is dialled anew");
             lane.leaving = Some(Instant::now());
         }
     }

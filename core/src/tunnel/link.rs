@@ -118,6 +118,12 @@ impl Link {
         self.with(|lane| lane.go_away(proto::GoAway { code, detail: detail.to_owned() }));
     }
 
+    /// Asks the peer to open no more exchanges, and takes those that cross the question.
+    pub fn ask_away(&self, code: u32, detail: &str) {
+        self.leave();
+        self.with(|lane| lane.ask_away(proto::GoAway { code, detail: detail.to_owned() }));
+    }
+
     /// Presents another credential to the peer. False: it is longer than that accepts.
     pub fn authenticate(&self, credential: &[u8]) -> bool {
         let credential = credential.to_vec().into();

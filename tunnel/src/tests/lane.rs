@@ -849,6 +849,20 @@ fn going_away_refuses_new_exchanges_and_keeps_those_that_run() {
 }
 
 #[test]
+fn being_asked_away_loses_no_exchange_that_crosses() {
+    let mut pair = Pair::new();
+    let crossing = pair.open();
+    assert_eq!(pair.relay.send(crossing, data(b"x")), DONE);
+    pair.sidecar.lane.ask_away(proto::GoAway { code: failure::DRAINING, detail: String::new() });
+    pair.run();
+    assert!(matches!(pair.relay.events.pop_front(), Some(Event::GoAway(_))));
+    assert!(!pair.relay.lane.is_refused(crossing));
+    assert!(matches!(pair.sidecar.events.pop_front(), Some(Event::Opened { .. })));
+    let opened = pair.relay.lane.open(RequestId(99), 1, proto::Open::default());
+    assert_eq!(opened, Err(OpenError::GoingAway));
+}
+
+#[test]
 fn documents_reach_the_peer() {
     let mut pair = Pair::new();
     let announce = proto::Announce { version: 7, ..proto::Announce::default() };
