@@ -4,6 +4,7 @@ pub mod cli;
 pub mod process;
 
 pub mod acme;
+mod address;
 pub mod admin;
 pub mod announcement;
 pub mod config;

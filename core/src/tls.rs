@@ -7,7 +7,6 @@ use std::fmt;
 use std::sync::{Arc, LazyLock, OnceLock};
 
 use arc_swap::ArcSwap;
-use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
@@ -410,17 +409,4 @@ pub fn verify_client(
         .build()
         .map_err(|error| general(&error))?;
     verifier.verify_client_cert(end, intermediates, UnixTime::now()).map(drop)
-}
-
-/// The verifier that [`client_config`] uses of authorities; for who checks a server by other means.
-///
-/// # Errors
-/// Authorities that cannot be used.
-pub fn server_verifier(authorities: &Authorities) -> Result<Arc<WebPkiServerVerifier>, TlsError> {
-    WebPkiServerVerifier::builder_with_provider(roots(authorities)?, provider()).build().map_err(
-        |error| TlsError::Unusable {
-            what: authorities.place.to_string(),
-            source: rustls::Error::General(error.to_string()),
-        },
-    )
 }

@@ -627,6 +627,12 @@ impl Lane {
         self.push_document(field::GO_AWAY, &go_away);
     }
 
+    /// Returns whether an exchange opened here would fail, since one of the ends is leaving.
+    #[must_use]
+    pub const fn is_leaving(&self) -> bool {
+        self.closed.is_some() || self.draining || self.peer_draining
+    }
+
     /// Asks for no new exchanges on this lane, and still takes those that the peer opened before it heard
     /// of it: for a lane whose place another has taken, where nobody is to notice.
     pub fn ask_away(&mut self, go_away: proto::GoAway) {

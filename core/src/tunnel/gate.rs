@@ -6,9 +6,11 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasher as _, RandomState};
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use crate::address;
 
 /// When a dialler that came too soon is asked to come back: the gate's count begins anew by then.
 const RETRY_AFTER_RATE: Duration = Duration::from_secs(1);
@@ -26,9 +28,6 @@ const WEIGHT_AGAIN: u32 = 1;
 
 /// Most credentials of an address that are known again.
 const SEEN_MAX: usize = 64;
-
-/// Of an IPv6 address: what one customer is given at least, and moves about in at will.
-const IPV6_BITS: u32 = 64;
 
 /// What handshakes are bounded by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,7 +167,7 @@ impl Gate {
             return Err(TurnedAway::Rate);
         }
         if let Some(address) = address {
-            let of_address = window.by_address.entry(group(address)).or_default();
+            let of_address = window.by_address.entry(address::client(address)).or_default();
             if *of_address >= bounds.per_second_and_address {
                 return Err(TurnedAway::Rate);
             }
@@ -191,7 +190,9 @@ impl Gate {
         let Some(address) = address.into() else { return Ok(()) };
         let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
         failing.expire(now);
-        let Some(failures) = failing.by_address.get_mut(&group(address)) else { return Ok(()) };
+        let Some(failures) = failing.by_address.get_mut(&address::client(address)) else {
+            return Ok(());
+        };
         if failures.count / WEIGHT < bounds.failures_per_minute_and_address {
             return Ok(());
         }
@@ -208,7 +209,7 @@ impl Gate {
         presented: Option<&[u8]>,
         now: Instant,
     ) {
-        let Some(address) = address.into().map(group) else { return };
+        let Some(address) = address.into().map(address::client) else { return };
         let presented = presented.map(|presented| self.hasher.hash_one(presented));
         let mut failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
         failing.expire(now);
@@ -226,17 +227,6 @@ impl Gate {
         }
         let weight = if is_again { WEIGHT_AGAIN } else { WEIGHT };
         failures.count = failures.count.saturating_add(weight);
-    }
-}
-
-/// What counts as one address.
-fn group(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) => {
-            let mask = u128::MAX << (128 - IPV6_BITS);
-            Ipv6Addr::from_bits(address.to_bits() & mask).into()
-        }
-        address @ IpAddr::V4(_) => address,
     }
 }
 

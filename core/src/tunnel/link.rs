@@ -62,26 +62,27 @@ impl Link {
         result
     }
 
-    /// Opens an exchange and returns its halves. `make_id` is called under the lock.
+    /// Opens an exchange, whose halves [`Link::halves`] gives. `make_id` is called under the lock. `open`
+    /// is taken but where the lane is leaving: then it is for another.
     ///
     /// # Errors
-    /// Where the lane is closed or full.
+    /// Where the lane is leaving or full.
     pub fn open(
-        self: &Arc<Self>,
+        &self,
         make_id: impl FnOnce() -> RequestId,
         protocol_type: u32,
-        open: proto::Open,
-        flow: Arc<Flow>,
-    ) -> Result<(RequestId, SendHalf, RecvHalf), OpenError> {
-        let (id, key) = self.with(|lane| {
+        open: &mut proto::Open,
+    ) -> Result<(RequestId, Key), OpenError> {
+        self.with(|lane| {
+            if lane.is_leaving() {
+                return Err(OpenError::GoingAway);
+            }
             let id = make_id();
-            lane.open(id, protocol_type, open).map(|key| (id, key))
-        })?;
-        let (send, recv) = self.halves(key, flow);
-        Ok((id, send, recv))
+            lane.open(id, protocol_type, std::mem::take(open)).map(|key| (id, key))
+        })
     }
 
-    /// Returns the halves of an exchange that the peer opened. Called once per key.
+    /// Returns the halves of an exchange. Called once per key.
     pub fn halves(self: &Arc<Self>, key: Key, flow: Arc<Flow>) -> (SendHalf, RecvHalf) {
         self.exchanges.fetch_add(1, Ordering::Relaxed);
         let send = SendHalf::new(Arc::clone(self), key, Arc::clone(&flow));

@@ -198,7 +198,7 @@ impl Session {
         &self,
         shard: Option<usize>,
         protocol_type: u32,
-        open: proto::Open,
+        mut open: proto::Open,
         flow: Arc<Flow>,
     ) -> Result<(RequestId, SendHalf, RecvHalf, bool), OpenError> {
         let lanes = self.lanes.load();
@@ -210,17 +210,24 @@ impl Session {
         }
         let open_lanes = || lanes.iter().filter(|link| link.is_open());
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
-        let own = open_lanes().filter(|link| Some(link.shard) == shard);
-        let own_count = own.clone().count();
-        let link = if own_count > 0 {
+        // At most once per lane: one that is leaving is not open any more.
+        loop {
+            let own = open_lanes().filter(|link| Some(link.shard) == shard);
+            let own_count = own.clone().count();
             // Several lanes on this thread take turns.
-            own.clone().nth(turn % own_count)
-        } else {
-            open_lanes().min_by_key(|link| link.load())
-        };
-        let Some(link) = link else { return Err(OpenError::Closed) };
-        let (id, send, recv) = link.open(|| self.request_id(), protocol_type, open, flow)?;
-        Ok((id, send, recv, own_count == 0))
+            let own = turn.checked_rem(own_count).and_then(|turn| own.clone().nth(turn));
+            let link = own.or_else(|| open_lanes().min_by_key(|link| link.load()));
+            let Some(link) = link else { return Err(OpenError::Closed) };
+            match link.open(|| self.request_id(), protocol_type, &mut open) {
+                Ok((id, key)) => {
+                    let (send, recv) = link.halves(key, flow);
+                    return Ok((id, send, recv, Some(link.shard) != shard));
+                }
+                // Its driver has heard so, and has not said so yet; another lane takes the exchange.
+                Err(OpenError::GoingAway) => link.leave(),
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// The relay makes odd numbers, from 1.

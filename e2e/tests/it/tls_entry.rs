@@ -519,19 +519,24 @@ fn host_that_the_first_bytes_name_is_that_of_tls() {
     sidelane.until_metric("sidelane_exchanges_total", &labels, |count| count == 1.0);
 }
 
-#[test]
-fn sidecars_come_in_by_the_port_of_clients() {
-    let authority = Authority::new("ca");
-    let files = authority.sign(&[HOST]);
-    let service = Service::ok();
+/// A relay whose listener is the tunnel's too, and what its sidecars are set up by.
+fn one_port(service: &Service, listener: &str) -> (Setup, Sidelane) {
     let mut setup = Setup::of(service.address());
     let token = "0123456789abcdef0123456789abcdef".to_owned();
     (setup.relay_token, setup.sidecar_token) = (Some(token.clone()), Some(token));
     let relay = setup
         .relay()
-        .replace(WEB, &listener(&[&files], ""))
+        .replace(WEB, listener)
         .replace("tunnel: { address: \"127.0.0.1:0\"", "tunnel: { listener: web");
-    let relay = Sidelane::spawn("relay", &relay);
+    (setup, Sidelane::spawn("relay", &relay))
+}
+
+#[test]
+fn sidecars_come_in_by_the_port_of_clients() {
+    let authority = Authority::new("ca");
+    let files = authority.sign(&[HOST]);
+    let service = Service::ok();
+    let (setup, relay) = one_port(&service, &listener(&[&files], ""));
     let address = relay.web();
     let ca = authority.ca();
     let dialled = format!(
@@ -553,14 +558,7 @@ fn a_sidecar_without_tls_is_told_so_at_the_port_of_clients() {
     let authority = Authority::new("ca");
     let files = authority.sign(&[HOST]);
     let service = Service::ok();
-    let mut setup = Setup::of(service.address());
-    let token = "0123456789abcdef0123456789abcdef".to_owned();
-    (setup.relay_token, setup.sidecar_token) = (Some(token.clone()), Some(token));
-    let relay = setup
-        .relay()
-        .replace(WEB, &listener(&[&files], ""))
-        .replace("tunnel: { address: \"127.0.0.1:0\"", "tunnel: { listener: web");
-    let relay = Sidelane::spawn("relay", &relay);
+    let (setup, relay) = one_port(&service, &listener(&[&files], ""));
     let sidecar = Sidelane::spawn("sidecar", &setup.sidecar(relay.web()));
     wait::until("the sidecar's log to say so", || {
         let log = sidecar.log();

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::address;
 use crate::config::policy::Rate;
 
 /// Clients that one route's table remembers. 10,000 at about 50 bytes are half a megabyte per route;
@@ -144,11 +145,11 @@ fn make_room(clients: &mut HashMap<u128, u64>, now: u64) {
 
 /// One client: an IPv4 address, or the /64 of an IPv6 one, since a single host is given as much.
 pub(super) fn key(client: IpAddr) -> u128 {
-    match client.to_canonical() {
+    match address::client(client) {
         IpAddr::V4(address) => u128::from(u32::from(address)),
         // Never a key of IPv4: the low half is zero, and all of IPv4 is in it but 0.0.0.0, which is
         // no client.
-        IpAddr::V6(address) => u128::from(address) >> 64 << 64,
+        IpAddr::V6(address) => address.to_bits(),
     }
 }
 

@@ -3,8 +3,10 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::address;
 
 /// What handshakes are bounded by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +58,7 @@ impl Handshakes {
         bounds: Bounds,
         address: Option<IpAddr>,
     ) -> Result<Permit, Over> {
-        let address = address.map(network);
+        let address = address.map(address::client);
         let mut counts = self.lock();
         if counts.all >= bounds.all_max {
             return Err(Over::All);
@@ -99,14 +101,6 @@ impl Drop for Permit {
                 count.remove();
             }
         }
-    }
-}
-
-/// One client has all addresses of an IPv6 network of 64 bits.
-fn network(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) => Ipv6Addr::from(u128::from(address) >> 64 << 64).into(),
-        address => address,
     }
 }
 

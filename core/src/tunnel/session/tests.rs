@@ -148,6 +148,28 @@ fn a_refused_hello_leaves_no_session_behind() {
 }
 
 #[test]
+fn an_exchange_goes_to_another_lane_where_one_is_leaving() {
+    let sessions = Sessions::new(settings());
+    let first = admit(&sessions, &hello(1), LOOPBACK).unwrap();
+    let mut further = hello(1);
+    further.session = first.welcome.session.clone();
+    further.secret = first.welcome.secret.clone();
+    let second = admit(&sessions, &further, LOOPBACK).unwrap();
+    let metrics = crate::metrics::Metrics::new();
+    let open = || {
+        let flow = crate::metrics::Flows::new("relay").of(&metrics, &"HTTP".into());
+        first.session.open(Some(0), 1, proto::Open::default(), flow)
+    };
+    // As the driver of the lane on this thread leaves it, before it has said so.
+    first.link.with(|lane| lane.go_away(proto::GoAway::default()));
+    assert!(first.link.is_open());
+    let (_, _send, _recv, is_crossing) = open().expect("the other lane takes it");
+    assert!(is_crossing && second.link.load() == 1 && !first.link.is_open());
+    second.link.with(|lane| lane.go_away(proto::GoAway::default()));
+    assert_eq!(open().map(drop), Err(OpenError::Closed));
+}
+
+#[test]
 fn one_principal_leaves_sessions_for_others() {
     let sessions = Sessions::new(Settings { sessions_max: 4, ..settings() });
     let _held = (admit(&sessions, &hello(1), LOOPBACK), admit(&sessions, &hello(2), LOOPBACK));
