@@ -30,10 +30,10 @@ mod service;
 
 /// How long a connection is read to its end after we have closed our side with input outstanding.
 /// Closing at once would make the kernel reset it, and the client could lose the answer.
-const LINGER: Duration = Duration::from_secs(2);
+pub(super) const LINGER: Duration = Duration::from_secs(2);
 
 /// Most bytes thrown away meanwhile.
-const LINGER_BYTES_MAX: usize = 1024 * 1024;
+pub(super) const LINGER_BYTES_MAX: usize = 1024 * 1024;
 
 /// Serves an HTTP/1 connection until it ends.
 pub(super) async fn serve<S, D>(

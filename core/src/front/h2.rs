@@ -23,6 +23,7 @@ use tokio::time::{Instant, Sleep};
 use self::tunnel::Tunnel;
 use super::answer::{self, Refusal};
 use super::exchange::{DropInterim, Exchange, Output, Traits, has_body};
+use super::h1::{LINGER, LINGER_BYTES_MAX};
 use super::tls::remove_client_cert;
 use super::wire::{Calling, Signals, Wire};
 use super::{ConnectionError, Context, Dispatch, Event, FrontConfig, head};
@@ -210,6 +211,9 @@ impl<D: Dispatch> Requests<D> {
                     "request refused"
                 );
                 answer(&mut respond, refusal, head_only);
+                if !end {
+                    linger(recv);
+                }
                 return;
             }
         };
@@ -250,6 +254,38 @@ impl RequestBody {
         self.ended = true;
         Poll::Ready(frame)
     }
+}
+
+impl Drop for RequestBody {
+    fn drop(&mut self) {
+        if let Some(recv) = self.recv.take()
+            && !self.ended
+            && !recv.is_end_stream()
+        {
+            linger(recv);
+        }
+    }
+}
+
+/// Throws away what still comes of a body that nobody wants, for a while. Dropping the stream at once
+/// resets it with NO_ERROR (RFC 9113 §8.1), by which some clients lose the answer (curl 7.88).
+fn linger(mut recv: RecvStream) {
+    // Without a runtime the connection is gone with it.
+    let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+    runtime.spawn(async move {
+        let reading = async {
+            let mut thrown_away = 0;
+            while thrown_away < LINGER_BYTES_MAX
+                && let Some(Ok(bytes)) = recv.data().await
+            {
+                thrown_away += bytes.len();
+                // Fails only where the stream is gone, which the next read tells.
+                let _ = recv.flow_control().release_capacity(bytes.len());
+            }
+        };
+        // Whoever still sends by then is reset.
+        let _ = tokio::time::timeout(LINGER, reading).await;
+    });
 }
 
 impl lend::Body for RequestBody {

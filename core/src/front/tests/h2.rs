@@ -411,6 +411,24 @@ async fn early_answer_ends_the_stream() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn body_that_nobody_wants_is_read_on_for_a_while() {
+    let script = Script::new(|mut asked| async move { asked.answer(413, &[], "too much") });
+    let mut client = h2(&script).await;
+    let (answer, mut body) = client.send(post(), false).await;
+    assert_eq!(read(answer.await.unwrap()).await.unwrap().1, "too much");
+    // No reset meets what is on its way, and the stream ends as the client ends it.
+    body.send_data("abc".into(), true).unwrap();
+    assert_eq!(client.ask(get(&[])).await.0.status(), StatusCode::PAYLOAD_TOO_LARGE);
+    // One that goes on and on is reset after a while.
+    let (answer, mut body) = client.send(post(), false).await;
+    assert_eq!(read(answer.await.unwrap()).await.unwrap().1, "too much");
+    let began = tokio::time::Instant::now();
+    let reason = poll_fn(|cx| body.poll_reset(cx)).await.unwrap();
+    assert_eq!(reason, Reason::NO_ERROR);
+    assert_eq!(began.elapsed().as_secs(), 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn shutdown_waits_for_streams() {
     let (started, start) = Once::new();
     let (go, gone_on) = oneshot::channel::<()>();
