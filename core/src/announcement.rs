@@ -31,6 +31,7 @@ pub fn encode(version: u64, config: &Config) -> proto::Announce {
         name: tunnel.name.to_string(),
         protocols: tunnel.protocols.iter().flatten().map(ToString::to_string).collect(),
         unavailable: String::new(),
+        weight: 0,
     });
     let routes = config.routes.iter().map(|route| encode_route(route));
     proto::Announce { version, tunnels: tunnels.collect(), routes: routes.collect() }
@@ -290,6 +291,7 @@ mod tests {
                 name: name.to_owned(),
                 protocols: vec![protocol.to_owned()],
                 unavailable,
+                weight: 0,
             })
         };
         for (name, protocol) in [(forged, "HTTP"), ("", "HTTP"), ("web", forged), ("web", "")] {

@@ -34,6 +34,10 @@ impl std::fmt::Debug for Link {
     }
 }
 
+fn go_away(code: u32, detail: &str) -> proto::GoAway {
+    proto::GoAway { code, detail: detail.to_owned(), last: false }
+}
+
 impl Link {
     /// Returns a link over `lane`.
     #[must_use]
@@ -116,13 +120,13 @@ impl Link {
     /// Tells the peer to open no more exchanges, and takes none.
     pub fn go_away(&self, code: u32, detail: &str) {
         self.leave();
-        self.with(|lane| lane.go_away(proto::GoAway { code, detail: detail.to_owned() }));
+        self.with(|lane| lane.go_away(go_away(code, detail)));
     }
 
     /// Asks the peer to open no more exchanges, and takes those that cross the question.
     pub fn ask_away(&self, code: u32, detail: &str) {
         self.leave();
-        self.with(|lane| lane.ask_away(proto::GoAway { code, detail: detail.to_owned() }));
+        self.with(|lane| lane.ask_away(go_away(code, detail)));
     }
 
     /// Presents another credential to the peer. False: it is longer than that accepts.
@@ -149,7 +153,7 @@ impl Link {
         self.leave();
         self.with(|lane| {
             lane.end_exchanges(reset);
-            lane.go_away(proto::GoAway { code, detail: detail.to_owned() });
+            lane.go_away(proto::GoAway { last: true, ..go_away(code, detail) });
         });
         self.close();
     }

@@ -19,7 +19,7 @@ pub struct TunnelMessage {
     pub open: ::core::option::Option<Open>,
     #[prost(
         oneof = "tunnel_message::Payload",
-        tags = "9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 48, 49, 50, 51"
+        tags = "9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 48, 49, 50, 51"
     )]
     pub payload: ::core::option::Option<tunnel_message::Payload>,
 }
@@ -82,6 +82,8 @@ pub mod tunnel_message {
         Authenticate(super::Authenticate),
         #[prost(message, tag = "44")]
         Authenticated(super::Authenticated),
+        #[prost(message, tag = "45")]
+        Dedicate(super::Dedicate),
         /// Control of an exchange (request_id set).
         #[prost(message, tag = "48")]
         Window(super::Window),
@@ -246,6 +248,13 @@ pub struct Hello {
     pub session: ::prost::bytes::Bytes,
     #[prost(bytes = "bytes", tag = "11")]
     pub secret: ::prost::bytes::Bytes,
+    /// With `session`: the relay that has it; another one refuses with WRONG_RELAY. Empty: not said.
+    #[prost(bytes = "bytes", tag = "12")]
+    pub relay_instance: ::prost::bytes::Bytes,
+    /// With `session`: no lane, but a connection that waits to carry one exchange's bytes as they are
+    /// (Dedicate).
+    #[prost(bool, tag = "13")]
+    pub dedicated: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ProtocolName {
@@ -305,7 +314,8 @@ pub struct Refuse {
     #[prost(uint32, tag = "3")]
     pub retry_after_ms: u32,
 }
-/// A lost lane comes back.
+/// A lost lane comes back: the first message of whoever dials, in place of a hello. Nothing else is
+/// presented: the secret is proof enough.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 #[prost(skip_debug)]
 pub struct Resume {
@@ -318,10 +328,15 @@ pub struct Resume {
     /// Grows with each dial of this lane; the newest fences older sockets.
     #[prost(uint64, tag = "4")]
     pub attempt: u64,
-    /// Counted messages received on this lane.
+    /// Counted messages received on this lane. Whoever says so reads nothing more from the connection
+    /// before.
     #[prost(uint64, tag = "5")]
     pub received: u64,
+    /// As in Hello.
+    #[prost(bytes = "bytes", tag = "6")]
+    pub relay_instance: ::prost::bytes::Bytes,
 }
+/// The answer. What the other end has not received follows, then what is new.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Resumed {
     #[prost(uint64, tag = "1")]
@@ -353,6 +368,17 @@ pub struct GoAway {
     pub code: u32,
     #[prost(string, tag = "2")]
     pub detail: ::prost::alloc::string::String,
+    /// The sender closes the connection behind this message, and the lane does not come back: nobody is to
+    /// wait for it.
+    #[prost(bool, tag = "3")]
+    pub last: bool,
+}
+/// First message on a dedicated connection after the welcome, from the relay: all bytes that follow, in
+/// both directions, are those of this exchange's client and service.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Dedicate {
+    #[prost(string, tag = "1")]
+    pub request_id: ::prost::alloc::string::String,
 }
 /// A fresh credential for the session, which the relay takes in place of the one of the last hello: a
 /// signed token that ends soon is renewed by it. One that is not accepted changes nothing.
@@ -396,6 +422,9 @@ pub struct AnnouncedTunnel {
     /// tunnel get its exchanges meanwhile.
     #[prost(string, tag = "3")]
     pub unavailable: ::prost::alloc::string::String,
+    /// Its share beside others that serve the tunnel; 0: 1.
+    #[prost(uint32, tag = "4")]
+    pub weight: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 #[prost(skip_debug)]
@@ -720,9 +749,14 @@ pub enum RefuseReason {
     UnknownSession = 3,
     WrongRelay = 4,
     Overloaded = 5,
+    /// What is missing is not kept any more: the lane cannot come back.
     Gap = 6,
     GoingAway = 7,
     Malformed = 8,
+    /// A newer attempt of the lane came before.
+    Stale = 9,
+    /// The session stands, and has no such lane any more.
+    UnknownLane = 10,
 }
 impl RefuseReason {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -740,6 +774,8 @@ impl RefuseReason {
             Self::Gap => "GAP",
             Self::GoingAway => "GOING_AWAY",
             Self::Malformed => "MALFORMED",
+            Self::Stale => "STALE",
+            Self::UnknownLane => "UNKNOWN_LANE",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -754,6 +790,8 @@ impl RefuseReason {
             "GAP" => Some(Self::Gap),
             "GOING_AWAY" => Some(Self::GoingAway),
             "MALFORMED" => Some(Self::Malformed),
+            "STALE" => Some(Self::Stale),
+            "UNKNOWN_LANE" => Some(Self::UnknownLane),
             _ => None,
         }
     }

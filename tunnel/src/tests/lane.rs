@@ -835,7 +835,9 @@ fn going_away_refuses_new_exchanges_and_keeps_those_that_run() {
     let mut pair = Pair::new();
     let (relay, sidecar) = pair.opened();
     let crossing = pair.open();
-    pair.sidecar.lane.go_away(proto::GoAway { code: failure::DRAINING, detail: String::new() });
+    pair.sidecar
+        .lane
+        .go_away(proto::GoAway { code: failure::DRAINING, ..proto::GoAway::default() });
     assert_eq!(pair.relay.send(crossing, data(b"x")), DONE);
     pair.run();
     assert!(matches!(pair.relay.events.pop_front(), Some(Event::GoAway(_))));
@@ -853,7 +855,9 @@ fn being_asked_away_loses_no_exchange_that_crosses() {
     let mut pair = Pair::new();
     let crossing = pair.open();
     assert_eq!(pair.relay.send(crossing, data(b"x")), DONE);
-    pair.sidecar.lane.ask_away(proto::GoAway { code: failure::DRAINING, detail: String::new() });
+    pair.sidecar
+        .lane
+        .ask_away(proto::GoAway { code: failure::DRAINING, ..proto::GoAway::default() });
     pair.run();
     assert!(matches!(pair.relay.events.pop_front(), Some(Event::GoAway(_))));
     assert!(!pair.relay.lane.is_refused(crossing));
