@@ -8,6 +8,7 @@
 #![warn(missing_docs)]
 #![forbid(unsafe_code)]
 
+mod acknowledge;
 mod control;
 pub mod credit;
 pub mod envelope;
@@ -20,6 +21,7 @@ mod masked;
 mod outbox;
 mod payload;
 mod protocols;
+mod replay;
 mod spare;
 mod transmit;
 mod wakes;
@@ -36,10 +38,12 @@ extern crate self as sidelane_tunnel;
 #[cfg(test)]
 mod tests;
 
+pub use acknowledge::{ACK_BYTES, ACK_DELAY};
 pub use envelope::DecodeError;
 pub use exchange::Key;
 pub use handshake::{
-    Acceptor, Dialler, HELLO_BYTES_MAX, HandshakeError, MESSAGE_BYTES_MIN, Reply, VERSION,
+    Acceptor, Dialler, FEATURE_RESUME, First, HELLO_BYTES_MAX, HandshakeError, MESSAGE_BYTES_MIN,
+    Reply, VERSION,
 };
 pub use id::{InvalidRequestId, REQUEST_ID_BYTES_MAX, RequestId, Side};
 pub use lane::{
@@ -49,5 +53,6 @@ pub use lane::{
 pub use outbox::{QUANTUM_BYTES, SPARSE_BYTES_MAX};
 pub use payload::{Payload, Received, Reset};
 pub use protocols::{PROTOCOL_NUMBER_NAMED_MIN, PROTOCOLS_MAX, ProtocolTable, ProtocolTableError};
+pub use replay::Budget;
 pub use transmit::{COPY_BYTES_MAX, Transmit};
 pub use wakes::Wakes;

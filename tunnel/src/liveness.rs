@@ -41,6 +41,17 @@ impl Liveness {
         self.last_input = now;
     }
 
+    /// Goes on, on another carrier: a ping is due at once.
+    pub(crate) const fn restart(&mut self, now: Instant) {
+        self.last_input = now;
+        self.ping_at = now;
+        self.asked = None;
+    }
+
+    pub(crate) const fn last_input(&self) -> Instant {
+        self.last_input
+    }
+
     /// Takes an answer; returns the smoothed round-trip time where it is that of the last ping.
     pub(crate) fn handle_pong(&mut self, now: Instant, token: u64) -> Option<Duration> {
         let (asked, at) = self.asked?;
