@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod acknowledge;
+mod budget;
 mod control;
 pub mod credit;
 pub mod envelope;
@@ -39,6 +40,7 @@ extern crate self as sidelane_tunnel;
 mod tests;
 
 pub use acknowledge::{ACK_BYTES, ACK_DELAY};
+pub use budget::Budget;
 pub use envelope::DecodeError;
 pub use exchange::Key;
 pub use handshake::{
@@ -53,6 +55,5 @@ pub use lane::{
 pub use outbox::{QUANTUM_BYTES, SPARSE_BYTES_MAX};
 pub use payload::{Payload, Received, Reset};
 pub use protocols::{PROTOCOL_NUMBER_NAMED_MIN, PROTOCOLS_MAX, ProtocolTable, ProtocolTableError};
-pub use replay::Budget;
 pub use transmit::{COPY_BYTES_MAX, Transmit};
 pub use wakes::Wakes;

@@ -1020,7 +1020,7 @@ fn a_flood_of_pings_is_bounded() {
     let mut pair = Pair::with(|config| config.exchanges_max = 10);
     let ping = control(None, field::PING, &proto::Ping { token: 1 });
     let error = pair.inject_into_sidecar(&ping.repeat(1000)).unwrap_err();
-    assert!(matches!(error, LaneError::ControlFlood { max: 276 }), "{error:?}");
+    assert!(matches!(error, LaneError::ControlFlood { max: 286 }), "{error:?}");
 }
 
 #[test]
