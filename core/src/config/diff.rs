@@ -19,7 +19,8 @@ pub struct Changes {
     pub base_domains: bool,
     /// What connections, sessions and handshakes go by: `relay.limits`, `relay.timeouts`,
     /// `relay.trusted_proxies`, `relay.max_connection_age`, `relay.tunnel.listener`, `relay.tunnel.tls`
-    /// (with `insecure`), `relay.tunnel.token`, `relay.credentials` (with `token_issuers`), `relay.acme`.
+    /// (with `insecure`), `relay.tunnel.token`, `relay.tunnel.advertise`, `relay.tunnel.grace`,
+    /// `relay.tunnel.replay`, `relay.credentials` (with `token_issuers`), `relay.acme`.
     pub relay: Vec<&'static str>,
     /// What relays are dialled by: `sidecar.relays` (their TLS; where they are is for a start),
     /// `sidecar.token`.
@@ -92,6 +93,9 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         let tls = |tunnel: &'_ RelayTunnel| (tunnel.tls.clone(), tunnel.insecure);
         differs("relay.tunnel.tls", tls(tunnel) != tls(new_tunnel));
         differs("relay.tunnel.token", tunnel.token != new_tunnel.token);
+        differs("relay.tunnel.advertise", tunnel.advertise != new_tunnel.advertise);
+        differs("relay.tunnel.grace", tunnel.grace != new_tunnel.grace);
+        differs("relay.tunnel.replay", tunnel.replay != new_tunnel.replay);
         differs("relay.credentials", old.credentials != new.credentials);
         differs("relay.acme", old.acme != new.acme);
     }

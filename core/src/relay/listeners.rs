@@ -457,6 +457,9 @@ mod tests {
             tls: None,
             insecure: false,
             token: None,
+            advertise: None,
+            grace: Duration::ZERO,
+            replay: config::REPLAY_BYTES,
         };
         listeners.prepare(configs, &tunnel, &Arc::default(), 1)
     }

@@ -4,15 +4,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{
-    LANES_MAX, LISTENER_KEYS, PROXIES_MAX, RELAY_KEYS, RELAY_LIMITS_KEYS, RELAY_TIMEOUTS_KEYS,
-    RELAY_TUNNEL_KEYS, Reader, THREADS_MAX, TUNNEL_ADDRESS, WEB_ADDRESS, arcs, items, networks,
-    size, timeout, twice, unique,
+    GRACE, GRACE_MAX, LANES_MAX, LISTENER_KEYS, PROXIES_MAX, RELAY_KEYS, RELAY_LIMITS_KEYS,
+    RELAY_TIMEOUTS_KEYS, RELAY_TUNNEL_KEYS, REPLAY_BYTES_MAX, REPLAY_BYTES_MIN, Reader,
+    THREADS_MAX, TUNNEL_ADDRESS, WEB_ADDRESS, arcs, duration_within, items, networks, size,
+    timeout, twice, unique,
 };
 use crate::config::credentials::Credentials;
 use crate::config::error::list;
 use crate::config::raw::{Field, Section};
 use crate::config::{
-    Balance, Carries, Listener, Relay, RelayLimits, RelayTimeouts, RelayTunnel, value,
+    Balance, Carries, Listener, REPLAY_BYTES, Relay, RelayLimits, RelayTimeouts, RelayTunnel, value,
 };
 
 /// Youngest age at which connections are ended: below it clients do little but connect.
@@ -40,6 +41,9 @@ impl Reader<'_> {
                 tls: None,
                 insecure: false,
                 token: None,
+                advertise: None,
+                grace: GRACE,
+                replay: REPLAY_BYTES,
             },
             credentials: Credentials::default(),
             acme: None,
@@ -114,6 +118,9 @@ impl Reader<'_> {
             tunnel.tls = self.tunnel_tls(&field, is_shared);
         }
         section.set("insecure", &mut tunnel.insecure, Field::boolean);
+        section.set("advertise", &mut tunnel.advertise, |f| f.parse(value::host_port).map(Some));
+        section.set("grace", &mut tunnel.grace, |f| duration_within(f, Duration::ZERO, GRACE_MAX));
+        section.set("replay", &mut tunnel.replay, |f| size(f, REPLAY_BYTES_MIN, REPLAY_BYTES_MAX));
         let as_written = self.token(section, &mut tunnel.token).is_some();
         as_written && tunnel.token.is_none()
     }
