@@ -2,6 +2,7 @@
 
 mod codec;
 mod connection;
+mod cuts;
 mod decode;
 mod generated;
 mod handshake;
