@@ -23,6 +23,7 @@ use tokio::sync::broadcast;
 use crate::plugin::MetricSink;
 
 mod acme;
+mod balance;
 mod cell;
 mod credentials;
 mod ended;
@@ -33,6 +34,7 @@ mod sidecar;
 mod tls;
 
 pub use acme::AcmeMetrics;
+pub use balance::{BalanceMetrics, MoveReason};
 pub use credentials::CredentialMetrics;
 pub use ended::Ended;
 
@@ -170,6 +172,8 @@ pub struct Metrics {
     panics: Family<PluginLabels, Gauge>,
     generations: Family<GenerationLabels, Gauge>,
     quarantined: Family<PluginLabels, Gauge>,
+    /// What is counted of sidecars that share tunnels.
+    pub balance: BalanceMetrics,
     /// What is counted of sidecars' credentials.
     pub credentials: CredentialMetrics,
     /// What the sidecar's end counts beside exchanges.
@@ -231,6 +235,7 @@ impl Metrics {
             panics: Family::default(),
             generations: Family::default(),
             quarantined: Family::default(),
+            balance: BalanceMetrics::default(),
             credentials: CredentialMetrics::default(),
             sidecar: SidecarMetrics::default(),
             tls: TlsMetrics::default(),
@@ -346,6 +351,7 @@ impl Metrics {
             "1 where a plugin panicked too often and takes nothing",
             self.quarantined.clone(),
         );
+        self.balance.register(r);
         self.credentials.register(r);
         self.sidecar.register(r);
         self.tls.register(r);
