@@ -148,6 +148,8 @@ pub struct Config {
     pub log: Log,
     /// How long running exchanges may take after SIGTERM.
     pub drain_timeout: Duration,
+    /// How long a relay takes new clients after SIGTERM.
+    pub withdraw_timeout: Duration,
     /// What runs and is yet likely a mistake, sorted by place.
     pub warnings: Vec<ConfigError>,
     /// Files that values were read from; their contents belong to the configuration.

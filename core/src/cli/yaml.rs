@@ -108,6 +108,7 @@ mod tests {
     const ALL: &str = r#"
 version: 1
 drain_timeout: 7s
+withdraw_timeout: 3s
 relay:
   listeners:
     - { name: web, address: 127.0.0.1:9080, proxy_protocol: true, balance: exact }
@@ -191,7 +192,7 @@ log: { level: "info,sidelane=debug", format: json }
     /// Returns all that counts of a configuration.
     fn facts(config: &Config) -> String {
         let Config { relay, sidecar, tunnels, routes, plugins, health, admin, log, .. } = config;
-        let rest = (health, admin, log, config.drain_timeout);
+        let rest = (health, admin, log, config.drain_timeout, config.withdraw_timeout);
         format!("{relay:#?}{sidecar:#?}{tunnels:#?}{routes:#?}{plugins:#?}{rest:#?}")
     }
 
@@ -235,7 +236,16 @@ log: { level: "info,sidelane=debug", format: json }
             .collect();
         assert_eq!(
             roots,
-            ["version", "relay", "tunnels", "routes", "plugins", "log", "drain_timeout"],
+            [
+                "version",
+                "relay",
+                "tunnels",
+                "routes",
+                "plugins",
+                "log",
+                "drain_timeout",
+                "withdraw_timeout"
+            ],
             "{written}"
         );
         assert!(written.contains("- name: a\n  service: 127.0.0.1:1\n"), "{written}");

@@ -34,6 +34,8 @@ pub struct Changes {
     pub log: bool,
     /// Drain timeout.
     pub drain_timeout: bool,
+    /// Withdraw timeout.
+    pub withdraw_timeout: bool,
 }
 
 impl Changes {
@@ -118,6 +120,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         plugins: old.plugins != new.plugins,
         log: old.log != new.log,
         drain_timeout: old.drain_timeout != new.drain_timeout,
+        withdraw_timeout: old.withdraw_timeout != new.withdraw_timeout,
     }
 }
 

@@ -134,6 +134,8 @@ const ADMIN_ADDRESS: SocketAddr = loopback(9083);
 /// As long as a cluster's name service keeps an answer, usually.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(30);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(25);
+/// Nobody who ends a process by hand wants to wait; a balancer's operator says how long it takes.
+const WITHDRAW_TIMEOUT: Duration = Duration::ZERO;
 
 /// Two, so that a lost segment stalls half of the exchanges only.
 const LANES: usize = 2;
@@ -149,6 +151,7 @@ pub(crate) const ROOT_KEYS: &[&str] = &[
     "admin",
     "log",
     "drain_timeout",
+    "withdraw_timeout",
 ];
 pub(crate) const RELAY_KEYS: &[&str] = &[
     "listeners",
@@ -356,6 +359,7 @@ impl Reader<'_> {
             admin: None,
             log: Log::default(),
             drain_timeout: DRAIN_TIMEOUT,
+            withdraw_timeout: WITHDRAW_TIMEOUT,
             files: Vec::new(),
             warnings: Vec::new(),
             origin: Origin {
@@ -448,6 +452,7 @@ impl Reader<'_> {
             config.log = log(&field);
         }
         root.set("drain_timeout", &mut config.drain_timeout, |f| timeout(f, Duration::ZERO));
+        root.set("withdraw_timeout", &mut config.withdraw_timeout, |f| timeout(f, Duration::ZERO));
         Self::distinct_addresses(&root, &config);
         config
     }

@@ -389,6 +389,9 @@ struct File {
     log: Log,
     /// How long running exchanges may take after SIGTERM.
     drain_timeout: Duration<0, DAY>,
+    /// How long a relay takes new clients after SIGTERM, not ready any more: until the balancer before it has noticed. Not waited for
+    /// where the relay was withdrawn before (`sidelane drain --withdraw`), and not after SIGINT.
+    withdraw_timeout: Duration<0, DAY>,
 }
 
 /// The role that faces clients.

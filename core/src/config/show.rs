@@ -37,6 +37,7 @@ impl Config {
                 },
             },
             "drain_timeout": duration_text(self.drain_timeout),
+            "withdraw_timeout": duration_text(self.withdraw_timeout),
         })
     }
 }

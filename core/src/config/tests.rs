@@ -172,6 +172,7 @@ fn sections_left_empty_hold_the_defaults_that_the_default_file_shows() {
     assert_eq!(empty.sidecar, shown.sidecar);
     assert_eq!((empty.health, empty.admin), (shown.health, shown.admin));
     assert_eq!(empty.drain_timeout, shown.drain_timeout);
+    assert_eq!(empty.withdraw_timeout, shown.withdraw_timeout);
     assert_eq!(empty.log, shown.log);
 }
 
@@ -219,6 +220,7 @@ tunnels: [{ name: web, service: \"127.0.0.1:3001\" }]
 routes: [{ name: three, subdomain: one, tunnel: web }]
 health: {}
 drain_timeout: 1s
+withdraw_timeout: 1s
 log: { level: debug }
 plugins: { panics: 9 }
 ",
@@ -232,6 +234,7 @@ plugins: { panics: 9 }
     assert_eq!(changes.routes.removed, old.routes);
     assert_eq!(changes.tunnels.removed, [old.tunnels[0].clone()]);
     assert!(changes.base_domains && changes.log && changes.drain_timeout && changes.health);
+    assert!(changes.withdraw_timeout);
     assert!(!changes.plugins && !changes.admin && changes.relay.is_empty());
 }
 
