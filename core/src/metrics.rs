@@ -23,6 +23,7 @@ use tokio::sync::broadcast;
 use crate::plugin::MetricSink;
 
 mod acme;
+mod balance;
 mod cell;
 mod credentials;
 mod ended;
@@ -34,6 +35,7 @@ mod sidecar;
 mod tls;
 
 pub use acme::AcmeMetrics;
+pub use balance::{BalanceMetrics, MoveReason};
 pub use credentials::CredentialMetrics;
 pub use ended::Ended;
 pub use lanes::LaneMetrics;
@@ -174,6 +176,8 @@ pub struct Metrics {
     panics: Family<PluginLabels, Gauge>,
     generations: Family<GenerationLabels, Gauge>,
     quarantined: Family<PluginLabels, Gauge>,
+    /// What is counted of sidecars that share tunnels.
+    pub balance: BalanceMetrics,
     /// What is counted of sidecars' credentials.
     pub credentials: CredentialMetrics,
     /// What is counted of lanes' connections.
@@ -238,6 +242,7 @@ impl Metrics {
             panics: Family::default(),
             generations: Family::default(),
             quarantined: Family::default(),
+            balance: BalanceMetrics::default(),
             credentials: CredentialMetrics::default(),
             lanes: LaneMetrics::default(),
             sidecar: SidecarMetrics::default(),
@@ -359,6 +364,7 @@ impl Metrics {
             "1 where a plugin panicked too often and takes nothing",
             self.quarantined.clone(),
         );
+        self.balance.register(r);
         self.credentials.register(r);
         self.lanes.register(r);
         self.sidecar.register(r);

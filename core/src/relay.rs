@@ -21,15 +21,19 @@ use crate::tls::Issued;
 use crate::tunnel::pressure;
 use crate::tunnel::session::{Session, Sessions};
 
+mod affinity;
+mod aim;
 mod announce;
 mod bounds;
 mod document;
 mod door;
+mod eject;
 mod entry;
 mod explain;
 mod lanes;
 mod listen;
 mod listeners;
+mod moving;
 mod open;
 mod plain;
 mod policy;
@@ -50,6 +54,7 @@ use bounds::{credential_rules, millis, session_settings};
 use door::Door;
 use entry::HttpEntry;
 use listeners::Listeners;
+use moving::KeptBytes;
 use routing::Routing;
 use sources::Sources;
 use tls::Handshakes;
@@ -87,6 +92,10 @@ pub struct Relay {
     tls_handshakes: Arc<Handshakes>,
     /// Of clients, on all listeners.
     connections: AtomicUsize,
+    /// Held while a sidecar is left aside.
+    ejecting: Mutex<()>,
+    /// Of exchanges that may move.
+    kept_bytes: KeptBytes,
     flows: Flows,
 }
 
@@ -121,6 +130,8 @@ impl Relay {
             issued,
             tls_handshakes: Arc::default(),
             connections: AtomicUsize::new(0),
+            ejecting: Mutex::default(),
+            kept_bytes: KeptBytes::default(),
             flows: Flows::new("relay"),
         })
     }
@@ -375,6 +386,7 @@ impl Relay {
     /// expired; called every second.
     pub fn expire(&self, now: Instant) {
         self.end_expired(SystemTime::now());
+        self.look_at_ejected();
         let mut sources = self.lock_sources();
         let before = sources.lost.len();
         sources.lost.retain(|(since, _)| now.duration_since(*since) < LOST_ROUTES_KEPT);
