@@ -338,7 +338,7 @@ impl Sidecar {
                 self.count_refused_credentials();
                 self.answers.send_replace(());
             }
-            Event::Authenticate(_) | Event::Rtt(_) => {}
+            Event::Authenticate(_) | Event::Rtt(_) | Event::Suspect(_) => {}
         }
     }
 

@@ -167,6 +167,7 @@ routes:
     limits: { rate: { count: 100, per: 1s, burst: 200 }, concurrent: 50, body: 10MiB }
     compression: { level: 5, min_size: 1KiB }
     hsts: { max_age: 1h, include_subdomains: true }
+    affinity: { cookie: stick, max_age: 1h }
     options: { HTTP: { a: null, b: [1, "1", 1.5, "no"], c: "$${d}" } }
   - { name: old, host: "*.old.example", redirect: { status: 308, scheme: https, path_prefix: /x } }
   - { name: rest, wildcard: "*", tunnel: rpc, protocol_type: GRPC }

@@ -34,6 +34,7 @@ mod tunnels;
 pub(super) use policies::{ATTEMPTS_MAX, REALM, USERS_MAX};
 pub(super) use routes::WEIGHT_MAX;
 pub(super) use tls::ACME_DIRECTORY;
+pub(crate) use tunnels::SIDECAR_WEIGHT_MAX;
 pub(super) use tunnels::{CHECKS_MAX, CONNECTIONS_MAX};
 
 /// Keys by section, for the schema's test.
@@ -53,6 +54,7 @@ pub(crate) const SECTIONS: &[(&str, &[&str])] = &[
     ("relay.token_issuers[]", credentials::ISSUER_KEYS),
     ("relay.acme", tls::ACME_KEYS),
     ("relay.acme.external_account", tls::EXTERNAL_ACCOUNT_KEYS),
+    ("relay.warmup", WARMUP_KEYS),
     ("relay.limits", RELAY_LIMITS_KEYS),
     ("relay.timeouts", RELAY_TIMEOUTS_KEYS),
     ("sidecar", SIDECAR_KEYS),
@@ -81,6 +83,7 @@ pub(crate) const SECTIONS: &[(&str, &[&str])] = &[
     ("routes[].limits.rate_per_client", policies::RATE_KEYS),
     ("routes[].compression", policies::COMPRESSION_KEYS),
     ("routes[].hsts", policies::HSTS_KEYS),
+    ("routes[].affinity", policies::AFFINITY_KEYS),
     ("plugins", PLUGINS_KEYS),
     ("plugins.libraries[]", LIBRARY_KEYS),
     ("health", HEALTH_KEYS),
@@ -159,10 +162,12 @@ pub(crate) const RELAY_KEYS: &[&str] = &[
     "credentials",
     "token_issuers",
     "acme",
+    "warmup",
     "threads",
     "limits",
     "timeouts",
 ];
+pub(crate) const WARMUP_KEYS: &[&str] = &["time", "sessions"];
 pub(crate) const LISTENER_KEYS: &[&str] = &[
     "name",
     "address",
@@ -174,7 +179,7 @@ pub(crate) const LISTENER_KEYS: &[&str] = &[
     "balance",
 ];
 pub(crate) const RELAY_TUNNEL_KEYS: &[&str] =
-    &["address", "listener", "tls", "insecure", "token", "token_file", "token_env"];
+    &["address", "listener", "tls", "insecure", "token", "token_file", "token_env", "peers"];
 pub(crate) const RELAY_LIMITS_KEYS: &[&str] = &[
     "connections",
     "sessions",
@@ -197,6 +202,7 @@ pub(crate) const RELAY_TIMEOUTS_KEYS: &[&str] =
 pub(crate) const SIDECAR_KEYS: &[&str] = &[
     "name",
     "relays",
+    "follow_peers",
     "resolve_interval",
     "token",
     "token_file",
@@ -220,6 +226,7 @@ pub(crate) const TUNNEL_KEYS: &[&str] = &[
     "proxy_protocol",
     "health_check",
     "wait",
+    "weight",
 ];
 pub(crate) const POOL_KEYS: &[&str] = &["idle_timeout", "idle", "connections"];
 pub(crate) const HEALTH_CHECK_KEYS: &[&str] =
@@ -245,6 +252,7 @@ pub(crate) const ROUTE_KEYS: &[&str] = &[
     "limits",
     "compression",
     "hsts",
+    "affinity",
     "options",
 ];
 pub(crate) const SHARE_KEYS: &[&str] = &["name", "weight"];

@@ -467,6 +467,7 @@ mod tests {
             tls: None,
             insecure: false,
             token: None,
+            peers: Vec::new(),
         };
         listeners.prepare(configs, &tunnel, &Arc::default(), 1)
     }

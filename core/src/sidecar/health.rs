@@ -401,6 +401,7 @@ mod tests {
             proxy_protocol: None,
             health_check: has_check.then(check),
             wait,
+            weight: 1,
         })
     }
 

@@ -600,7 +600,9 @@ fn refuse(reason: proto::RefuseReason, detail: String, retry_after_ms: u32) -> p
     proto::Refuse { reason: reason.into(), detail, retry_after_ms }
 }
 
-fn unknown() -> proto::Refuse {
+/// What a dialler is told whose session is not known here.
+#[must_use]
+pub fn unknown() -> proto::Refuse {
     refuse(
         proto::RefuseReason::UnknownSession,
         "this relay does not know the session; begin a new one".to_owned(),
