@@ -148,7 +148,7 @@ pub struct Config {
     pub log: Log,
     /// How long running exchanges may take after SIGTERM.
     pub drain_timeout: Duration,
-    /// How long a relay takes new clients after SIGTERM.
+    /// How long a relay that is withdrawn takes new clients at least.
     pub withdraw_timeout: Duration,
     /// What runs and is yet likely a mistake, sorted by place.
     pub warnings: Vec<ConfigError>,

@@ -390,8 +390,8 @@ struct File {
     log: Log,
     /// How long running exchanges may take after SIGTERM.
     drain_timeout: Duration<0, DAY>,
-    /// How long a relay takes new clients after SIGTERM, not ready any more: until the balancer before it has noticed. Not waited for
-    /// where the relay was withdrawn before (`sidelane drain --withdraw`), and not after SIGINT.
+    /// How long a relay that is not ready any more takes new clients before it ends: until the balancer before it has noticed.
+    /// Counted from SIGTERM, or from a withdrawal before it; not waited for after SIGINT.
     withdraw_timeout: Duration<0, DAY>,
 }
 
