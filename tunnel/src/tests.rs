@@ -11,3 +11,4 @@ mod model;
 mod pair;
 mod pipe;
 mod resume;
+mod ring;
