@@ -6,6 +6,7 @@ mod cuts;
 mod decode;
 mod generated;
 mod handshake;
+mod hostile;
 mod lane;
 mod model;
 mod pair;
