@@ -9,6 +9,8 @@ mod handshake;
 mod hostile;
 mod lane;
 mod model;
+mod operate;
+mod operations;
 mod pair;
 mod pipe;
 mod resume;
