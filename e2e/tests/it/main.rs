@@ -25,6 +25,7 @@ mod reload_files;
 mod reload_listeners;
 mod reload_soak;
 mod residue;
+mod resume;
 mod secrets;
 mod service;
 mod service_double;
