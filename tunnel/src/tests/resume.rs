@@ -56,7 +56,7 @@ fn a_full_ring_holds_back_and_loses_nothing() {
         }
         let _ = pair.step();
         assert!(pair.relay.stats().replay_bytes <= 4 * 1024 + 100, "{:?}", pair.relay.stats());
-        if received % 7 == 0 {
+        if received.is_multiple_of(7) {
             pair.cut();
             pair.resume().unwrap();
         }
@@ -160,7 +160,7 @@ fn acknowledgements_go_on_behind_a_cut() {
     assert!(pair.relay.lane.poll_transmit(pair.now, &mut out, usize::MAX));
     let mut chunks = [std::io::IoSlice::new(&[]); 1];
     out.chunks(&mut chunks);
-    pair.inject_into_sidecar(&chunks[0].to_vec()).unwrap();
+    pair.inject_into_sidecar(&chunks[0]).unwrap();
     // Queued, and not written: the connection takes nothing.
     let due = pair.now + crate::ACK_DELAY;
     pair.sidecar.lane.handle_timeout(due).unwrap();
