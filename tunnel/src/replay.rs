@@ -265,7 +265,13 @@ impl Replay {
             match next {
                 Part::Joined { len, .. } => {
                     let len = *len as usize;
-                    out.join_with(|out| out.extend(self.joined.range(joined..joined + len)));
+                    let (front, back) = self.joined.as_slices();
+                    let split = front.len();
+                    out.join_with(|out| {
+                        out.extend_from_slice(&front[joined.min(split)..(joined + len).min(split)]);
+                        let from = joined.max(split) - split;
+                        out.extend_from_slice(&back[from..(joined + len).max(split) - split]);
+                    });
                     joined += len;
                 }
                 Part::Shared { bytes, .. } => out.push(bytes.clone()),
