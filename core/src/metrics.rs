@@ -23,6 +23,7 @@ use tokio::sync::broadcast;
 use crate::plugin::MetricSink;
 
 mod acme;
+mod balance;
 mod cell;
 mod credentials;
 mod ended;
@@ -34,6 +35,7 @@ mod sidecar;
 mod tls;
 
 pub use acme::AcmeMetrics;
+pub use balance::{BalanceMetrics, MoveReason};
 pub use credentials::CredentialMetrics;
 pub use ended::Ended;
 pub use lanes::LaneMetrics;
@@ -165,6 +167,7 @@ pub struct Metrics {
     reload_ok: Gauge,
     reload_time: Gauge,
     restart_pending: Gauge,
+    draining: Gauge,
     announcements: Family<ResultLabel, Counter>,
     announcements_waiting: Gauge,
     routes: RouteFamilies,
@@ -173,6 +176,8 @@ pub struct Metrics {
     panics: Family<PluginLabels, Gauge>,
     generations: Family<GenerationLabels, Gauge>,
     quarantined: Family<PluginLabels, Gauge>,
+    /// What is counted of sidecars that share tunnels.
+    pub balance: BalanceMetrics,
     /// What is counted of sidecars' credentials.
     pub credentials: CredentialMetrics,
     /// What is counted of lanes' connections.
@@ -229,6 +234,7 @@ impl Metrics {
             reload_ok: Gauge::default(),
             reload_time: Gauge::default(),
             restart_pending: Gauge::default(),
+            draining: Gauge::default(),
             announcements: Family::default(),
             announcements_waiting: Gauge::default(),
             routes: RouteFamilies::default(),
@@ -236,6 +242,7 @@ impl Metrics {
             panics: Family::default(),
             generations: Family::default(),
             quarantined: Family::default(),
+            balance: BalanceMetrics::default(),
             credentials: CredentialMetrics::default(),
             lanes: LaneMetrics::default(),
             sidecar: SidecarMetrics::default(),
@@ -335,6 +342,11 @@ impl Metrics {
             self.restart_pending.clone(),
         );
         r.register(
+            "draining",
+            "1 once the process is withdrawn, 2 while it ends",
+            self.draining.clone(),
+        );
+        r.register(
             "announcements",
             "Documents of sidecars, by what became of them",
             self.announcements.clone(),
@@ -352,6 +364,7 @@ impl Metrics {
             "1 where a plugin panicked too often and takes nothing",
             self.quarantined.clone(),
         );
+        self.balance.register(r);
         self.credentials.register(r);
         self.lanes.register(r);
         self.sidecar.register(r);
@@ -598,6 +611,11 @@ impl Metrics {
     /// Whether the file says something that only a restart puts in force.
     pub fn set_restart_pending(&self, is_pending: bool) {
         self.restart_pending.set(i64::from(is_pending));
+    }
+
+    /// How far the process is on its way out: 1 withdrawn, 2 ending.
+    pub fn set_draining(&self, phase: i64) {
+        self.draining.set(phase);
     }
 
     /// A sidecar's document was taken or refused.

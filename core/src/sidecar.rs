@@ -33,6 +33,7 @@ mod proxy_header;
 mod relays;
 mod retry;
 mod service;
+mod withdraw;
 
 use access::Presented;
 pub use access::{Access, Own};
@@ -89,6 +90,8 @@ pub struct Sidecar {
     peers_change: Mutex<()>,
     names: Vec<Arc<NamedRelay>>,
     stopping: watch::Sender<bool>,
+    /// Nothing new is to come here.
+    withdrawn: AtomicBool,
     /// Told whenever a relay's answer, or why there is none, changes.
     answers: watch::Sender<()>,
     flows: Flows,
@@ -156,6 +159,7 @@ impl Sidecar {
             peers_change: Mutex::new(()),
             names,
             stopping: watch::Sender::new(false),
+            withdrawn: AtomicBool::new(false),
             answers: watch::Sender::new(()),
             flows: Flows::new("sidecar"),
             budgets: Budgets::default(),
@@ -177,7 +181,7 @@ impl Sidecar {
         );
         self.document.send_modify(|document| {
             let mut next = announcement::encode(document.version + 1, config);
-            self.health.mark(&mut next.tunnels);
+            self.mark(&mut next.tunnels);
             *document = Arc::new(next);
         });
         self.watch_services(tasks);
@@ -299,10 +303,10 @@ impl Sidecar {
         self.links().iter().map(|link| link.load()).sum()
     }
 
-    /// Ends all lanes once what is queued has been written.
+    /// Ends all lanes for good once what is queued has been written.
     pub fn close(&self) {
         for link in self.links() {
-            link.close();
+            link.end(failure::DRAINING, "the sidecar has ended");
         }
     }
 
@@ -344,6 +348,7 @@ impl Sidecar {
                     tracing::debug!(relay, lane, reason, "the relay is done with this lane");
                 } else if go_away.code == failure::DRAINING {
                     tracing::info!(relay, lane, reason, "the relay takes nothing new on this lane");
+                    self.relay_leaves(peer);
                 } else {
                     tracing::error!(
                         relay,

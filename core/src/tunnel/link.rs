@@ -250,6 +250,16 @@ impl Link {
         self.close_for(failure::DRAINING, "the lane is closed");
     }
 
+    /// The same, for a reason.
+    pub fn end(&self, code: u32, detail: &str) {
+        self.close_for(code, detail);
+    }
+
+    /// Tells the peer that this end goes soon, and opens and takes exchanges all the same.
+    pub fn foretell(&self, code: u32, detail: &str) {
+        self.with(|lane| lane.ask_away(go_away(code, detail)));
+    }
+
     fn close_for(&self, code: u32, detail: &str) {
         if self.set(LEAVING | CLOSING) & CLOSING == 0 {
             self.with(|lane| lane.go_away(proto::GoAway { last: true, ..go_away(code, detail) }));

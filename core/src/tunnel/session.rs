@@ -289,10 +289,17 @@ impl Session {
         }
     }
 
-    /// Tells the sidecar that nothing new will come on its lanes.
-    pub fn go_away(&self, detail: &str) {
+    /// Ends every lane for good once what is queued has been written.
+    pub fn end(&self, detail: &str) {
         for link in self.lanes.load().iter() {
-            link.go_away(failure::DRAINING, detail);
+            link.end(failure::DRAINING, detail);
+        }
+    }
+
+    /// Tells the sidecar that this relay goes soon; exchanges are opened all the same.
+    pub fn foretell(&self, detail: &str) {
+        for link in self.lanes.load().iter() {
+            link.foretell(failure::DRAINING, detail);
         }
     }
 

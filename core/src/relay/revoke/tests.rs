@@ -95,7 +95,7 @@ fn is_routed(relay: &Relay, name: &str) -> bool {
     let query = Query { host: Some(&host), path: "/", listener: "web", protocol_type: "HTTP" };
     let routing = relay.routing.load();
     let granted =
-        routing.tunnel(name).is_some_and(|tunnel| tunnel.in_turn().any(|s| s.is_granted()));
+        routing.tunnel(name).is_some_and(|tunnel| tunnel.all().iter().any(|s| s.is_granted()));
     assert_eq!(router::find(&routing.table, &query).is_some(), granted);
     granted
 }
