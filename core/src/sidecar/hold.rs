@@ -331,7 +331,7 @@ impl Sidecar {
         let task = async move {
             let (peer, number) = (task_peer, driven.number);
             let end = task.run(lane).await;
-            let is_ours = matches!(end, LaneEnd::Local) || driven.is_leaving_for_good();
+            let is_ours = matches!(end, LaneEnd::Local) || driven.is_closing();
             if is_ours || sidecar.is_stopping() {
                 tracing::debug!(relay = peer.name, lane = number, "lane closed");
             } else {
