@@ -13,6 +13,7 @@ pub mod client;
 pub mod fault;
 pub mod load;
 pub mod nobody;
+pub mod pattern;
 pub mod pebble;
 pub mod peer;
 pub mod process;

@@ -26,6 +26,7 @@ mod reload_files;
 mod reload_listeners;
 mod reload_soak;
 mod residue;
+mod resume;
 mod rolling;
 mod secrets;
 mod service;
