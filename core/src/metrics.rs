@@ -23,9 +23,11 @@ use tokio::sync::broadcast;
 use crate::plugin::MetricSink;
 
 mod acme;
+mod balance;
 mod cell;
 mod credentials;
 mod ended;
+mod lanes;
 mod plugins;
 mod process;
 mod routes;
@@ -33,8 +35,10 @@ mod sidecar;
 mod tls;
 
 pub use acme::AcmeMetrics;
+pub use balance::{BalanceMetrics, MoveReason};
 pub use credentials::CredentialMetrics;
 pub use ended::Ended;
+pub use lanes::LaneMetrics;
 
 use cell::Timing;
 use ended::{Details, Tally};
@@ -50,7 +54,7 @@ const NAMES_MAX: usize = 10_000;
 
 /// Why handshakes are refused: by the relay's bounds, and by the tunnel's protocol
 /// (`RefuseReason`).
-const HANDSHAKE_REASONS: [&str; 9] = [
+const HANDSHAKE_REASONS: [&str; 10] = [
     "rate",
     "failures",
     "tls",
@@ -58,6 +62,7 @@ const HANDSHAKE_REASONS: [&str; 9] = [
     "VERSION",
     "CREDENTIAL",
     "UNKNOWN_SESSION",
+    "WRONG_RELAY",
     "OVERLOADED",
     "MALFORMED",
 ];
@@ -148,7 +153,7 @@ pub struct Metrics {
     bytes: Family<FlowLabels, cell::Counter>,
     crossing: cell::Counter,
     sessions: Family<RoleLabel, Gauge>,
-    lanes: Family<RoleLabel, Gauge>,
+    lanes_up: Family<RoleLabel, Gauge>,
     lanes_lost: Family<RoleLabel, Counter>,
     reconnects: Counter,
     handshakes_refused: Family<ReasonLabel, Counter>,
@@ -162,6 +167,7 @@ pub struct Metrics {
     reload_ok: Gauge,
     reload_time: Gauge,
     restart_pending: Gauge,
+    draining: Gauge,
     announcements: Family<ResultLabel, Counter>,
     announcements_waiting: Gauge,
     routes: RouteFamilies,
@@ -170,8 +176,12 @@ pub struct Metrics {
     panics: Family<PluginLabels, Gauge>,
     generations: Family<GenerationLabels, Gauge>,
     quarantined: Family<PluginLabels, Gauge>,
+    /// What is counted of sidecars that share tunnels.
+    pub balance: BalanceMetrics,
     /// What is counted of sidecars' credentials.
     pub credentials: CredentialMetrics,
+    /// What is counted of lanes' connections.
+    pub lanes: LaneMetrics,
     /// What the sidecar's end counts beside exchanges.
     pub sidecar: SidecarMetrics,
     /// What is counted of TLS.
@@ -210,7 +220,7 @@ impl Metrics {
             bytes: Family::default(),
             crossing: cell::Counter::default(),
             sessions: Family::default(),
-            lanes: Family::default(),
+            lanes_up: Family::default(),
             lanes_lost: Family::default(),
             reconnects: Counter::default(),
             handshakes_refused: Family::default(),
@@ -224,6 +234,7 @@ impl Metrics {
             reload_ok: Gauge::default(),
             reload_time: Gauge::default(),
             restart_pending: Gauge::default(),
+            draining: Gauge::default(),
             announcements: Family::default(),
             announcements_waiting: Gauge::default(),
             routes: RouteFamilies::default(),
@@ -231,7 +242,9 @@ impl Metrics {
             panics: Family::default(),
             generations: Family::default(),
             quarantined: Family::default(),
+            balance: BalanceMetrics::default(),
             credentials: CredentialMetrics::default(),
+            lanes: LaneMetrics::default(),
             sidecar: SidecarMetrics::default(),
             tls: TlsMetrics::default(),
             acme: AcmeMetrics::default(),
@@ -269,7 +282,7 @@ impl Metrics {
             "Sidecars connected to this relay, or relays that this sidecar is connected to",
             self.sessions.clone(),
         );
-        r.register("lanes", "Lanes that are up", self.lanes.clone());
+        r.register("lanes", "Lanes that are up", self.lanes_up.clone());
         r.register(
             "lanes_lost",
             "Lanes that ended without being asked to",
@@ -329,6 +342,11 @@ impl Metrics {
             self.restart_pending.clone(),
         );
         r.register(
+            "draining",
+            "1 once the process is withdrawn, 2 while it ends",
+            self.draining.clone(),
+        );
+        r.register(
             "announcements",
             "Documents of sidecars, by what became of them",
             self.announcements.clone(),
@@ -346,7 +364,9 @@ impl Metrics {
             "1 where a plugin panicked too often and takes nothing",
             self.quarantined.clone(),
         );
+        self.balance.register(r);
         self.credentials.register(r);
+        self.lanes.register(r);
         self.sidecar.register(r);
         self.tls.register(r);
         self.acme.register(r);
@@ -365,8 +385,9 @@ impl Metrics {
     /// The process has this role: its rows stand from here on.
     pub fn role(&self, role: &'static str) {
         drop(self.sessions.get_or_create(&RoleLabel { role }));
-        drop(self.lanes.get_or_create(&RoleLabel { role }));
+        drop(self.lanes_up.get_or_create(&RoleLabel { role }));
         drop(self.lanes_lost.get_or_create(&RoleLabel { role }));
+        self.lanes.begin(role);
         if role == "relay" {
             self.credentials.begin();
             for reason in HANDSHAKE_REASONS {
@@ -522,7 +543,7 @@ impl Metrics {
     /// A lane is up until the guard goes.
     #[must_use]
     pub fn lane_up(&self, role: &'static str) -> Up {
-        Up::new(self.lanes.get_or_create_owned(&RoleLabel { role }))
+        Up::new(self.lanes_up.get_or_create_owned(&RoleLabel { role }))
     }
 
     /// A lane ended without being asked to.
@@ -590,6 +611,11 @@ impl Metrics {
     /// Whether the file says something that only a restart puts in force.
     pub fn set_restart_pending(&self, is_pending: bool) {
         self.restart_pending.set(i64::from(is_pending));
+    }
+
+    /// How far the process is on its way out: 1 withdrawn, 2 ending.
+    pub fn set_draining(&self, phase: i64) {
+        self.draining.set(phase);
     }
 
     /// A sidecar's document was taken or refused.

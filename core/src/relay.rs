@@ -2,11 +2,12 @@
 //!
 //! Knows routes, sessions and documents; what a protocol says is the plugins' business.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
+use sidelane_tunnel::Budget;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -20,14 +21,19 @@ use crate::tls::Issued;
 use crate::tunnel::pressure;
 use crate::tunnel::session::{Session, Sessions};
 
+mod affinity;
+mod aim;
 mod announce;
 mod bounds;
 mod document;
 mod door;
+mod eject;
 mod entry;
 mod explain;
+mod lanes;
 mod listen;
 mod listeners;
+mod moving;
 mod open;
 mod plain;
 mod policy;
@@ -48,6 +54,7 @@ use bounds::{credential_rules, millis, session_settings};
 use door::Door;
 use entry::HttpEntry;
 use listeners::Listeners;
+use moving::KeptBytes;
 use routing::Routing;
 use sources::Sources;
 use tls::Handshakes;
@@ -61,10 +68,14 @@ pub struct Relay {
     plugins: Arc<Plugins>,
     metrics: Arc<Metrics>,
     sessions: Sessions,
+    /// What all lanes may keep for their return.
+    budget: Arc<Budget>,
     routing: ArcSwap<Routing>,
     /// As clients know them.
     sources: Mutex<Sources>,
     stopping: watch::Sender<bool>,
+    /// Clients are asked to go elsewhere.
+    withdrawn: AtomicBool,
     /// Told whenever an exchange that could not be opened might be now.
     changes: watch::Sender<()>,
     /// In milliseconds; see [`config::RelayTimeouts::open_wait`].
@@ -81,13 +92,18 @@ pub struct Relay {
     tls_handshakes: Arc<Handshakes>,
     /// Of clients, on all listeners.
     connections: AtomicUsize,
+    /// Held while a sidecar is left aside.
+    ejecting: Mutex<()>,
+    /// Of exchanges that may move.
+    kept_bytes: KeptBytes,
     flows: Flows,
 }
 
 impl Relay {
     /// Returns the role; nobody is let in before [`Relay::start`].
     pub fn new(section: &config::Relay, plugins: Arc<Plugins>, metrics: Arc<Metrics>) -> Arc<Self> {
-        let settings = session_settings(section, &plugins);
+        let budget = Arc::new(Budget::new(section.limits.queued));
+        let settings = session_settings(section, &plugins, &budget);
         let rules = credential_rules(section);
         let authenticator = Arc::new(Authenticator::new(rules, Arc::clone(&metrics)));
         let issued = Arc::default();
@@ -96,6 +112,7 @@ impl Relay {
             plugins,
             metrics,
             sessions: Sessions::new(settings),
+            budget,
             routing: ArcSwap::default(),
             sources: Mutex::new(Sources {
                 base_domains: section.base_domains.clone(),
@@ -103,6 +120,7 @@ impl Relay {
                 ..Sources::default()
             }),
             stopping: watch::Sender::new(false),
+            withdrawn: AtomicBool::new(false),
             changes: watch::Sender::new(()),
             open_wait_ms: AtomicU64::new(millis(section.timeouts.open_wait)),
             listeners: Listeners::new(EntrySettings::of(section)),
@@ -112,6 +130,8 @@ impl Relay {
             issued,
             tls_handshakes: Arc::default(),
             connections: AtomicUsize::new(0),
+            ejecting: Mutex::default(),
+            kept_bytes: KeptBytes::default(),
             flows: Flows::new("relay"),
         })
     }
@@ -135,7 +155,8 @@ impl Relay {
     pub fn limit(&self, section: &config::Relay) {
         self.listeners.set_settings(EntrySettings::of(section));
         self.listeners.set_tunnel(&section.tunnel, &self.issued);
-        self.sessions.set(session_settings(section, &self.plugins));
+        self.budget.set_max(section.limits.queued);
+        self.sessions.set(session_settings(section, &self.plugins, &self.budget));
         self.door.set(section, &self.issued, &self.metrics);
         self.authenticator.set(credential_rules(section));
         self.recheck();
@@ -206,17 +227,32 @@ impl Relay {
         Arc::clone(self.entry.get_or_init(|| Arc::new(HttpEntry { relay: Arc::clone(self) })))
     }
 
-    /// Accepts nobody from here on, and asks clients' connections to end with their exchanges.
+    /// Asks clients to go elsewhere: connections end with what runs on them. Whoever comes all the same is
+    /// served, and sessions stay.
+    pub fn withdraw(&self) {
+        self.withdrawn.store(true, Ordering::Release);
+        self.listeners.withdraw();
+    }
+
+    /// Whether clients are asked to go elsewhere.
+    pub(super) fn is_withdrawn(&self) -> bool {
+        self.withdrawn.load(Ordering::Acquire)
+    }
+
+    /// Accepts nobody from here on, asks clients' connections to end with their exchanges, and tells
+    /// sidecars to look for another relay.
     pub fn drain(&self) {
         self.stopping.send_replace(true);
         self.listeners.stop();
+        for session in self.sessions.all() {
+            session.foretell("the relay is shutting down");
+        }
     }
 
-    /// Ends all sessions once what is queued has been written.
+    /// Ends all sessions for good once what is queued has been written.
     pub fn close(&self) {
         for session in self.sessions.all() {
-            session.go_away("the relay is shutting down");
-            session.close();
+            session.end("the relay has ended");
         }
     }
 
@@ -232,7 +268,8 @@ impl Relay {
     pub fn balance(&self, queued_max: u64) {
         let sessions = self.sessions.all();
         let links: Vec<_> = sessions.iter().flat_map(|session| session.lanes().to_vec()).collect();
-        pressure::balance(&links, queued_max);
+        let held = pressure::balance(&links, queued_max);
+        self.metrics.lanes.set_held("relay", &held, queued_max);
     }
 
     /// Clients' connections that are open.
@@ -349,6 +386,7 @@ impl Relay {
     /// expired; called every second.
     pub fn expire(&self, now: Instant) {
         self.end_expired(SystemTime::now());
+        self.look_at_ejected();
         let mut sources = self.lock_sources();
         let before = sources.lost.len();
         sources.lost.retain(|(since, _)| now.duration_since(*since) < LOST_ROUTES_KEPT);

@@ -7,6 +7,7 @@
 #![allow(clippy::print_stderr, reason = "a failing test shows the program's log")]
 
 pub mod authority;
+pub mod balancer;
 pub mod browser;
 pub mod client;
 pub mod fault;

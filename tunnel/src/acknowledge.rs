@@ -15,13 +15,16 @@ pub(crate) struct Acknowledge {
     bytes: u64,
     /// Set while something is to be told.
     due_at: Option<Instant>,
+    /// When it is looked at whether something is due. It stays where it is when the peer is told before:
+    /// to move a timer for each 64 KiB costs more than to find nothing due now and then.
+    look_at: Option<Instant>,
     /// An `Ack` waits in the control queue.
     is_queued: bool,
 }
 
 impl Acknowledge {
     pub(crate) const fn new(is_on: bool) -> Self {
-        Self { is_on, bytes: 0, due_at: None, is_queued: false }
+        Self { is_on, bytes: 0, due_at: None, look_at: None, is_queued: false }
     }
 
     /// Takes a counted message of so many bytes; true: the peer is to be told now.
@@ -35,17 +38,24 @@ impl Acknowledge {
             self.due_at = None;
             return true;
         }
-        self.due_at.get_or_insert(now + ACK_DELAY);
+        if self.due_at.is_none() {
+            self.due_at = Some(now + ACK_DELAY);
+            self.look_at = self.look_at.or(self.due_at);
+        }
         false
     }
 
     pub(crate) const fn poll_timeout(&self) -> Option<Instant> {
-        self.due_at
+        self.look_at
     }
 
     /// True: the peer is to be told now.
     pub(crate) fn handle_timeout(&mut self, now: Instant) -> bool {
-        let is_due = self.due_at.is_some_and(|at| at <= now);
+        if self.look_at.is_none_or(|at| at > now) {
+            return false;
+        }
+        self.look_at = self.due_at.filter(|&at| at > now);
+        let is_due = self.due_at.is_some() && self.look_at.is_none();
         if is_due {
             self.is_queued = true;
             self.due_at = None;

@@ -15,6 +15,7 @@ use prost::Message;
 use sidelane_abi::{MESSAGE_BYTES_MAX, OPEN_BYTES_MAX, failure};
 
 use crate::acknowledge::Acknowledge;
+use crate::budget::Budget;
 use crate::control::{Control, ControlQueue};
 use crate::credit::{MESSAGE_CHARGE, charge};
 use crate::envelope::{DecodeError, field};
@@ -24,12 +25,15 @@ use crate::liveness::{Due, Liveness};
 use crate::outbox::{self, Outbox};
 use crate::payload::{Payload, Received, Reset};
 use crate::proto;
-use crate::replay::{Budget, Replay};
+use crate::replay::Replay;
 use crate::wakes::{Wakes, register};
 
 mod input;
 mod output;
 mod resume;
+mod suspicion;
+
+use suspicion::Suspicion;
 
 /// Bytes that one exchange may have queued before its sender waits: two data messages, so that a slow
 /// lane pushes back at once and a fast one finds a few quanta to write. A larger message waits until
@@ -40,7 +44,11 @@ pub const SEND_QUEUE_BYTES_MAX: usize = 2 * (MESSAGE_BYTES_MAX + MESSAGE_CHARGE)
 /// may refuse to exceed ([`crate::MESSAGE_BYTES_MIN`]).
 pub const OPEN_RECORD_BYTES_MAX: usize = 15 * 1024;
 
-/// Room in the control queue beside two messages for each exchange.
+/// Control messages that each exchange may have waiting: dispatched, its end, and a window. Without a
+/// carrier, or with a full ring, all may wait at once.
+const CONTROL_PER_EXCHANGE: usize = 3;
+
+/// Room in the control queue beside those.
 const CONTROL_SPARE: usize = 256;
 
 /// Room in the event queue beside one event for each exchange.
@@ -205,6 +213,13 @@ pub enum LaneError {
     /// No byte came for too long.
     #[error("no byte from the peer for {0:?}")]
     Dead(Duration),
+    /// There is nothing to resume: the lane has ended.
+    #[error("the lane is closed")]
+    Closed,
+    /// The lane has a carrier: [`Lane::detach`] comes before [`Lane::resume`], and before the peer is told
+    /// what was received.
+    #[error("the lane has a connection that it was not detached from")]
+    Attached,
     /// A lane cannot come back: the peer has less than it said before, or more than was sent.
     #[error(
         "the peer has {received} messages of this lane; {sent} were sent, and what came before \
@@ -250,6 +265,19 @@ pub enum Event {
     /// True: something is unacknowledged, and no byte came for longer than the round trip explains.
     /// False: one came after all.
     Suspect(bool),
+}
+
+/// How an exchange stands: whether another end may be given what this one was sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fate {
+    /// How it ended on the wire; `None`: it goes on.
+    pub closed: Option<Reset>,
+    /// As [`Lane::is_refused`].
+    pub refused: bool,
+    /// As [`Lane::is_dispatched`].
+    pub dispatched: bool,
+    /// Something of the peer's direction came.
+    pub answered: bool,
 }
 
 /// A lane's numbers.
@@ -329,9 +357,7 @@ pub struct Lane {
     attached: bool,
     replay: Replay,
     acknowledge: Acknowledge,
-    /// When it is looked at whether what is unacknowledged is overdue.
-    suspect_at: Option<Instant>,
-    is_suspect: bool,
+    suspicion: Suspicion,
     resumes: u64,
     replayed: u64,
     replayed_bytes: u64,
@@ -352,7 +378,8 @@ impl Lane {
     /// sends the ping that measures the round trip.
     #[must_use]
     pub fn new(config: LaneConfig, now: Instant) -> Self {
-        let control_max = config.exchanges_max.saturating_mul(2).saturating_add(CONTROL_SPARE);
+        let control_max = config.exchanges_max.saturating_mul(CONTROL_PER_EXCHANGE);
+        let control_max = control_max.saturating_add(CONTROL_SPARE);
         Self {
             exchanges: Exchanges::default(),
             ids: HashMap::default(),
@@ -376,8 +403,7 @@ impl Lane {
                 config.replay_budget.clone(),
             ),
             acknowledge: Acknowledge::new(config.replay_bytes_max > 0),
-            suspect_at: None,
-            is_suspect: false,
+            suspicion: Suspicion::default(),
             resumes: 0,
             replayed: 0,
             replayed_bytes: 0,
@@ -660,6 +686,17 @@ impl Lane {
         })
     }
 
+    /// Returns how an exchange stands, for whoever may send it elsewhere; `None`: the key is stale.
+    #[must_use]
+    pub fn fate(&self, key: Key) -> Option<Fate> {
+        self.exchanges.find(key).map(|exchange| Fate {
+            closed: exchange.closed,
+            refused: self.is_refused(key),
+            dispatched: exchange.dispatched,
+            answered: exchange.recv.begun || exchange.recv.ended,
+        })
+    }
+
     // --- the session's messages --------------------------------------------------------------------
 
     /// Sends what this end serves. False: it is longer than the peer accepts, and is not sent.
@@ -715,7 +752,7 @@ impl Lane {
         if self.closed.is_some() || !self.attached {
             return None;
         }
-        let others = [self.acknowledge.poll_timeout(), self.suspect_at];
+        let others = [self.acknowledge.poll_timeout(), self.suspicion.poll_timeout()];
         others.into_iter().flatten().fold(self.liveness.poll_timeout(), Instant::min).into()
     }
 
@@ -732,10 +769,16 @@ impl Lane {
         if self.acknowledge.handle_timeout(now) {
             self.push_control(Control::Ack);
         }
-        self.check_suspicion()?;
+        let last_input = self.liveness.last_input();
+        if self.suspicion.handle_timeout(self.now, self.liveness.rtt(), last_input) {
+            self.push_event(Event::Suspect(true))?;
+        }
         match self.liveness.handle_timeout(now) {
             Due::Nothing => {}
-            Due::Ping(token) => self.push_control(Control::Ping { token }),
+            Due::Ping(token) => {
+                self.replay.rest();
+                self.push_control(Control::Ping { token });
+            }
             Due::Dead => return Err(LaneError::Dead(self.config.dead_after)),
         }
         self.check_control()
@@ -787,11 +830,13 @@ impl Lane {
     /// Returns whether there is something to transmit that may be sent now.
     #[must_use]
     pub fn wants_transmit(&mut self) -> bool {
-        if !self.attached {
-            return false;
-        }
-        let waits = self.control.has_counted() || !self.outbox.is_empty();
-        self.control.has_urgent() || self.replay.is_behind() || (waits && self.replay.has_room())
+        self.attached
+            && (self.control.has_urgent() || self.replay.is_behind() || self.may_send_counted())
+    }
+
+    /// Returns whether something counted and new waits that may be sent now.
+    fn may_send_counted(&mut self) -> bool {
+        (self.control.has_counted() || !self.outbox.is_empty()) && self.replay.has_room()
     }
 
     /// Returns whether nothing waits to be sent, now or later.

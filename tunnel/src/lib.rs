@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod acknowledge;
+mod budget;
 mod control;
 pub mod credit;
 pub mod envelope;
@@ -39,6 +40,7 @@ extern crate self as sidelane_tunnel;
 mod tests;
 
 pub use acknowledge::{ACK_BYTES, ACK_DELAY};
+pub use budget::Budget;
 pub use envelope::DecodeError;
 pub use exchange::Key;
 pub use handshake::{
@@ -47,12 +49,11 @@ pub use handshake::{
 };
 pub use id::{InvalidRequestId, REQUEST_ID_BYTES_MAX, RequestId, Side};
 pub use lane::{
-    Event, Lane, LaneConfig, LaneError, LaneStats, OPEN_RECORD_BYTES_MAX, OpenError, Pressure,
-    SEND_QUEUE_BYTES_MAX,
+    Event, Fate, Lane, LaneConfig, LaneError, LaneStats, OPEN_RECORD_BYTES_MAX, OpenError,
+    Pressure, SEND_QUEUE_BYTES_MAX,
 };
 pub use outbox::{QUANTUM_BYTES, SPARSE_BYTES_MAX};
 pub use payload::{Payload, Received, Reset};
 pub use protocols::{PROTOCOL_NUMBER_NAMED_MIN, PROTOCOLS_MAX, ProtocolTable, ProtocolTableError};
-pub use replay::Budget;
 pub use transmit::{COPY_BYTES_MAX, Transmit};
 pub use wakes::Wakes;

@@ -14,6 +14,8 @@ pub(crate) struct Liveness {
     asked: Option<(u64, Instant)>,
     token: u64,
     rtt: Option<Duration>,
+    /// `rtt` is that of another carrier: the next sample takes its place.
+    is_stale: bool,
 }
 
 /// What is due.
@@ -34,6 +36,7 @@ impl Liveness {
             asked: None,
             token: 0,
             rtt: None,
+            is_stale: false,
         }
     }
 
@@ -46,6 +49,7 @@ impl Liveness {
         self.last_input = now;
         self.ping_at = now;
         self.asked = None;
+        self.is_stale = true;
     }
 
     pub(crate) const fn last_input(&self) -> Instant {
@@ -60,7 +64,8 @@ impl Liveness {
         }
         self.asked = None;
         let sample = now.saturating_duration_since(at);
-        let rtt = self.rtt.map_or(sample, |rtt| (rtt * 7 + sample) / 8);
+        let smoothed = self.rtt.filter(|_| !std::mem::take(&mut self.is_stale));
+        let rtt = smoothed.map_or(sample, |rtt| (rtt * 7 + sample) / 8);
         self.rtt = Some(rtt);
         Some(rtt)
     }

@@ -5,78 +5,33 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
+use crate::budget::{Budget, GRANULE_BYTES};
 use crate::transmit::{COPY_BYTES_MAX, Transmit};
+
+use size::Size;
+
+mod size;
 
 /// What a message costs beside its bytes: about what its place takes.
 const MESSAGE_COST: u64 = 64;
 
-/// What is taken from a budget at once, so that no message pays for an atomic operation.
-const GRANULE_BYTES: u64 = 64 * 1024;
+/// Parts below this are kept as copies: a part by reference pins all of the buffer that it was cut from,
+/// 256 KiB of a busy connection's, so that a ring pins sixteen times its size at most. Larger ones are
+/// most of what is sent in bulk, and are not copied.
+const SHARED_BYTES_MIN: usize = 16 * 1024;
 
-/// The joining buffer is given back when it is empty and larger than this.
+/// The joining buffer is given back when it is empty and larger than this, and made smaller when three
+/// quarters of it are empty.
 const JOINED_KEPT_BYTES_MAX: usize = 64 * 1024;
-
-/// Shortest time over which a rate is measured.
-const MEASURE_MIN: Duration = Duration::from_millis(20);
-
-/// Bytes that the lanes of a process may hold for replay together.
-///
-/// A lane that holds nothing may always send one message, so that none starves: `used` exceeds `max` by
-/// one message of each lane at most.
-#[derive(Debug)]
-pub struct Budget {
-    used: AtomicU64,
-    max: AtomicU64,
-}
-
-impl Budget {
-    /// Returns a budget of `max` bytes.
-    #[must_use]
-    pub const fn new(max: u64) -> Self {
-        Self { used: AtomicU64::new(0), max: AtomicU64::new(max) }
-    }
-
-    /// Returns what is taken.
-    #[must_use]
-    pub fn used(&self) -> u64 {
-        self.used.load(Ordering::Relaxed)
-    }
-
-    /// Changes the bound: what is taken beyond it is given back as it is acknowledged.
-    pub fn set_max(&self, max: u64) {
-        self.max.store(max, Ordering::Relaxed);
-    }
-
-    fn try_take(&self, bytes: u64) -> bool {
-        let max = self.max.load(Ordering::Relaxed);
-        let used = self.used.fetch_add(bytes, Ordering::Relaxed);
-        let fits = used.saturating_add(bytes) <= max;
-        if !fits {
-            self.give(bytes);
-        }
-        fits
-    }
-
-    fn take(&self, bytes: u64) {
-        self.used.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    fn give(&self, bytes: u64) {
-        self.used.fetch_sub(bytes, Ordering::Relaxed);
-    }
-}
 
 /// The ring of one lane and direction.
 #[derive(Debug)]
 pub(crate) struct Replay {
-    bytes_min: u64,
-    /// 0: nothing is kept.
-    bytes_max: u64,
+    size: Size,
     budget: Option<Arc<Budget>>,
     parts: VecDeque<Part>,
     /// Bytes of the `Joined` parts, in order.
@@ -84,16 +39,10 @@ pub(crate) struct Replay {
     /// Cost of what is kept.
     bytes: u64,
     messages: u64,
-    /// What may be kept now. Invariant: between `bytes_min` and `bytes_max`.
-    limit: u64,
     /// Taken from the budget. Invariant: at least `bytes`, where there is a budget.
     reserved: u64,
     /// What is sent again next.
     cursor: Option<Cursor>,
-    /// It was full since the last measure.
-    was_full: bool,
-    measured_since: Option<Instant>,
-    acknowledged_since: u64,
 }
 
 /// A part of a message. `last`: it ends there.
@@ -126,28 +75,23 @@ impl Part {
 }
 
 impl Replay {
+    /// Returns an empty ring; with `bytes_max` 0 it keeps nothing.
     pub(crate) fn new(bytes_min: u64, bytes_max: u64, budget: Option<Arc<Budget>>) -> Self {
-        let bytes_min = bytes_min.min(bytes_max);
         Self {
-            bytes_min,
-            bytes_max,
+            size: Size::new(bytes_min, bytes_max),
             budget,
             parts: VecDeque::new(),
             joined: VecDeque::new(),
             bytes: 0,
             messages: 0,
-            limit: bytes_min,
             reserved: 0,
             cursor: None,
-            was_full: false,
-            measured_since: None,
-            acknowledged_since: 0,
         }
     }
 
     /// Returns whether anything is kept at all.
     pub(crate) const fn is_on(&self) -> bool {
-        self.bytes_max > 0
+        self.size.max() > 0
     }
 
     /// Returns the cost of what is kept.
@@ -157,20 +101,22 @@ impl Replay {
 
     /// Returns what may be kept now.
     pub(crate) const fn limit(&self) -> u64 {
-        self.limit
+        self.size.limit()
     }
 
     pub(crate) const fn is_empty(&self) -> bool {
         self.messages == 0
     }
 
-    /// Returns whether another message may be sent. An empty ring has room for any.
+    /// Returns whether the message that waits may be sent. An empty ring has room for any.
     pub(crate) fn has_room(&mut self) -> bool {
         if !self.is_on() || self.messages == 0 {
             return true;
         }
-        let has_room = self.bytes < self.limit && self.reserve();
-        self.was_full |= !has_room;
+        let has_room = self.bytes < self.size.limit() && self.reserve();
+        if !has_room {
+            self.size.full();
+        }
         has_room
     }
 
@@ -179,7 +125,7 @@ impl Replay {
         if self.bytes < self.reserved {
             return true;
         }
-        let is_taken = budget.try_take(GRANULE_BYTES);
+        let is_taken = budget.try_take_granule(self.bytes < self.size.min());
         if is_taken {
             self.reserved += GRANULE_BYTES;
         }
@@ -258,7 +204,7 @@ impl Replay {
                 self.cursor = None;
             }
         }
-        self.acknowledged_since += before - self.bytes;
+        self.size.acknowledged(before - self.bytes);
         self.give_back();
     }
 
@@ -270,6 +216,8 @@ impl Replay {
             if self.parts.capacity() > JOINED_KEPT_BYTES_MAX / size_of::<Part>() {
                 self.parts = VecDeque::new();
             }
+        } else if self.joined.capacity() > JOINED_KEPT_BYTES_MAX.max(4 * self.joined.len()) {
+            self.joined.shrink_to(JOINED_KEPT_BYTES_MAX.max(2 * self.joined.len()));
         }
         if let Some(budget) = &self.budget {
             // One granule stays, so that no message takes and gives it back again and again.
@@ -282,28 +230,18 @@ impl Replay {
         }
     }
 
-    /// Fits the limit to what the peer acknowledges: twice what is on its way within a round trip.
-    /// `may_grow`: there is room in the process.
-    pub(crate) fn tune(&mut self, now: Instant, rtt: Option<Duration>, ack: u64, may_grow: bool) {
-        let since = *self.measured_since.get_or_insert(now);
-        let elapsed = now.saturating_duration_since(since);
-        let Some(rtt) = rtt else { return };
-        if elapsed < rtt.max(MEASURE_MIN) {
-            return;
+    /// Fits the limit to what the peer acknowledges. `may_grow`: there is room in the process.
+    pub(crate) fn tune(&mut self, now: Instant, rtt: Option<Duration>, may_grow: bool) {
+        self.size.tune(now, rtt, may_grow);
+    }
+
+    /// Gives all room back where nothing is kept: thousands of lanes are at rest at once.
+    pub(crate) fn rest(&mut self) {
+        if self.messages == 0 {
+            self.size.rest();
+            self.parts = VecDeque::new();
+            self.joined = VecDeque::new();
         }
-        let in_flight =
-            u128::from(self.acknowledged_since) * rtt.as_nanos() / elapsed.as_nanos().max(1);
-        let in_flight = u64::try_from(in_flight).unwrap_or(u64::MAX);
-        let wanted = in_flight.saturating_add(2 * ack).saturating_mul(2);
-        let wanted = wanted.clamp(self.bytes_min, self.bytes_max);
-        if self.was_full && may_grow {
-            self.limit = self.limit.max(wanted);
-        } else if wanted < self.limit / 2 || !may_grow {
-            self.limit = wanted.max(self.limit / 2).clamp(self.bytes_min, self.bytes_max);
-        }
-        self.was_full = false;
-        self.measured_since = Some(now);
-        self.acknowledged_since = 0;
     }
 
     /// Sends all that is kept again, from the first message on.
@@ -376,7 +314,11 @@ impl Tee<'_> {
         if part.len() < COPY_BYTES_MAX {
             self.join_with(|joined| joined.extend_from_slice(&part));
         } else {
-            self.replay.push_shared(&part);
+            if part.len() < SHARED_BYTES_MIN {
+                self.replay.push_joined(&part);
+            } else {
+                self.replay.push_shared(&part);
+            }
             self.out.push(part);
         }
     }

@@ -34,6 +34,7 @@ mod tunnels;
 pub(super) use policies::{ATTEMPTS_MAX, REALM, USERS_MAX};
 pub(super) use routes::WEIGHT_MAX;
 pub(super) use tls::ACME_DIRECTORY;
+pub(crate) use tunnels::SIDECAR_WEIGHT_MAX;
 pub(super) use tunnels::{CHECKS_MAX, CONNECTIONS_MAX};
 
 /// Keys by section, for the schema's test.
@@ -53,6 +54,7 @@ pub(crate) const SECTIONS: &[(&str, &[&str])] = &[
     ("relay.token_issuers[]", credentials::ISSUER_KEYS),
     ("relay.acme", tls::ACME_KEYS),
     ("relay.acme.external_account", tls::EXTERNAL_ACCOUNT_KEYS),
+    ("relay.warmup", WARMUP_KEYS),
     ("relay.limits", RELAY_LIMITS_KEYS),
     ("relay.timeouts", RELAY_TIMEOUTS_KEYS),
     ("sidecar", SIDECAR_KEYS),
@@ -81,6 +83,7 @@ pub(crate) const SECTIONS: &[(&str, &[&str])] = &[
     ("routes[].limits.rate_per_client", policies::RATE_KEYS),
     ("routes[].compression", policies::COMPRESSION_KEYS),
     ("routes[].hsts", policies::HSTS_KEYS),
+    ("routes[].affinity", policies::AFFINITY_KEYS),
     ("plugins", PLUGINS_KEYS),
     ("plugins.libraries[]", LIBRARY_KEYS),
     ("health", HEALTH_KEYS),
@@ -125,12 +128,24 @@ const fn loopback(port: u16) -> SocketAddr {
 /// Defaults of the addresses: loopback, so that a file says so before the world may come in.
 const WEB_ADDRESS: SocketAddr = loopback(9080);
 const TUNNEL_ADDRESS: SocketAddr = loopback(9081);
+
+/// How long a relay waits for a lane.
+const GRACE: Duration = Duration::from_secs(15);
+
+/// Longest such time: what a lane holds for its exchanges is held for so long.
+const GRACE_MAX: Duration = Duration::from_secs(300);
+
+/// What a lane may keep for its return.
+const REPLAY_BYTES_MIN: u64 = 64 << 10;
+const REPLAY_BYTES_MAX: u64 = 256 << 20;
 const HEALTH_ADDRESS: SocketAddr = loopback(9082);
 const ADMIN_ADDRESS: SocketAddr = loopback(9083);
 
 /// As long as a cluster's name service keeps an answer, usually.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(30);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(25);
+/// Nobody who ends a process by hand wants to wait; a balancer's operator says how long it takes.
+const WITHDRAW_TIMEOUT: Duration = Duration::ZERO;
 
 /// Two, so that a lost segment stalls half of the exchanges only.
 const LANES: usize = 2;
@@ -146,6 +161,7 @@ pub(crate) const ROOT_KEYS: &[&str] = &[
     "admin",
     "log",
     "drain_timeout",
+    "withdraw_timeout",
 ];
 pub(crate) const RELAY_KEYS: &[&str] = &[
     "listeners",
@@ -156,10 +172,12 @@ pub(crate) const RELAY_KEYS: &[&str] = &[
     "credentials",
     "token_issuers",
     "acme",
+    "warmup",
     "threads",
     "limits",
     "timeouts",
 ];
+pub(crate) const WARMUP_KEYS: &[&str] = &["time", "sessions"];
 pub(crate) const LISTENER_KEYS: &[&str] = &[
     "name",
     "address",
@@ -170,8 +188,19 @@ pub(crate) const LISTENER_KEYS: &[&str] = &[
     "proxy_protocol",
     "balance",
 ];
-pub(crate) const RELAY_TUNNEL_KEYS: &[&str] =
-    &["address", "listener", "tls", "insecure", "token", "token_file", "token_env"];
+pub(crate) const RELAY_TUNNEL_KEYS: &[&str] = &[
+    "address",
+    "listener",
+    "tls",
+    "insecure",
+    "token",
+    "token_file",
+    "token_env",
+    "advertise",
+    "grace",
+    "replay",
+    "peers",
+];
 pub(crate) const RELAY_LIMITS_KEYS: &[&str] = &[
     "connections",
     "sessions",
@@ -194,6 +223,7 @@ pub(crate) const RELAY_TIMEOUTS_KEYS: &[&str] =
 pub(crate) const SIDECAR_KEYS: &[&str] = &[
     "name",
     "relays",
+    "follow_peers",
     "resolve_interval",
     "token",
     "token_file",
@@ -204,7 +234,8 @@ pub(crate) const SIDECAR_KEYS: &[&str] = &[
     "timeouts",
 ];
 pub(crate) const RELAY_ADDRESS_KEYS: &[&str] = &["address", "tls", "insecure"];
-pub(crate) const SIDECAR_LIMITS_KEYS: &[&str] = &["exchanges_per_session", "queued", "window"];
+pub(crate) const SIDECAR_LIMITS_KEYS: &[&str] =
+    &["exchanges_per_session", "queued", "window", "replay"];
 pub(crate) const SIDECAR_TIMEOUTS_KEYS: &[&str] = &["dial", "handshake"];
 pub(crate) const TUNNEL_KEYS: &[&str] = &[
     "name",
@@ -217,6 +248,7 @@ pub(crate) const TUNNEL_KEYS: &[&str] = &[
     "proxy_protocol",
     "health_check",
     "wait",
+    "weight",
 ];
 pub(crate) const POOL_KEYS: &[&str] = &["idle_timeout", "idle", "connections"];
 pub(crate) const HEALTH_CHECK_KEYS: &[&str] =
@@ -242,6 +274,7 @@ pub(crate) const ROUTE_KEYS: &[&str] = &[
     "limits",
     "compression",
     "hsts",
+    "affinity",
     "options",
 ];
 pub(crate) const SHARE_KEYS: &[&str] = &["name", "weight"];
@@ -348,6 +381,7 @@ impl Reader<'_> {
             admin: None,
             log: Log::default(),
             drain_timeout: DRAIN_TIMEOUT,
+            withdraw_timeout: WITHDRAW_TIMEOUT,
             files: Vec::new(),
             warnings: Vec::new(),
             origin: Origin {
@@ -440,6 +474,7 @@ impl Reader<'_> {
             config.log = log(&field);
         }
         root.set("drain_timeout", &mut config.drain_timeout, |f| timeout(f, Duration::ZERO));
+        root.set("withdraw_timeout", &mut config.withdraw_timeout, |f| timeout(f, Duration::ZERO));
         Self::distinct_addresses(&root, &config);
         config
     }
@@ -683,15 +718,19 @@ fn unique<T>(field: &Field<'_>, kind: &str, items: &[(usize, T)], name: fn(&T) -
 }
 
 fn timeout(field: &Field<'_>, min: Duration) -> Option<Duration> {
+    duration_within(field, min, TIMEOUT_MAX)
+}
+
+fn duration_within(field: &Field<'_>, min: Duration, max: Duration) -> Option<Duration> {
     field.parse(|text| {
         let value = value::duration(text)?;
-        if (min..=TIMEOUT_MAX).contains(&value) {
+        if (min..=max).contains(&value) {
             Ok(value)
         } else {
             Err(format!(
                 "{text} is out of bounds (accepted: {} to {})",
                 duration_text(min),
-                duration_text(TIMEOUT_MAX)
+                duration_text(max)
             ))
         }
     })

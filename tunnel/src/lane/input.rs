@@ -7,7 +7,6 @@ use prost::Message;
 use sidelane_abi::{OPEN_BYTES_MAX, failure};
 
 use super::{EVENTS_SPARE, Event, Lane, LaneError, Pressure};
-use crate::acknowledge::ACK_BYTES;
 use crate::control::Control;
 use crate::credit::{WINDOW_MIN, charge};
 use crate::envelope::{self, Envelope, FLAG_DATAGRAM, FLAG_END, FLAG_OPEN, field};
@@ -19,15 +18,20 @@ use crate::proto;
 
 impl Lane {
     /// Takes all whole messages from `buffer`. To be called whenever bytes have come: it notes that
-    /// the peer lives.
+    /// the peer lives. Without a carrier it takes nothing, and empties the buffer: what a lost
+    /// connection still brings comes again.
     ///
     /// # Errors
     ///
     /// The lane cannot go on; the caller closes it.
     pub fn handle_input(&mut self, now: Instant, buffer: &mut BytesMut) -> Result<(), LaneError> {
+        if !self.attached {
+            buffer.clear();
+            return Ok(());
+        }
         self.now = self.now.max(now);
         self.liveness.handle_input(now);
-        if std::mem::take(&mut self.is_suspect) {
+        if self.suspicion.heard(self.now, self.liveness.rtt()) {
             self.push_event(Event::Suspect(false))?;
         }
         while self.closed.is_none() {
@@ -124,7 +128,7 @@ impl Lane {
         self.forget_acknowledged(received);
         if self.replay.is_on() {
             let may_grow = self.pressure == Pressure::None;
-            self.replay.tune(self.now, self.liveness.rtt(), ACK_BYTES, may_grow);
+            self.replay.tune(self.now, self.liveness.rtt(), may_grow);
             self.wake_driver();
         }
         Ok(())

@@ -29,7 +29,7 @@ impl Lane {
                 self.replayed_bytes += self.replay.send_again(out);
                 self.replayed += 1;
                 self.messages_out += 1;
-            } else if !self.replay.has_room() {
+            } else if !self.may_send_counted() {
                 break;
             } else if let Some(control) = self.control.pop_counted() {
                 self.emit_counted(out, |out| write_counted(out, control));

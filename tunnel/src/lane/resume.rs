@@ -1,28 +1,24 @@
 //! The loss of a carrier, and the lane's return on another one.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::{Event, Lane, LaneError};
+use super::suspicion::Suspicion;
+use super::{Lane, LaneError};
 use crate::control::Control;
-
-/// Silence for so long, with something unacknowledged, is suspect whatever the round trip.
-const SUSPECT_MIN: Duration = Duration::from_secs(1);
-
-/// So many round trips of silence are suspect.
-const SUSPECT_RTTS: u32 = 4;
 
 impl Lane {
     /// The carrier is lost. The caller throws away what it had read and not given to
     /// [`Lane::handle_input`], and what it had taken from [`Lane::poll_transmit`]. Exchanges go on
-    /// waiting; nothing is transmitted and no time passes until [`Lane::resume`] or [`Lane::close`].
+    /// waiting; nothing is transmitted, nothing is taken in and no time passes until [`Lane::resume`] or
+    /// [`Lane::close`]. Detached or closed already, nothing changes.
     pub fn detach(&mut self) {
         if self.closed.is_some() || !self.attached {
             return;
         }
         self.attached = false;
-        self.is_suspect = false;
-        self.suspect_at = None;
+        self.suspicion = Suspicion::default();
         self.control.clear_urgent();
+        // The peer is told by the resume.
         self.acknowledge.said();
         for index in self.exchanges.indices() {
             self.exchanges.at(index).recv.window_queued = false;
@@ -49,14 +45,21 @@ impl Lane {
         self.received
     }
 
-    /// There is another carrier, and the peer has received so many counted messages. What it lacks is
-    /// sent first, then the limits of all windows, then what is new.
+    /// There is another carrier, and the peer has received so many counted messages. The limits of all
+    /// windows are said again first, then what the peer lacks, then what is new.
     ///
     /// # Errors
     ///
     /// [`LaneError::Gap`]: the peer lacks what is not kept, or has what was not sent. The lane stays
-    /// detached; the caller closes it.
+    /// detached; the caller closes it. [`LaneError::Closed`] and [`LaneError::Attached`]: nothing has
+    /// changed.
     pub fn resume(&mut self, now: Instant, received: u64) -> Result<(), LaneError> {
+        if self.closed.is_some() {
+            return Err(LaneError::Closed);
+        }
+        if self.attached {
+            return Err(LaneError::Attached);
+        }
         self.now = self.now.max(now);
         if received > self.sent || received < self.acknowledged || !self.replay.is_on() {
             let (sent, acknowledged) = (self.sent, self.acknowledged);
@@ -67,6 +70,7 @@ impl Lane {
         self.attached = true;
         self.resumes += 1;
         self.liveness.restart(self.now);
+        self.suspicion = Suspicion::default();
         self.watch_outstanding();
         self.repeat_windows();
         self.wake_driver();
@@ -92,35 +96,12 @@ impl Lane {
     pub(super) fn forget_acknowledged(&mut self, received: u64) {
         self.replay.forget(received - self.acknowledged);
         self.acknowledged = received;
-        if self.replay.is_empty() {
-            self.suspect_at = None;
-        }
+        self.watch_outstanding();
     }
 
-    /// Something is unacknowledged: it is looked at later whether the peer still lives.
+    /// Notes whether something is unacknowledged, for the suspicion of a silent peer.
     pub(super) fn watch_outstanding(&mut self) {
-        if self.suspect_at.is_none() && !self.is_suspect && !self.replay.is_empty() {
-            self.suspect_at = Some(self.now + self.suspect_after());
-        }
-    }
-
-    fn suspect_after(&self) -> Duration {
-        self.liveness.rtt().map_or(SUSPECT_MIN, |rtt| (rtt * SUSPECT_RTTS).max(SUSPECT_MIN))
-    }
-
-    /// Looks whether the silence is longer than the round trip explains.
-    pub(super) fn check_suspicion(&mut self) -> Result<(), LaneError> {
-        let Some(at) = self.suspect_at else { return Ok(()) };
-        if at > self.now {
-            return Ok(());
-        }
-        let due = self.liveness.last_input() + self.suspect_after();
-        if due > self.now {
-            self.suspect_at = Some(due);
-            return Ok(());
-        }
-        self.suspect_at = None;
-        self.is_suspect = true;
-        self.push_event(Event::Suspect(true))
+        let is_any = !self.replay.is_empty();
+        self.suspicion.outstanding(self.now, self.liveness.rtt(), is_any);
     }
 }

@@ -713,6 +713,13 @@ fn refused_says_that_the_exchange_may_go_elsewhere() {
     pair.run();
     assert_eq!(pair.relay.closed(relay), Poll::Ready(reset(failure::SERVICE_UNREACHABLE)));
     assert!(pair.relay.lane.is_refused(relay));
+    let fate = crate::Fate {
+        closed: Some(reset(failure::SERVICE_UNREACHABLE)),
+        refused: true,
+        dispatched: false,
+        answered: false,
+    };
+    assert_eq!(pair.relay.lane.fate(relay), Some(fate));
     pair.relay.drop_handles(relay);
     pair.sidecar.drop_handles(sidecar);
     pair.assert_empty();
@@ -1020,7 +1027,7 @@ fn a_flood_of_pings_is_bounded() {
     let mut pair = Pair::with(|config| config.exchanges_max = 10);
     let ping = control(None, field::PING, &proto::Ping { token: 1 });
     let error = pair.inject_into_sidecar(&ping.repeat(1000)).unwrap_err();
-    assert!(matches!(error, LaneError::ControlFlood { max: 276 }), "{error:?}");
+    assert!(matches!(error, LaneError::ControlFlood { max: 286 }), "{error:?}");
 }
 
 #[test]
