@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+#[cfg(doc)]
+use super::Lane;
 use crate::exchange::Key;
 use crate::id::RequestId;
 use crate::payload::Reset;
