@@ -77,6 +77,10 @@ impl Part {
 impl Replay {
     /// Returns an empty ring; with `bytes_max` 0 it keeps nothing.
     pub(crate) fn new(bytes_min: u64, bytes_max: u64, budget: Option<Arc<Budget>>) -> Self {
+        let budget = budget.filter(|_| bytes_max > 0);
+        if let Some(budget) = &budget {
+            budget.enter();
+        }
         Self {
             size: Size::new(bytes_min, bytes_max),
             budget,
@@ -306,6 +310,7 @@ impl Drop for Replay {
     fn drop(&mut self) {
         if let Some(budget) = &self.budget {
             budget.give(self.reserved);
+            budget.leave();
         }
     }
 }
