@@ -62,8 +62,7 @@ const ENTRIES_MAX: usize = 16 * 1024;
 /// Room in the event queue beside one event for each exchange.
 const EVENTS_SPARE: usize = 256;
 
-/// One end of a lane.
-#[derive(Debug)]
+/// One end of a lane. Shown by its numbers: what it holds are others' bytes, credentials among them.
 pub struct Lane {
     config: LaneConfig,
     exchanges: Exchanges,
@@ -106,6 +105,16 @@ pub struct Lane {
     late: u64,
     opens_refused: u64,
     violations: u64,
+}
+
+impl std::fmt::Debug for Lane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lane")
+            .field("side", &self.config.side)
+            .field("closed", &self.closed)
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Lane {
