@@ -352,9 +352,9 @@ impl Sidecar {
 /// A lane that was let in, not driven yet.
 pub(super) struct NewLane {
     pub(super) transport: Transport,
-    carrier: Arc<Carrier>,
+    pub(super) carrier: Arc<Carrier>,
     pub(super) input: BytesMut,
-    number: u32,
+    pub(super) number: u32,
 }
 
 /// The lanes of a session.
