@@ -54,7 +54,7 @@ use entry::HttpEntry;
 use listeners::Listeners;
 use moving::KeptBytes;
 use routing::Routing;
-use sources::Sources;
+use sources::{Settled, Sources};
 use tls::Handshakes;
 
 /// How long a name that a lost sidecar announced answers 503 (come back) before it answers 404
@@ -382,9 +382,14 @@ impl Relay {
         let mut sources = self.lock_sources();
         let before = sources.lost.len();
         sources.lost.retain(|(since, _)| now.duration_since(*since) < LOST_ROUTES_KEPT);
-        if sources.lost.len() != before {
+        let mut settled = Settled::default();
+        if sources.look_at_silent(now) {
+            settled = sources.settle();
+        }
+        if sources.lost.len() != before || settled.is_changed {
             self.reroute(&sources);
         }
+        self.tell(sources, settled);
     }
 
     /// What is known of an exchange before it is opened.

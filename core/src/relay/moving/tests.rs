@@ -222,7 +222,7 @@ impl Peer {
 
 fn transmit(lane: &mut Lane, out: &mut Transmit) -> Vec<u8> {
     let mut bytes = Vec::new();
-    while lane.poll_transmit(out, usize::MAX) {
+    while lane.poll_transmit(Instant::now(), out, usize::MAX) {
         let mut slices = [std::io::IoSlice::new(&[]); 64];
         let count = out.chunks(&mut slices);
         let before = bytes.len();
