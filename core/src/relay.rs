@@ -44,6 +44,7 @@ mod stream;
 mod summary;
 mod tls;
 mod tunnels;
+mod warmup;
 
 pub use listen::bind;
 pub use listeners::{BindError, Prepared, Settings as EntrySettings};
@@ -56,6 +57,7 @@ use moving::KeptBytes;
 use routing::Routing;
 use sources::{Settled, Sources};
 use tls::Handshakes;
+use warmup::Warmup;
 
 /// How long a name that a lost sidecar announced answers 503 (come back) before it answers 404
 /// (never heard of it). Longer than a rollout of a Deployment with its images to pull.
@@ -88,6 +90,7 @@ pub struct Relay {
     tls_handshakes: Arc<Handshakes>,
     /// Of clients, on all listeners.
     connections: AtomicUsize,
+    warmup: Warmup,
     /// Held while a sidecar is left aside.
     ejecting: Mutex<()>,
     /// Of exchanges that may move.
@@ -124,6 +127,7 @@ impl Relay {
             issued,
             tls_handshakes: Arc::default(),
             connections: AtomicUsize::new(0),
+            warmup: Warmup::new(section.warmup, Instant::now()),
             ejecting: Mutex::default(),
             kept_bytes: KeptBytes::default(),
             flows: Flows::new("relay"),

@@ -31,6 +31,7 @@ pub(super) fn session_settings(section: &config::Relay, plugins: &Plugins) -> Se
             ..lane
         },
         protocols: plugins.types(),
+        peers: section.tunnel.peers.iter().map(ToString::to_string).collect(),
     }
 }
 

@@ -94,7 +94,7 @@ impl Sidecar {
     }
 
     /// Takes a peer that is not wanted off the list; false: it is wanted.
-    fn let_go(&self, peer: &Arc<Peer>) -> bool {
+    fn let_go(self: &Arc<Self>, peer: &Arc<Peer>) -> bool {
         let mut is_gone = false;
         if !peer.is_wanted() {
             self.change_peers(|peers| {
@@ -106,12 +106,13 @@ impl Sidecar {
             });
         }
         if is_gone {
+            self.told_no_more(peer);
             tracing::info!(relay = peer.name, "the address is dialled no more");
         }
         is_gone
     }
 
-    async fn begin_session(&self, peer: &Peer) -> Result<(Session, NewLane), DialError> {
+    async fn begin_session(self: &Arc<Self>, peer: &Peer) -> Result<(Session, NewLane), DialError> {
         let protocols = self.protocols();
         let (lane, welcome) = self.dial(peer, &protocols, proto::Hello::default()).await?;
         let session = Session {
@@ -125,6 +126,7 @@ impl Sidecar {
         let (relay, epoch, tls) = (&*peer.name, welcome.epoch, lane.transport.is_tls());
         tracing::info!(relay, epoch, tls, "session begun");
         peer.session_begun(welcome.epoch, welcome.relay_instance, tls);
+        self.told(peer, &welcome.peers);
         Ok((session, lane))
     }
 

@@ -50,6 +50,8 @@ pub struct Settings {
     pub lane: LaneConfig,
     /// Protocol types this relay carries.
     pub protocols: Vec<Arc<str>>,
+    /// Other relays that sidecars are told of.
+    pub peers: Vec<String>,
 }
 
 /// One sidecar instance connected to this relay.
@@ -572,7 +574,7 @@ impl Sessions {
             grace_ms: 0,
             relay_instance: self.instance.to_vec().into(),
             advertise_address: String::new(),
-            peers: Vec::new(),
+            peers: settings.peers.clone(),
             protocols: protocols.to_wire(),
             window: settings.lane.receive_window,
             message_bytes_max: settings.lane.message_bytes_max,

@@ -41,6 +41,7 @@ impl Stage {
             lanes_max: 2,
             lane: LaneConfig::default(),
             protocols: vec!["HTTP".into()],
+            peers: Vec::new(),
         });
         let sources = Sources { base_domains: vec![BASE.into()], ..Sources::default() };
         Self { sessions, sources, instances: AtomicU8::new(0) }

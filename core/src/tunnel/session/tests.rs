@@ -13,6 +13,7 @@ fn settings() -> Settings {
         lanes_max: 2,
         lane: LaneConfig::default(),
         protocols: vec!["HTTP".into()],
+        peers: Vec::new(),
     }
 }
 
