@@ -27,6 +27,7 @@ mod balance;
 mod cell;
 mod credentials;
 mod ended;
+mod lanes;
 mod plugins;
 mod process;
 mod routes;
@@ -37,6 +38,7 @@ pub use acme::AcmeMetrics;
 pub use balance::{BalanceMetrics, MoveReason};
 pub use credentials::CredentialMetrics;
 pub use ended::Ended;
+pub use lanes::LaneMetrics;
 
 use cell::Timing;
 use ended::{Details, Tally};
@@ -52,7 +54,7 @@ const NAMES_MAX: usize = 10_000;
 
 /// Why handshakes are refused: by the relay's bounds, and by the tunnel's protocol
 /// (`RefuseReason`).
-const HANDSHAKE_REASONS: [&str; 9] = [
+const HANDSHAKE_REASONS: [&str; 10] = [
     "rate",
     "failures",
     "tls",
@@ -60,6 +62,7 @@ const HANDSHAKE_REASONS: [&str; 9] = [
     "VERSION",
     "CREDENTIAL",
     "UNKNOWN_SESSION",
+    "WRONG_RELAY",
     "OVERLOADED",
     "MALFORMED",
 ];
@@ -150,7 +153,7 @@ pub struct Metrics {
     bytes: Family<FlowLabels, cell::Counter>,
     crossing: cell::Counter,
     sessions: Family<RoleLabel, Gauge>,
-    lanes: Family<RoleLabel, Gauge>,
+    lanes_up: Family<RoleLabel, Gauge>,
     lanes_lost: Family<RoleLabel, Counter>,
     reconnects: Counter,
     handshakes_refused: Family<ReasonLabel, Counter>,
@@ -177,6 +180,8 @@ pub struct Metrics {
     pub balance: BalanceMetrics,
     /// What is counted of sidecars' credentials.
     pub credentials: CredentialMetrics,
+    /// What is counted of lanes' connections.
+    pub lanes: LaneMetrics,
     /// What the sidecar's end counts beside exchanges.
     pub sidecar: SidecarMetrics,
     /// What is counted of TLS.
@@ -215,7 +220,7 @@ impl Metrics {
             bytes: Family::default(),
             crossing: cell::Counter::default(),
             sessions: Family::default(),
-            lanes: Family::default(),
+            lanes_up: Family::default(),
             lanes_lost: Family::default(),
             reconnects: Counter::default(),
             handshakes_refused: Family::default(),
@@ -239,6 +244,7 @@ impl Metrics {
             quarantined: Family::default(),
             balance: BalanceMetrics::default(),
             credentials: CredentialMetrics::default(),
+            lanes: LaneMetrics::default(),
             sidecar: SidecarMetrics::default(),
             tls: TlsMetrics::default(),
             acme: AcmeMetrics::default(),
@@ -276,7 +282,7 @@ impl Metrics {
             "Sidecars connected to this relay, or relays that this sidecar is connected to",
             self.sessions.clone(),
         );
-        r.register("lanes", "Lanes that are up", self.lanes.clone());
+        r.register("lanes", "Lanes that are up", self.lanes_up.clone());
         r.register(
             "lanes_lost",
             "Lanes that ended without being asked to",
@@ -360,6 +366,7 @@ impl Metrics {
         );
         self.balance.register(r);
         self.credentials.register(r);
+        self.lanes.register(r);
         self.sidecar.register(r);
         self.tls.register(r);
         self.acme.register(r);
@@ -378,8 +385,9 @@ impl Metrics {
     /// The process has this role: its rows stand from here on.
     pub fn role(&self, role: &'static str) {
         drop(self.sessions.get_or_create(&RoleLabel { role }));
-        drop(self.lanes.get_or_create(&RoleLabel { role }));
+        drop(self.lanes_up.get_or_create(&RoleLabel { role }));
         drop(self.lanes_lost.get_or_create(&RoleLabel { role }));
+        self.lanes.begin(role);
         if role == "relay" {
             self.credentials.begin();
             for reason in HANDSHAKE_REASONS {
@@ -535,7 +543,7 @@ impl Metrics {
     /// A lane is up until the guard goes.
     #[must_use]
     pub fn lane_up(&self, role: &'static str) -> Up {
-        Up::new(self.lanes.get_or_create_owned(&RoleLabel { role }))
+        Up::new(self.lanes_up.get_or_create_owned(&RoleLabel { role }))
     }
 
     /// A lane ended without being asked to.

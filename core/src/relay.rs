@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
+use sidelane_tunnel::Budget;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -29,6 +30,7 @@ mod door;
 mod eject;
 mod entry;
 mod explain;
+mod lanes;
 mod listen;
 mod listeners;
 mod moving;
@@ -68,6 +70,8 @@ pub struct Relay {
     plugins: Arc<Plugins>,
     metrics: Arc<Metrics>,
     sessions: Sessions,
+    /// What all lanes may keep for their return.
+    budget: Arc<Budget>,
     routing: ArcSwap<Routing>,
     /// As clients know them.
     sources: Mutex<Sources>,
@@ -101,7 +105,8 @@ pub struct Relay {
 impl Relay {
     /// Returns the role; nobody is let in before [`Relay::start`].
     pub fn new(section: &config::Relay, plugins: Arc<Plugins>, metrics: Arc<Metrics>) -> Arc<Self> {
-        let settings = session_settings(section, &plugins);
+        let budget = Arc::new(Budget::new(section.limits.queued));
+        let settings = session_settings(section, &plugins, &budget);
         let rules = credential_rules(section);
         let authenticator = Arc::new(Authenticator::new(rules, Arc::clone(&metrics)));
         let issued = Arc::default();
@@ -110,6 +115,7 @@ impl Relay {
             plugins,
             metrics,
             sessions: Sessions::new(settings),
+            budget,
             routing: ArcSwap::default(),
             sources: Mutex::new(Sources {
                 base_domains: section.base_domains.clone(),
@@ -153,7 +159,8 @@ impl Relay {
     pub fn limit(&self, section: &config::Relay) {
         self.listeners.set_settings(EntrySettings::of(section));
         self.listeners.set_tunnel(&section.tunnel, &self.issued);
-        self.sessions.set(session_settings(section, &self.plugins));
+        self.budget.set_max(section.limits.queued);
+        self.sessions.set(session_settings(section, &self.plugins, &self.budget));
         self.door.set(section, &self.issued, &self.metrics);
         self.authenticator.set(credential_rules(section));
         self.recheck();
@@ -265,7 +272,8 @@ impl Relay {
     pub fn balance(&self, queued_max: u64) {
         let sessions = self.sessions.all();
         let links: Vec<_> = sessions.iter().flat_map(|session| session.lanes().to_vec()).collect();
-        pressure::balance(&links, queued_max);
+        let held = pressure::balance(&links, queued_max);
+        self.metrics.lanes.set_held("relay", &held, queued_max);
     }
 
     /// Clients' connections that are open.

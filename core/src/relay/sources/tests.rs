@@ -40,6 +40,8 @@ impl Stage {
             sessions_of_principal_max: 4096,
             lanes_max: 2,
             lane: LaneConfig::default(),
+            grace: Duration::ZERO,
+            advertise: None,
             protocols: vec!["HTTP".into()],
             peers: Vec::new(),
         });
@@ -59,7 +61,9 @@ impl Stage {
         };
         let peer = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 4711);
         let known = authenticated(principal, claims);
-        self.sessions.admit(&hello, known, peer, |_, _| 0).expect("let in").session
+        let admitted = self.sessions.admit(&hello, known, peer, |_, _| 0).expect("let in");
+        admitted.link.pretend_open();
+        admitted.session
     }
 
     fn announce(
