@@ -43,10 +43,20 @@ impl Budget {
         self.max.store(max, Ordering::Relaxed);
     }
 
-    /// Takes a granule where there is one. `is_least`: for a ring below its least size.
-    pub(crate) fn try_take_granule(&self, is_least: bool) -> bool {
+    /// Returns what may be taken. `is_least`: for a ring below its least size.
+    fn max_for(&self, is_least: bool) -> u64 {
         let max = self.max();
-        let max = if is_least { max } else { max - max / RESERVED_SHARE };
+        if is_least { max } else { max - max / RESERVED_SHARE }
+    }
+
+    /// Returns whether more is taken than may be.
+    pub(crate) fn is_exceeded(&self, is_least: bool) -> bool {
+        self.used() > self.max_for(is_least)
+    }
+
+    /// Takes a granule where there is one.
+    pub(crate) fn try_take_granule(&self, is_least: bool) -> bool {
+        let max = self.max_for(is_least);
         let used = self.used.fetch_add(GRANULE_BYTES, Ordering::Relaxed);
         let fits = used.saturating_add(GRANULE_BYTES) <= max;
         if !fits {

@@ -51,6 +51,10 @@ const CONTROL_PER_EXCHANGE: usize = 3;
 /// Room in the control queue beside those.
 const CONTROL_SPARE: usize = 256;
 
+/// Tunnels, routes and what else stands in an announcement, and reasons and notes in an answer: above what
+/// any relay takes.
+const ENTRIES_MAX: usize = 16 * 1024;
+
 /// Room in the event queue beside one event for each exchange.
 const EVENTS_SPARE: usize = 256;
 
@@ -207,6 +211,14 @@ pub enum LaneError {
     /// More came at once than the bound on events holds.
     #[error("more than {max} events wait")]
     EventFlood {
+        /// The bound.
+        max: usize,
+    },
+    /// An announcement, or the answer to one, with more in it than any end takes.
+    #[error("more than {max} entries in field {field}")]
+    TooManyEntries {
+        /// Field's number.
+        field: u32,
         /// The bound.
         max: usize,
     },

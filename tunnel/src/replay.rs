@@ -122,10 +122,12 @@ impl Replay {
 
     fn reserve(&mut self) -> bool {
         let Some(budget) = &self.budget else { return true };
+        let is_least = self.bytes < self.size.min();
         if self.bytes < self.reserved {
-            return true;
+            // The message may be longer than what is left: it may not be the second one that is.
+            return !budget.is_exceeded(is_least);
         }
-        let is_taken = budget.try_take_granule(self.bytes < self.size.min());
+        let is_taken = budget.try_take_granule(is_least);
         if is_taken {
             self.reserved += GRANULE_BYTES;
         }
@@ -277,6 +279,12 @@ impl Replay {
             self.cursor = Some(Cursor { part, joined });
         }
         bytes
+    }
+
+    /// Returns the bytes of memory held beside shared buffers.
+    #[cfg(test)]
+    pub(crate) fn room(&self) -> usize {
+        self.joined.capacity() + self.parts.capacity() * size_of::<Part>()
     }
 
     /// Forgets everything.

@@ -53,7 +53,7 @@ impl Sidecar {
         let mut wanted = peer.wanted.subscribe();
         let mut access = self.access_changes.subscribe();
         while !self.is_stopping() && !self.let_go(&peer) {
-            let mut wait_at_least = Duration::ZERO;
+            let mut asked = Duration::ZERO;
             let wait = if self.is_reached_otherwise(&peer) {
                 REACHED_LOOK
             } else {
@@ -83,10 +83,10 @@ impl Sidecar {
                         }
                         peer.failed(&cause);
                         self.answers.send_replace(());
-                        wait_at_least = error.retry_after().unwrap_or_default();
+                        asked = error.retry_after().unwrap_or_default();
                     }
                 }
-                backoff.next(random::number()).max(wait_at_least)
+                backoff.next_after(asked, random::number())
             };
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
@@ -276,7 +276,7 @@ impl Sidecar {
                             wrong_relays = 0;
                             tracing::warn!(relay = peer.name, error = chain(&error), "no further lane");
                             let asked = error.retry_after().unwrap_or_default();
-                            wait = backoff.next(random::number()).max(asked);
+                            wait = backoff.next_after(asked, random::number());
                         }
                     }
                     dial = Box::pin(self.join_session(peer, &session, wait));
@@ -333,7 +333,7 @@ impl Sidecar {
         let task = async move {
             let (peer, number) = (task_peer, driven.number);
             let end = task.run(lane).await;
-            let is_ours = matches!(end, LaneEnd::Local) || driven.is_leaving_for_good();
+            let is_ours = matches!(end, LaneEnd::Local) || driven.is_closing();
             if is_ours || sidecar.is_stopping() {
                 tracing::debug!(relay = peer.name, lane = number, "lane closed");
             } else {
