@@ -99,7 +99,7 @@ impl Sidecar {
     }
 
     /// Takes a peer that is not wanted off the list; false: it is wanted.
-    fn let_go(&self, peer: &Arc<Peer>) -> bool {
+    fn let_go(self: &Arc<Self>, peer: &Arc<Peer>) -> bool {
         let mut is_gone = false;
         if !peer.is_wanted() {
             self.change_peers(|peers| {
@@ -111,12 +111,13 @@ impl Sidecar {
             });
         }
         if is_gone {
+            self.told_no_more(peer);
             tracing::info!(relay = peer.name, "the address is dialled no more");
         }
         is_gone
     }
 
-    async fn begin_session(&self, peer: &Peer) -> Result<(Session, NewLane), DialError> {
+    async fn begin_session(self: &Arc<Self>, peer: &Peer) -> Result<(Session, NewLane), DialError> {
         let protocols = self.protocols();
         let hello = proto::Hello::default();
         let (lane, welcome) = self.dial(peer, &peer.target, &protocols, hello).await?;
@@ -142,6 +143,7 @@ impl Sidecar {
         let (relay, epoch, tls) = (&*peer.name, welcome.epoch, lane.transport.is_tls());
         tracing::info!(relay, epoch, tls, "session begun");
         peer.session_begun(welcome.epoch, welcome.relay_instance, tls);
+        self.told(peer, &welcome.peers);
         Ok((session, lane))
     }
 
