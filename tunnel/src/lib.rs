@@ -10,6 +10,7 @@
 
 mod control;
 pub mod credit;
+pub mod dedicate;
 pub mod envelope;
 mod exchange;
 pub mod handshake;

@@ -3,6 +3,7 @@
 //!
 //! Knows nothing of the ABI's layouts and of who implements what.
 
+use std::any::Any;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -162,9 +163,10 @@ pub struct ResponseHead {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Closed;
 
-/// A byte stream of the host's own.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for T {}
+/// A byte stream of the host's own. What kind it is may be asked ([`Any`]): sockets are joined by the
+/// kernel.
+pub trait Stream: AsyncRead + AsyncWrite + Any + Send + Unpin + 'static {}
+impl<T: AsyncRead + AsyncWrite + Any + Send + Unpin + 'static> Stream for T {}
 
 /// A byte stream that is on its way. The error is one of [`sidelane_abi::failure`], and the cause.
 pub type StreamFuture =
@@ -226,7 +228,31 @@ pub trait SendHalf: Send + 'static {
     fn dispatched(&mut self);
     /// Nothing was and will be written to a service. Ends the exchange.
     fn refused(&mut self, reset: Reset);
+    /// Moves the exchange to a connection of its own, where there is one: the bytes of `stream`, after those
+    /// of `ahead`. Neither half is used until it has resolved.
+    fn dedicate(&mut self, stream: Box<dyn Stream>, ahead: Bytes) -> DedicateFuture {
+        drop(ahead);
+        Box::pin(std::future::ready(Dedicated::Framed(stream)))
+    }
 }
+
+/// What became of an exchange that was to have a connection of its own.
+pub enum Dedicated {
+    /// It is over, and the peer knows.
+    Ended {
+        /// Why; `NONE`: all was said.
+        reset: Reset,
+        /// Bytes from the stream to the peer.
+        sent: u64,
+        /// Bytes from the peer to the stream.
+        received: u64,
+    },
+    /// There is none: it goes on in messages, at both ends.
+    Framed(Box<dyn Stream>),
+}
+
+/// An exchange on a connection of its own, or on its way there.
+pub type DedicateFuture = Pin<Box<dyn Future<Output = Dedicated> + Send>>;
 
 /// The direction from the peer to here. Dropped unfinished: reset with `CANCELLED`.
 pub trait RecvHalf: Send + 'static {
