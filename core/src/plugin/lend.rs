@@ -3,7 +3,6 @@
 //!
 //! Knows nothing of the ABI's layouts and of who implements what.
 
-use std::any::Any;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -13,8 +12,11 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::{client, server};
 
 pub use crate::config::HttpVersion;
+pub use crate::join::Plain;
 pub use sidelane_tunnel::{Payload as Message, Received, Reset};
 
 /// A failure with what a client may be told of it.
@@ -163,10 +165,30 @@ pub struct ResponseHead {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Closed;
 
-/// A byte stream of the host's own. What kind it is may be asked ([`Any`]): sockets are joined by the
-/// kernel.
-pub trait Stream: AsyncRead + AsyncWrite + Any + Send + Unpin + 'static {}
-impl<T: AsyncRead + AsyncWrite + Any + Send + Unpin + 'static> Stream for T {}
+/// A byte stream of the host's own.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {
+    /// The socket, where what is read and written next is its bytes and nothing else: sockets are joined by
+    /// the kernel.
+    fn plain(&self) -> Option<Plain<'_>> {
+        None
+    }
+}
+
+impl Stream for TcpStream {
+    fn plain(&self) -> Option<Plain<'_>> {
+        Some(Plain::Tcp(self))
+    }
+}
+
+impl Stream for UnixStream {
+    fn plain(&self) -> Option<Plain<'_>> {
+        Some(Plain::Unix(self))
+    }
+}
+
+impl Stream for tokio::io::DuplexStream {}
+impl<S: Stream> Stream for client::TlsStream<S> {}
+impl<S: Stream> Stream for server::TlsStream<S> {}
 
 /// A byte stream that is on its way. The error is one of [`sidelane_abi::failure`], and the cause.
 pub type StreamFuture =
