@@ -25,6 +25,7 @@ use crate::plugin::MetricSink;
 mod acme;
 mod cell;
 mod credentials;
+mod dedicated;
 mod ended;
 mod plugins;
 mod process;
@@ -34,6 +35,7 @@ mod tls;
 
 pub use acme::AcmeMetrics;
 pub use credentials::CredentialMetrics;
+pub use dedicated::DedicatedMetrics;
 pub use ended::Ended;
 
 use cell::Timing;
@@ -176,6 +178,8 @@ pub struct Metrics {
     pub sidecar: SidecarMetrics,
     /// What is counted of TLS.
     pub tls: TlsMetrics,
+    /// What is counted of dedicated connections.
+    pub dedicated: DedicatedMetrics,
     /// Certificates by ACME.
     pub acme: AcmeMetrics,
     /// Set where somebody follows what ends.
@@ -233,6 +237,7 @@ impl Metrics {
             quarantined: Family::default(),
             credentials: CredentialMetrics::default(),
             sidecar: SidecarMetrics::default(),
+            dedicated: DedicatedMetrics::default(),
             tls: TlsMetrics::default(),
             acme: AcmeMetrics::default(),
             followed: OnceLock::new(),
@@ -349,6 +354,7 @@ impl Metrics {
         self.credentials.register(r);
         self.sidecar.register(r);
         self.tls.register(r);
+        self.dedicated.register(r);
         self.acme.register(r);
     }
 
@@ -367,6 +373,7 @@ impl Metrics {
         drop(self.sessions.get_or_create(&RoleLabel { role }));
         drop(self.lanes.get_or_create(&RoleLabel { role }));
         drop(self.lanes_lost.get_or_create(&RoleLabel { role }));
+        self.dedicated.role(role);
         if role == "relay" {
             self.credentials.begin();
             for reason in HANDSHAKE_REASONS {
@@ -836,6 +843,17 @@ impl Flow {
         self.bytes_received.add(bytes as u64);
         if let Some(tally) = &self.tally {
             tally.received(bytes as u64);
+        }
+    }
+}
+
+impl Flow {
+    /// Bytes passed beside the messages: the exchange has a connection of its own.
+    pub fn passed(&self, sent: u64, received: u64) {
+        self.bytes_sent.add(sent);
+        self.bytes_received.add(received);
+        if let Some(tally) = &self.tally {
+            tally.passed(sent, received);
         }
     }
 }

@@ -2,10 +2,11 @@
 //! without taking it.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use sidelane_tunnel::{Key, Lane, OpenError, RequestId, Reset, proto};
 
+use super::dedicated::Dedication;
 use super::exchange::{RecvHalf, SendHalf};
 use crate::metrics::Flow;
 
@@ -23,6 +24,8 @@ pub struct Link {
     /// The driver ends at once.
     severed: AtomicBool,
     exchanges: AtomicUsize,
+    /// How its exchanges get connections of their own; unset: not at all.
+    dedication: OnceLock<Dedication>,
 }
 
 impl std::fmt::Debug for Link {
@@ -50,7 +53,18 @@ impl Link {
             closing: AtomicBool::new(false),
             severed: AtomicBool::new(false),
             exchanges: AtomicUsize::new(0),
+            dedication: OnceLock::new(),
         })
+    }
+
+    /// Says how its exchanges get connections of their own. Once, before the first exchange.
+    pub fn dedicates(&self, by: Dedication) {
+        // A second one says the same.
+        let _ = self.dedication.set(by);
+    }
+
+    pub(super) fn dedication(&self) -> Option<&Dedication> {
+        self.dedication.get()
     }
 
     /// Runs `f` under the lock and calls the wakers that it made ready after it: a waker may run a
