@@ -22,6 +22,7 @@ impl Reader<'_> {
         let mut sidecar = Sidecar {
             name: host_name(),
             relays: Relays::Embedded,
+            follow_peers: true,
             resolve_interval: RESOLVE_INTERVAL,
             token: None,
             token_file: None,
@@ -53,6 +54,7 @@ impl Reader<'_> {
             ),
             None => {}
         }
+        section.set("follow_peers", &mut sidecar.follow_peers, Field::boolean);
         section.set("resolve_interval", &mut sidecar.resolve_interval, |f| {
             timeout(f, RESOLVE_INTERVAL_MIN)
         });
