@@ -35,7 +35,9 @@ use serde_json::Value as Json;
 
 pub use diff::{Changes, Delta, diff, hold_back};
 pub use error::{ConfigError, ConfigErrors, Position};
-pub(crate) use read::{ROOT_KEYS, SIDECAR_WEIGHT_MAX, TOKEN_BYTES_MAX, token as check_token};
+pub(crate) use read::{
+    DEDICATED_MAX, ROOT_KEYS, SIDECAR_WEIGHT_MAX, TOKEN_BYTES_MAX, token as check_token,
+};
 pub use schema::schema;
 pub use source::{FILE_BYTES_MAX, FILES_MAX, Source, SourceFile};
 pub use tunnel::{HealthCheck, HttpVersion, Pool, Probe, ProxyVersion, ServiceAddress, Tunnel};
@@ -366,6 +368,9 @@ pub struct Sidecar {
     pub token_file: Option<PathBuf>,
     /// Connections per session.
     pub lanes: usize,
+    /// Connections per session that are dialled ahead, each for one exchange's bytes; `None`: as routes
+    /// ask. 0: none at all.
+    pub dedicated: Option<usize>,
     /// Data-path threads; 0: one per core.
     pub threads: usize,
     /// Limits.

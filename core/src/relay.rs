@@ -22,6 +22,7 @@ use crate::tunnel::session::{Session, Sessions};
 
 mod announce;
 mod bounds;
+mod dedicated;
 mod document;
 mod door;
 mod entry;
@@ -94,10 +95,12 @@ impl Relay {
         let authenticator = Arc::new(Authenticator::new(rules, Arc::clone(&metrics)));
         let issued = Arc::default();
         let door = Door::new(section, &issued, &metrics);
+        let sessions = Sessions::new(settings);
+        sessions.dedicate(&metrics, section.timeouts.open_wait);
         Arc::new(Self {
             plugins,
             metrics,
-            sessions: Sessions::new(settings),
+            sessions,
             routing: ArcSwap::default(),
             sources: Mutex::new(Sources {
                 base_domains: section.base_domains.clone(),
@@ -139,6 +142,7 @@ impl Relay {
         self.listeners.set_settings(EntrySettings::of(section));
         self.listeners.set_tunnel(&section.tunnel, &self.issued);
         self.sessions.set(session_settings(section, &self.plugins));
+        self.sessions.dedicate(&self.metrics, section.timeouts.open_wait);
         self.door.set(section, &self.issued, &self.metrics);
         self.authenticator.set(credential_rules(section));
         self.recheck();

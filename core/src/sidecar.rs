@@ -20,10 +20,12 @@ use crate::plugin::lend::{Meta, Reset, Text};
 use crate::random;
 use crate::shard::Shard;
 use crate::tunnel::Link;
+use crate::tunnel::dedicated::Claims;
 use crate::tunnel::dial;
 use crate::tunnel::pressure;
 
 mod access;
+mod dedicated;
 mod health;
 mod hold;
 mod peer;
@@ -35,6 +37,7 @@ mod withdraw;
 
 use access::Presented;
 pub use access::{Access, Own};
+use dedicated::Ahead;
 use health::Health;
 pub use peer::{Peer, RelayAnswer};
 use relays::NamedRelay;
@@ -96,6 +99,8 @@ pub struct Sidecar {
     budgets: Budgets,
     health: Health,
     turn: AtomicUsize,
+    /// Connections to have dialled ahead of exchanges that will want one.
+    ahead: watch::Sender<Ahead>,
 }
 
 /// What a lane's handshake settled, kept for the session's further lanes.
@@ -105,6 +110,9 @@ struct Session {
     protocols: ProtocolTable,
     lane: LaneConfig,
     lanes_max: u32,
+    relay_instance: bytes::Bytes,
+    /// Exchanges that wait for a connection of their own; `None`: one of the two ends has none.
+    claims: Option<Arc<Claims>>,
 }
 
 impl Sidecar {
@@ -139,11 +147,13 @@ impl Sidecar {
             budgets: Budgets::default(),
             health: Health::default(),
             turn: AtomicUsize::new(0),
+            ahead: watch::Sender::default(),
         })
     }
 
     /// Takes tunnels and routes of a configuration: for new exchanges, and announced to all relays.
     pub fn configure(self: &Arc<Self>, config: &config::Config) {
+        self.set_ahead(config);
         let before = self.services.load_full();
         self.services.store(Arc::new(before.updated(&config.tunnels)));
         let is_start = self.document.borrow().version == 0;

@@ -16,6 +16,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 
 use super::Relay;
+use super::dedicated;
 use super::door::{self, Place, Told, Way};
 use super::tls::{Bounds, Over, Permit};
 use crate::credentials::Presented;
@@ -344,6 +345,9 @@ async fn shake_hands(
             retry_after_ms: 0,
         }),
     };
+    if hello.dedicated {
+        return dedicated::enter(&relay, transport, &hello, authenticated, peer, place).await;
+    }
     let admitted = authenticated.and_then(|authenticated| {
         let shard_index = |id: &SessionId, lane| shards[shard_of(id, lane)].index;
         relay.sessions.admit(&hello, authenticated, peer, shard_index)
@@ -400,7 +404,7 @@ pub(super) fn not_driven(relay: &Relay, session: &Arc<Session>, link: &Arc<Link>
     }
 }
 
-async fn welcome(
+pub(super) async fn welcome(
     transport: &mut Transport,
     welcome: &proto::Welcome,
     limit: Duration,
@@ -411,7 +415,11 @@ async fn welcome(
         .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
-async fn send_refuse(transport: &mut Transport, refuse: &proto::Refuse, limit: Duration) {
+pub(super) async fn send_refuse(
+    transport: &mut Transport,
+    refuse: &proto::Refuse,
+    limit: Duration,
+) {
     // Whoever does not read its refusal learns of it by the closed connection.
     let _ = timeout(limit, accept::send_refuse(transport, refuse)).await;
 }

@@ -120,6 +120,8 @@ impl Sidecar {
             protocols,
             lane: self.settings.lane.clone().with_peer(welcome.window, welcome.message_bytes_max),
             lanes_max: welcome.lanes_max,
+            relay_instance: welcome.relay_instance.clone(),
+            claims: self.claims(welcome.features),
         };
         self.metrics.session_begun();
         let (relay, epoch, tls) = (&*peer.name, welcome.epoch, lane.transport.is_tls());
@@ -144,7 +146,7 @@ impl Sidecar {
     }
 
     /// Dials a relay as it is to be dialled now, with the credential as it is now.
-    async fn dial(
+    pub(super) async fn dial(
         &self,
         peer: &Peer,
         protocols: &ProtocolTable,
@@ -160,7 +162,7 @@ impl Sidecar {
         };
         let hello = proto::Hello {
             version: sidelane_tunnel::VERSION,
-            features: FEATURE_ANNOUNCE,
+            features: FEATURE_ANNOUNCE | self.dedicated_feature(),
             instance: self.instance.to_vec().into(),
             name: self.settings.name.clone(),
             credential: credential.to_vec().into(),
@@ -205,6 +207,7 @@ impl Sidecar {
         held.add(carrier, self.start_lane(peer, &session, first, ended.clone()));
         peer.connected();
         let _up = self.metrics.session_up("sidecar");
+        let _dedicated = self.keep_dedicated(peer, &session);
         self.announce(peer);
         document.mark_unchanged();
         let mut wait = jitter(LANE_STAGGER, random::number());
@@ -285,6 +288,7 @@ impl Sidecar {
         if self.is_stopping() {
             link.leave();
         }
+        session.dedicates(&link);
         peer.with(|state| state.lanes.push(Arc::clone(&link)));
         let sidecar = Arc::clone(self);
         let (task_peer, session) = (Arc::clone(peer), Arc::clone(session));
@@ -332,10 +336,10 @@ impl Sidecar {
 }
 
 /// A lane that was let in, not driven yet.
-struct NewLane {
-    transport: Transport,
+pub(super) struct NewLane {
+    pub(super) transport: Transport,
     carrier: Arc<Carrier>,
-    input: BytesMut,
+    pub(super) input: BytesMut,
     number: u32,
 }
 

@@ -25,7 +25,7 @@ use tokio::time::{sleep, timeout};
 
 use self::carry::{Carry, Side};
 pub use self::claims::{Claims, Given};
-pub use self::pool::{Full, Pool, Room};
+pub use self::pool::{Full, Pool, Room, Seat};
 use super::Link;
 use super::transport::{Movable as _, Transport};
 use crate::metrics::Flow;

@@ -8,19 +8,24 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use bytes::Bytes;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 use sidelane_abi::failure;
+use sidelane_tunnel::dedicate::FEATURE_DEDICATED;
 use sidelane_tunnel::{Lane, LaneConfig, OpenError, ProtocolTable, RequestId, Reset, proto};
 use subtle::ConstantTimeEq as _;
 
+use self::dedicated::Dedicating;
+use super::dedicated::Pool;
 use super::{Link, RecvHalf, SendHalf};
 use crate::credentials::{Authenticated, Grant, Proof};
 use crate::error::bounded;
 use crate::metrics::Flow;
 use crate::random;
+
+mod dedicated;
 
 /// A session's id on the wire.
 pub type SessionId = [u8; 16];
@@ -83,6 +88,8 @@ pub struct Session {
     /// Serialises changes of `lanes`, `over` and `authenticated`; readers never take it.
     lanes_change: Mutex<()>,
     lanes_made: AtomicU32,
+    /// Connections that wait for an exchange of its own; `None`: one of the ends has none.
+    pool: Option<Arc<Pool>>,
     requests: AtomicU64,
     turn: AtomicUsize,
 }
@@ -161,6 +168,7 @@ impl Session {
     /// Ends every lane for good: its exchanges end here and now, and the sidecar is told why as far as it
     /// listens.
     pub fn revoke_lanes(&self, detail: &str) {
+        self.close_pool();
         for link in self.lanes.load().iter() {
             link.revoke(failure::FORBIDDEN, detail, Reset::new(failure::TUNNEL_LOST));
         }
@@ -319,6 +327,8 @@ pub struct Sessions {
     by_id: DashMap<SessionId, Arc<Session>>,
     by_instance: DashMap<[u8; INSTANCE_BYTES], SessionId>,
     epochs: AtomicU64,
+    /// Unset: no session has dedicated connections.
+    dedicating: ArcSwapOption<Dedicating>,
 }
 
 /// A lane that was let in.
@@ -346,6 +356,7 @@ impl Sessions {
             by_id: DashMap::new(),
             by_instance: DashMap::new(),
             epochs: AtomicU64::new(0),
+            dedicating: ArcSwapOption::empty(),
         }
     }
 
@@ -458,6 +469,7 @@ impl Sessions {
             over: AtomicBool::new(false),
             lanes_change: Mutex::new(()),
             lanes_made: AtomicU32::new(0),
+            pool: self.pool(hello),
             requests: AtomicU64::new(0),
             turn: AtomicUsize::new(0),
         });
@@ -533,6 +545,7 @@ impl Sessions {
         let number = session.lanes_made.fetch_add(1, Ordering::Relaxed);
         let shard = shard_of(&session.id, number);
         let link = Link::new(number, shard, Lane::new(session.lane.clone(), Instant::now()));
+        session.dedicates(&link);
         let (mut is_full, mut is_over) = (false, false);
         session.change_lanes(|lanes| {
             is_full = lanes.len() >= lanes_max;
@@ -564,7 +577,7 @@ impl Sessions {
     ) -> proto::Welcome {
         proto::Welcome {
             version: sidelane_tunnel::VERSION,
-            features: FEATURE_ANNOUNCE,
+            features: FEATURE_ANNOUNCE | if session.pool.is_some() { FEATURE_DEDICATED } else { 0 },
             session: session.id.to_vec().into(),
             secret: session.secret.to_vec().into(),
             epoch: session.epoch,
@@ -590,6 +603,7 @@ impl Sessions {
         if left > 0 {
             return false;
         }
+        session.close_pool();
         let was_known = self.by_id.remove(&session.id).is_some();
         self.by_instance.remove_if(&session.instance, |_, current| *current == session.id);
         was_known
