@@ -35,9 +35,7 @@ use serde_json::Value as Json;
 
 pub use diff::{Changes, Delta, diff, hold_back};
 pub use error::{ConfigError, ConfigErrors, Position};
-pub(crate) use read::{
-    DEDICATED_MAX, ROOT_KEYS, SIDECAR_WEIGHT_MAX, TOKEN_BYTES_MAX, token as check_token,
-};
+pub(crate) use read::{ROOT_KEYS, SIDECAR_WEIGHT_MAX, TOKEN_BYTES_MAX, token as check_token};
 pub use schema::schema;
 pub use source::{FILE_BYTES_MAX, FILES_MAX, Source, SourceFile};
 pub use tunnel::{HealthCheck, HttpVersion, Pool, Probe, ProxyVersion, ServiceAddress, Tunnel};

@@ -277,9 +277,4 @@ mod tests {
         assert_eq!(of("dedicated: 7", ""), (7, false));
         assert_eq!(of("dedicated: 0", "WEBSOCKET: { mode: raw }"), (0, true));
     }
-
-    #[test]
-    fn the_files_bound_is_the_tunnels() {
-        assert_eq!(config::DEDICATED_MAX, WAITING_PER_SESSION_MAX);
-    }
 }
