@@ -23,10 +23,12 @@ use tokio::sync::broadcast;
 use crate::plugin::MetricSink;
 
 mod acme;
+mod balance;
 mod cell;
 mod credentials;
 mod dedicated;
 mod ended;
+mod lanes;
 mod plugins;
 mod process;
 mod routes;
@@ -34,9 +36,11 @@ mod sidecar;
 mod tls;
 
 pub use acme::AcmeMetrics;
+pub use balance::{BalanceMetrics, MoveReason};
 pub use credentials::CredentialMetrics;
 pub use dedicated::DedicatedMetrics;
 pub use ended::Ended;
+pub use lanes::LaneMetrics;
 
 use cell::Timing;
 use ended::{Details, Tally};
@@ -52,7 +56,7 @@ const NAMES_MAX: usize = 10_000;
 
 /// Why handshakes are refused: by the relay's bounds, and by the tunnel's protocol
 /// (`RefuseReason`).
-const HANDSHAKE_REASONS: [&str; 9] = [
+const HANDSHAKE_REASONS: [&str; 10] = [
     "rate",
     "failures",
     "tls",
@@ -60,6 +64,7 @@ const HANDSHAKE_REASONS: [&str; 9] = [
     "VERSION",
     "CREDENTIAL",
     "UNKNOWN_SESSION",
+    "WRONG_RELAY",
     "OVERLOADED",
     "MALFORMED",
 ];
@@ -150,7 +155,7 @@ pub struct Metrics {
     bytes: Family<FlowLabels, cell::Counter>,
     crossing: cell::Counter,
     sessions: Family<RoleLabel, Gauge>,
-    lanes: Family<RoleLabel, Gauge>,
+    lanes_up: Family<RoleLabel, Gauge>,
     lanes_lost: Family<RoleLabel, Counter>,
     reconnects: Counter,
     handshakes_refused: Family<ReasonLabel, Counter>,
@@ -173,8 +178,12 @@ pub struct Metrics {
     panics: Family<PluginLabels, Gauge>,
     generations: Family<GenerationLabels, Gauge>,
     quarantined: Family<PluginLabels, Gauge>,
+    /// What is counted of sidecars that share tunnels.
+    pub balance: BalanceMetrics,
     /// What is counted of sidecars' credentials.
     pub credentials: CredentialMetrics,
+    /// What is counted of lanes' connections.
+    pub lanes: LaneMetrics,
     /// What the sidecar's end counts beside exchanges.
     pub sidecar: SidecarMetrics,
     /// What is counted of TLS.
@@ -215,7 +224,7 @@ impl Metrics {
             bytes: Family::default(),
             crossing: cell::Counter::default(),
             sessions: Family::default(),
-            lanes: Family::default(),
+            lanes_up: Family::default(),
             lanes_lost: Family::default(),
             reconnects: Counter::default(),
             handshakes_refused: Family::default(),
@@ -237,7 +246,9 @@ impl Metrics {
             panics: Family::default(),
             generations: Family::default(),
             quarantined: Family::default(),
+            balance: BalanceMetrics::default(),
             credentials: CredentialMetrics::default(),
+            lanes: LaneMetrics::default(),
             sidecar: SidecarMetrics::default(),
             dedicated: DedicatedMetrics::default(),
             tls: TlsMetrics::default(),
@@ -276,7 +287,7 @@ impl Metrics {
             "Sidecars connected to this relay, or relays that this sidecar is connected to",
             self.sessions.clone(),
         );
-        r.register("lanes", "Lanes that are up", self.lanes.clone());
+        r.register("lanes", "Lanes that are up", self.lanes_up.clone());
         r.register(
             "lanes_lost",
             "Lanes that ended without being asked to",
@@ -358,7 +369,9 @@ impl Metrics {
             "1 where a plugin panicked too often and takes nothing",
             self.quarantined.clone(),
         );
+        self.balance.register(r);
         self.credentials.register(r);
+        self.lanes.register(r);
         self.sidecar.register(r);
         self.tls.register(r);
         self.dedicated.register(r);
@@ -378,9 +391,10 @@ impl Metrics {
     /// The process has this role: its rows stand from here on.
     pub fn role(&self, role: &'static str) {
         drop(self.sessions.get_or_create(&RoleLabel { role }));
-        drop(self.lanes.get_or_create(&RoleLabel { role }));
+        drop(self.lanes_up.get_or_create(&RoleLabel { role }));
         drop(self.lanes_lost.get_or_create(&RoleLabel { role }));
         self.dedicated.role(role);
+        self.lanes.begin(role);
         if role == "relay" {
             self.credentials.begin();
             for reason in HANDSHAKE_REASONS {
@@ -536,7 +550,7 @@ impl Metrics {
     /// A lane is up until the guard goes.
     #[must_use]
     pub fn lane_up(&self, role: &'static str) -> Up {
-        Up::new(self.lanes.get_or_create_owned(&RoleLabel { role }))
+        Up::new(self.lanes_up.get_or_create_owned(&RoleLabel { role }))
     }
 
     /// A lane ended without being asked to.

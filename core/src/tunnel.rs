@@ -13,6 +13,7 @@ pub mod fault;
 pub mod gate;
 mod link;
 pub mod pressure;
+pub mod returning;
 pub mod session;
 pub mod transport;
 
@@ -21,4 +22,4 @@ pub(crate) mod test_tls;
 
 pub use drive::{LaneEnd, drive};
 pub use exchange::{RecvHalf, SendHalf};
-pub use link::Link;
+pub use link::{Awaited, Link};

@@ -7,17 +7,20 @@
 #![allow(clippy::print_stderr, reason = "a failing test shows the program's log")]
 
 pub mod authority;
+pub mod balancer;
 pub mod browser;
 pub mod client;
 pub mod fault;
 pub mod load;
 pub mod nobody;
+pub mod pattern;
 pub mod pebble;
 pub mod peer;
 pub mod process;
 pub mod service;
 pub mod signer;
 pub mod stage;
+pub mod tap;
 pub mod tls;
 pub mod tools;
 pub mod wait;

@@ -205,10 +205,11 @@ impl Sidecar {
             dedicated: true,
             ..proto::Hello::default()
         };
-        let (lane, _) = match self.dial(peer, &session.protocols, of_session).await {
-            Ok(dialled) => dialled,
-            Err(error) => return End::Failed(error),
-        };
+        let (lane, _) =
+            match self.dial(peer, session.target(peer).0, &session.protocols, of_session).await {
+                Ok(dialled) => dialled,
+                Err(error) => return End::Failed(error),
+            };
         drop(dialling);
         let began = Instant::now();
         match self.await_exchange(lane.transport, lane.input, claims).await {

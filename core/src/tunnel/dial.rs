@@ -62,7 +62,7 @@ impl Carrier {
 pub struct Timeouts {
     /// For the connection to come up.
     pub connect: Duration,
-    /// For TLS and the answer to a hello.
+    /// For TLS, and for the answer to a hello.
     pub answer: Duration,
 }
 
@@ -179,6 +179,21 @@ impl DialError {
             if refuse.reason() == proto::RefuseReason::Credential)
     }
 
+    /// Whether another relay was reached than the one that has the session.
+    #[must_use]
+    pub fn is_wrong_relay(&self) -> bool {
+        self.refusal() == Some(proto::RefuseReason::WrongRelay)
+    }
+
+    /// Why the relay refuses; `None`: it was not reached, or did not answer.
+    #[must_use]
+    pub fn refusal(&self) -> Option<proto::RefuseReason> {
+        match self {
+            Self::Refused { refuse, .. } => Some(refuse.reason()),
+            _ => None,
+        }
+    }
+
     /// Whether the relay has forgotten the session that a further lane was dialled for.
     #[must_use]
     pub fn is_unknown_session(&self) -> bool {
@@ -199,23 +214,75 @@ pub async fn dial(
     hello: &proto::Hello,
     timeouts: Timeouts,
 ) -> Result<(Transport, proto::Welcome, BytesMut), DialError> {
+    let is_bare = hello.credential.is_empty();
+    let mut transport = open(relay, target, carrier, is_bare, timeouts).await?;
+    let mut dialler = Dialler::new();
+    let malformed = |source| DialError::Malformed { relay: relay.to_owned(), source };
+    let hello = dialler.hello(hello).map_err(malformed)?;
+    let (reply, input) = ask(relay, &mut transport, &mut dialler, &hello, timeouts.answer).await?;
+    match reply {
+        Reply::Welcome(welcome) => Ok((transport, welcome, input)),
+        Reply::Resumed(_) => {
+            let expected = "33 (welcome) or 34 (refuse)";
+            Err(malformed(HandshakeError::Unexpected { found: 36, expected }))
+        }
+        Reply::Refuse(refuse) => Err(DialError::Refused { relay: relay.to_owned(), refuse }),
+    }
+}
+
+/// Asks a relay that was reached by [`open`] to go on with a lane. Returns the answer, and the bytes that
+/// came after it.
+///
+/// # Errors
+/// As [`DialError`] says.
+pub async fn resume(
+    relay: &str,
+    transport: &mut Transport,
+    resume: &proto::Resume,
+    limit: Duration,
+) -> Result<(proto::Resumed, BytesMut), DialError> {
+    let mut dialler = Dialler::new();
+    let malformed = |source| DialError::Malformed { relay: relay.to_owned(), source };
+    let question = dialler.resume(resume).map_err(malformed)?;
+    let (reply, input) = ask(relay, transport, &mut dialler, &question, limit).await?;
+    match reply {
+        Reply::Resumed(resumed) if resumed.attempt == resume.attempt => Ok((resumed, input)),
+        Reply::Resumed(resumed) => Err(malformed(HandshakeError::Range {
+            field: "resumed.attempt",
+            found: resumed.attempt,
+            accepted: "that of the resume",
+        })),
+        Reply::Welcome(_) => {
+            let expected = "36 (resumed) or 34 (refuse)";
+            Err(malformed(HandshakeError::Unexpected { found: 33, expected }))
+        }
+        Reply::Refuse(refuse) => Err(DialError::Refused { relay: relay.to_owned(), refuse }),
+    }
+}
+
+/// Connects to `target`, an address of `relay`, as far as TLS where there is any. `is_bare`: nothing is
+/// to be presented.
+///
+/// # Errors
+/// As [`DialError`] says.
+pub async fn open(
+    relay: &str,
+    target: &str,
+    carrier: &Carrier,
+    is_bare: bool,
+    timeouts: Timeouts,
+) -> Result<Transport, DialError> {
     if let Carrier::Unusable(reason) = carrier {
         return Err(DialError::Tls { relay: relay.to_owned(), reason: reason.clone() });
     }
     let stream = connect(relay, target, timeouts.connect).await?;
     let peer = stream.peer_addr().map_err(|source| io_error(relay, source))?.ip();
-    check_place(relay, peer, carrier, hello.credential.is_empty())?;
-    let mut input = BytesMut::with_capacity(4096);
-    let answer = timeout(timeouts.answer, async {
-        let mut transport = secure(relay, stream, carrier).await?;
-        let welcome = exchange_hello(relay, &mut transport, hello, &mut input).await?;
-        Ok((transport, welcome))
-    });
-    let (mut transport, welcome) = answer
-        .await
+    check_place(relay, peer, carrier, is_bare)?;
+    let secured = timeout(timeouts.answer, secure(relay, stream, carrier)).await;
+    let mut transport = secured
         .map_err(|_| DialError::Timeout { relay: relay.to_owned(), after: timeouts.answer })??;
     transport.forget_peer_chain();
-    Ok((transport, welcome, input))
+    Ok(transport)
 }
 
 /// Holds back from another machine what is for this one only.
@@ -282,34 +349,35 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
     socket.set_tcp_notsent_lowat(NOTSENT_LOWAT_BYTES)
 }
 
-async fn exchange_hello(
+/// Says `question`, and waits for the answer. What comes after it is returned too.
+async fn ask(
     relay: &str,
     stream: &mut Transport,
-    hello: &proto::Hello,
-    input: &mut BytesMut,
-) -> Result<proto::Welcome, DialError> {
-    let malformed = |source| DialError::Malformed { relay: relay.to_owned(), source };
-    let mut dialler = Dialler::new();
-    let hello = dialler.hello(hello).map_err(malformed)?;
-    stream.write_all(&hello).await.map_err(|source| io_error(relay, source))?;
-    stream.flush().await.map_err(|source| io_error(relay, source))?;
-    loop {
-        let reply = dialler.handle_input(input).map_err(malformed)?;
-        match reply {
-            Some(Reply::Welcome(welcome)) => return Ok(welcome),
-            Some(Reply::Resumed(_)) => {
-                let expected = "33 (welcome) or 34 (refuse)";
-                return Err(malformed(HandshakeError::Unexpected { found: 36, expected }));
+    dialler: &mut Dialler,
+    question: &[u8],
+    limit: Duration,
+) -> Result<(Reply, BytesMut), DialError> {
+    let failed = |source| io_error(relay, source);
+    let mut input = BytesMut::with_capacity(4096);
+    let answer = timeout(limit, async {
+        stream.write_all(question).await.map_err(failed)?;
+        stream.flush().await.map_err(failed)?;
+        loop {
+            let reply = dialler.handle_input(&mut input);
+            let reply =
+                reply.map_err(|source| DialError::Malformed { relay: relay.to_owned(), source })?;
+            if let Some(reply) = reply {
+                return Ok(reply);
             }
-            Some(Reply::Refuse(refuse)) => {
-                return Err(DialError::Refused { relay: relay.to_owned(), refuse });
+            if stream.read_buf(&mut input).await.map_err(failed)? == 0 {
+                return Err(failed(io::ErrorKind::UnexpectedEof.into()));
             }
-            None => {}
         }
-        if stream.read_buf(input).await.map_err(|source| io_error(relay, source))? == 0 {
-            return Err(io_error(relay, io::ErrorKind::UnexpectedEof.into()));
-        }
-    }
+    });
+    let reply = answer
+        .await
+        .map_err(|_| DialError::Timeout { relay: relay.to_owned(), after: limit })??;
+    Ok((reply, input))
 }
 
 /// A relay may refuse a certificate after this end took the handshake for done (TLS 1.3).
