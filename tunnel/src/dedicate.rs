@@ -56,10 +56,11 @@ pub fn dedication(stage: DedicationStage) -> Payload {
     Payload { field: sidelane_abi::FIELD_DEDICATION, head, ..Payload::default() }
 }
 
-/// Reads it; `None`: it is another message, or says what this version does not know.
+/// Reads it, the last of its direction too; `None`: it is another message, or says what this version does not
+/// know.
 #[must_use]
 pub fn read_dedication(payload: &Payload) -> Option<DedicationStage> {
-    if payload.field != sidelane_abi::FIELD_DEDICATION || payload.end {
+    if payload.field != sidelane_abi::FIELD_DEDICATION {
         return None;
     }
     let message = proto::Dedication::decode(payload.body.clone()).ok()?;

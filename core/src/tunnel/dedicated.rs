@@ -183,7 +183,9 @@ async fn await_word(
                 let up = claims.metrics().dedicated.used("sidecar");
                 return Ok(Some((transport, rest, Side::Sidecar, up)));
             }
-            received = poll_fn(|cx| link.with(|lane| lane.poll_recv(key, cx))) => {
+            // What comes after the relay's word is the exchange's, and an end may be faster than the
+            // connection.
+            received = poll_fn(|cx| link.with(|lane| lane.poll_recv(key, cx))), if !is_coming => {
                 let stage = match received {
                     Received::Message(message) => read_dedication(&message),
                     Received::Finished => None,
@@ -202,6 +204,7 @@ async fn await_word(
                     None => return broken(failure::PLUGIN_FAILED),
                 }
             }
+            reset = closed(link, key), if is_coming => return Err(reset),
             () = &mut late, if is_coming => return broken(failure::TUNNEL_LOST),
         }
     }
