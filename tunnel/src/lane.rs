@@ -215,6 +215,12 @@ impl Lane {
         Ok(key)
     }
 
+    /// The exchange's id; `None`: it is gone.
+    #[must_use]
+    pub fn request_id(&self, key: Key) -> Option<RequestId> {
+        self.exchanges.find(key).map(|exchange| exchange.id)
+    }
+
     /// Queues the payload and leaves `None`, or leaves it and returns `Pending` while there is no
     /// credit, or too much queued by the exchange or the lane.
     ///
