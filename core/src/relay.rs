@@ -26,6 +26,7 @@ mod document;
 mod door;
 mod entry;
 mod explain;
+mod knock;
 mod listen;
 mod listeners;
 mod open;

@@ -5,6 +5,7 @@
 
 pub mod accept;
 pub mod backoff;
+pub mod carrier;
 pub mod dial;
 mod drive;
 mod exchange;
@@ -12,6 +13,7 @@ pub mod fault;
 pub mod gate;
 mod link;
 pub mod pressure;
+pub mod proxy;
 pub mod session;
 pub mod transport;
 

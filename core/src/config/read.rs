@@ -194,6 +194,7 @@ pub(crate) const RELAY_TIMEOUTS_KEYS: &[&str] =
 pub(crate) const SIDECAR_KEYS: &[&str] = &[
     "name",
     "relays",
+    "proxy",
     "resolve_interval",
     "token",
     "token_file",
@@ -203,7 +204,7 @@ pub(crate) const SIDECAR_KEYS: &[&str] = &[
     "limits",
     "timeouts",
 ];
-pub(crate) const RELAY_ADDRESS_KEYS: &[&str] = &["address", "tls", "insecure"];
+pub(crate) const RELAY_ADDRESS_KEYS: &[&str] = &["address", "tls", "insecure", "fallback", "proxy"];
 pub(crate) const SIDECAR_LIMITS_KEYS: &[&str] = &["exchanges_per_session", "queued", "window"];
 pub(crate) const SIDECAR_TIMEOUTS_KEYS: &[&str] = &["dial", "handshake"];
 pub(crate) const TUNNEL_KEYS: &[&str] = &[

@@ -247,6 +247,20 @@ scalar!(ProtocolType, text("a protocol type", "^[A-Z][A-Z0-9_-]{0,31}$"));
 scalar!(Listen, text("`IP:port`", "^.+:[0-9]+$"));
 scalar!(Dial, text("`host:port`", "^.+:[0-9]+$"));
 scalar!(
+    RelayUrl,
+    text(
+        "`host:port` or `tcp://`, `tls://`, `ws://`, `wss://`, `grpc://`, `grpcs://` and host",
+        "^(.+:[0-9]+|(tcp|tls|wss?|grpcs?)://.+)$"
+    )
+);
+scalar!(
+    ProxyUrl,
+    text(
+        "`http://host:port`, `http://user:password@host:port`, `none`",
+        "^(none|(http://)?[^/ ]+/?)$"
+    )
+);
+scalar!(
     Service,
     text(
         "`host:port` or `http://host:port`, `https://host:port`, `unix:/path`",
@@ -530,6 +544,9 @@ struct Sidecar {
     /// certificate is needed.
     #[schemars(extend("x-default" = "the relay of this process"))]
     relays: Vec<RelayItem>,
+    /// HTTP proxy on the way to all relays, by CONNECT; `none`: there is none.
+    #[schemars(extend("x-default" = "`HTTPS_PROXY` of the environment, but for loopback and what `NO_PROXY` names"))]
+    proxy: ProxyUrl,
     /// How often the relays' names are resolved anew.
     resolve_interval: Duration<1000, DAY>,
     /// Credential; without `relays` none is needed.

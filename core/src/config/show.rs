@@ -120,6 +120,7 @@ impl Sidecar {
                 Relays::Embedded => Json::Null,
                 Relays::Listed(relays) => relays.iter().map(show_tls::relay).collect(),
             },
+            "proxy": self.proxy.as_ref().map(ToString::to_string),
             "resolve_interval": duration_text(self.resolve_interval),
             "token": masked(self.token.as_ref()),
             "token_file": self.token_file.as_deref(),

@@ -123,7 +123,8 @@ impl Sidecar {
         };
         self.metrics.session_begun();
         let (relay, epoch, tls) = (&*peer.name, welcome.epoch, lane.transport.is_tls());
-        tracing::info!(relay, epoch, tls, "session begun");
+        let carrier = lane.transport.kind().label();
+        tracing::info!(relay, epoch, tls, carrier, "session begun");
         peer.session_begun(welcome.epoch, welcome.relay_instance, tls);
         Ok((session, lane))
     }
@@ -172,6 +173,8 @@ impl Sidecar {
         let timeouts = self.settings.timeouts;
         let dialled = dial::dial(&peer.name, &peer.target, &carrier, &hello, timeouts).await;
         let (transport, welcome, input) = dialled?;
+        let up = self.metrics.carrier_up("sidecar", transport.kind());
+        let transport = transport.counted(up);
         if is_newest {
             peer.known_by(&credential);
             self.count_refused_credentials();
@@ -321,7 +324,8 @@ impl Sidecar {
         if let Err(error) = transport.attach() {
             return LaneEnd::Io(error);
         }
-        tracing::info!(relay = peer.name, lane = lane.number, "lane up");
+        let carrier = transport.kind().label();
+        tracing::info!(relay = peer.name, lane = lane.number, carrier, "lane up");
         let lost = Reset::new(failure::TUNNEL_LOST);
         let mut texts = Texts::default();
         drive(link, transport, lane.input, lost, |link: &Arc<Link>, event| {
@@ -407,7 +411,7 @@ mod tests {
     use super::*;
 
     fn carrier() -> Arc<Carrier> {
-        Arc::new(Carrier::Plain { insecure: false })
+        Arc::new(Carrier::tcp(dial::Security::Plain { insecure: false }))
     }
 
     fn link(number: u32) -> Arc<Link> {

@@ -177,6 +177,27 @@ impl Gate {
         Ok(())
     }
 
+    /// The same for an address that is known only after one was let begin without: it does not count for the
+    /// total again.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn enter_address(
+        &self,
+        bounds: &Bounds,
+        address: IpAddr,
+        now: Instant,
+    ) -> Result<(), TurnedAway> {
+        self.check_failures(bounds, address, now)?;
+        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_address = window.by_address.entry(address::client(address)).or_default();
+        if *of_address >= bounds.per_second_and_address {
+            return Err(TurnedAway::Rate);
+        }
+        *of_address += 1;
+        Ok(())
+    }
+
     /// Whether an address has failed too often to be listened to.
     ///
     /// # Errors
