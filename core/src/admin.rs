@@ -1,5 +1,6 @@
 //! The two listeners beside the data path, on a thread of their own: health (`/live`, `/ready`,
-//! `/metrics`) and admin (`/config`, `/routes`, `/tunnels`, `/plugins`, `/explain`, `POST /-/reload`).
+//! `/metrics`) and admin (`/config`, `/routes`, `/tunnels`, `/plugins`, `/explain`, `POST /-/reload`,
+//! `POST /-/drain`).
 //!
 //! Knows paths, texts and bounds; what there is to say it asks of an [`AdminState`]. Answers while
 //! the data path is busy or stuck, which is when it is needed.
@@ -91,6 +92,9 @@ pub trait AdminState: Send + Sync + 'static {
     fn explain(&self, question: &Question) -> Result<Json, String>;
     /// Where requests for a reload go.
     fn reloads(&self) -> mpsc::Sender<ReloadRequest>;
+    /// Has others send nothing new here, or ends the process too; returns what is left. Asked again it changes
+    /// nothing.
+    fn drain(&self, is_end: bool) -> Json;
 }
 
 /// Serves on the listeners, on a thread of its own, until the process ends.
@@ -240,7 +244,10 @@ async fn respond<B>(side: Side, request: &Request<B>, state: &dyn AdminState) ->
         (Side::Admin, "/-/reload") if *request.method() == Method::POST => {
             return reload(state.reloads()).await;
         }
-        (Side::Admin, "/-/reload") => return not_allowed("POST"),
+        (Side::Admin, "/-/drain") if *request.method() == Method::POST => {
+            return drain(request.uri().query().unwrap_or_default(), state);
+        }
+        (Side::Admin, "/-/reload" | "/-/drain") => return not_allowed("POST"),
         _ => {
             let error = json!({ "error": format!("no page {path}; / lists them") });
             return json_answer(StatusCode::NOT_FOUND, &error);
@@ -266,6 +273,7 @@ GET  /tunnels    tunnels with their sessions
 GET  /plugins    plugins with their generations
 GET  /explain    ?url=URL[&protocol=TYPE][&listener=NAME]: which route takes it, and why
 POST /-/reload   read the configuration again
+POST /-/drain    have others send nothing new here; ?phase=end: and end; answers what is left
 ";
 
 /// Reads `url`, `protocol` and `listener` of a query.
@@ -356,6 +364,19 @@ async fn reload(reloads: mpsc::Sender<ReloadRequest>) -> Answer {
     json_answer(status, &value)
 }
 
+/// Withdraws the process, or ends it, and says what is left.
+fn drain(query: &str, state: &dyn AdminState) -> Answer {
+    let is_end = match query {
+        "" | "phase=withdraw" => false,
+        "phase=end" => true,
+        _ => {
+            let error = format!("\"{query}\" is unknown (accepted: phase=withdraw, phase=end)");
+            return json_answer(StatusCode::BAD_REQUEST, &json!({ "error": error }));
+        }
+    };
+    json_answer(StatusCode::OK, &state.drain(is_end))
+}
+
 fn status(good: bool, reasons: &[String]) -> Answer {
     if good {
         json_answer(StatusCode::OK, &json!({ "status": "ok" }))
@@ -432,6 +453,9 @@ mod tests {
         }
         fn reloads(&self) -> mpsc::Sender<ReloadRequest> {
             self.reloads.clone()
+        }
+        fn drain(&self, is_end: bool) -> Json {
+            json!({ "phase": if is_end { "ending" } else { "withdrawn" } })
         }
     }
 
@@ -535,6 +559,8 @@ mod tests {
         check(running.health, "POST /live", "405", "allow: GET, HEAD");
         check(running.admin, "DELETE /config", "405", "allow: GET, HEAD");
         check(running.admin, "GET /-/reload", "405", "allow: POST");
+        check(running.admin, "GET /-/drain", "405", "allow: POST");
+        check(running.health, "POST /-/drain", "404", "no page /-/drain");
         let response = ask(running.health, "HEAD /live", "");
         assert!(
             response.starts_with("HTTP/1.1 200") && response.ends_with("\r\n\r\n"),
@@ -548,6 +574,15 @@ mod tests {
         let refused = start_with(Some(Err("c.yaml:1:1: bad".to_owned())));
         check(refused.admin, "POST /-/reload", "422", "c.yaml:1:1: bad");
         check(start_with(None).admin, "POST /-/reload", "503", "shutting down");
+    }
+
+    #[test]
+    fn a_drain_says_how_far() {
+        let admin = running().admin;
+        check(admin, "POST /-/drain", "200", "\"withdrawn\"");
+        check(admin, "POST /-/drain?phase=withdraw", "200", "\"withdrawn\"");
+        check(admin, "POST /-/drain?phase=end", "200", "\"ending\"");
+        check(admin, "POST /-/drain?phase=now", "400", "(accepted: phase=withdraw, phase=end)");
     }
 
     #[test]

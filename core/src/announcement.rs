@@ -21,6 +21,9 @@ pub const SHARES_MAX: usize = 16;
 /// Bytes of the reason why a tunnel is unavailable: clients are told it, and logs.
 const UNAVAILABLE_BYTES_MAX: usize = 256;
 
+/// Largest weight of a sidecar; a larger one counts as this.
+pub const WEIGHT_MAX: u32 = crate::config::SIDECAR_WEIGHT_MAX;
+
 /// Protocol types of a tunnel; `None`: all that the sidecar carries.
 pub type Protocols = Option<Arc<[Arc<str>]>>;
 
@@ -31,7 +34,7 @@ pub fn encode(version: u64, config: &Config) -> proto::Announce {
         name: tunnel.name.to_string(),
         protocols: tunnel.protocols.iter().flatten().map(ToString::to_string).collect(),
         unavailable: String::new(),
-        weight: 0,
+        weight: tunnel.weight,
     });
     let routes = config.routes.iter().map(|route| encode_route(route));
     proto::Announce { version, tunnels: tunnels.collect(), routes: routes.collect() }
@@ -83,6 +86,8 @@ pub struct Tunnel {
     pub protocols: Protocols,
     /// Why its service cannot be served now; `None`: it can.
     pub unavailable: Option<Arc<str>>,
+    /// Its share beside others that serve the tunnel, 1 to [`WEIGHT_MAX`].
+    pub weight: u32,
 }
 
 /// Reads an announced tunnel.
@@ -105,6 +110,7 @@ pub fn tunnel(announced: &proto::AnnouncedTunnel) -> Result<Tunnel, String> {
         name,
         protocols: (!protocols.is_empty()).then(|| protocols.into()),
         unavailable: (!unavailable.is_empty()).then(|| unavailable.into()),
+        weight: announced.weight.clamp(1, WEIGHT_MAX),
     })
 }
 

@@ -15,6 +15,7 @@ use crate::process;
 
 mod ask;
 mod check;
+mod drain;
 mod explain;
 mod expose;
 mod generate;
@@ -32,13 +33,17 @@ const EXIT_UNREACHABLE: u8 = 3;
 /// No route takes what was asked.
 const EXIT_NO_ROUTE: u8 = 4;
 
+/// What was waited for has not ended.
+const EXIT_LEFT: u8 = 5;
+
 const EXIT_CODES: &str = "\
 Exit codes:
   0  ended as asked, or the file is valid
   1  failed, or the file is not valid
   2  the command line is not understood
   3  the process that was asked cannot be reached
-  4  no route takes what was asked (explain)";
+  4  no route takes what was asked (explain)
+  5  something still runs (drain)";
 
 const ENVIRONMENT: &str = "\
 Environment:
@@ -75,7 +80,7 @@ enum Command {
     /// Run the roles that the file's `relay` and `sidecar` sections give this process.
     ///
     /// Edits of the file take effect while it runs; a bad one is logged and changes nothing. SIGHUP
-    /// reads it at once; SIGTERM and SIGINT stop accepting, let running exchanges end within
+    /// reads it at once; SIGTERM and SIGINT have others send nothing new, let running exchanges end within
     /// `drain_timeout` and exit 0; a second one exits at once.
     #[command(after_help = "\
 Examples:
@@ -168,6 +173,23 @@ Example:
     /// Show the plugins of a running process: protocols, versions, generations.
     #[command(after_help = page_help("plugins"))]
     Plugins(Asked),
+    /// Take a running process out of service, and wait until nothing runs there any more.
+    ///
+    /// First others are told to send nothing new: relays, where it is a sidecar; clients and balancers, by
+    /// /ready, `Connection: close` and GOAWAY, where it is a relay. What comes all the same is served. Then the
+    /// process ends as by SIGTERM; not so with --withdraw, which is for a preStop hook: SIGTERM follows.
+    #[command(after_help = "\
+Examples:
+  sidelane drain --withdraw --wait 20s    in a preStop hook: nothing new from here on
+  sidelane drain --admin 127.0.0.1:9183   ends that process
+  sidelane drain --file /etc/relay.yaml   ends the process whose file this is
+
+Exit codes:
+  0  nothing runs there any more; without --withdraw: it has ended
+  1  failed
+  3  the process cannot be reached: is `admin` in its file?
+  5  --wait is over: something still runs, or a relay has not acknowledged")]
+    Drain(drain::Arguments),
     /// Give one service an address, without a file.
     ///
     /// With --relay it dials that relay, by TLS but on loopback, and the address is below the relay's base
@@ -320,6 +342,7 @@ pub fn main() -> ExitCode {
         Command::Routes(asked) => page::run(page::Page::Routes, &asked),
         Command::Tunnels(asked) => page::run(page::Page::Tunnels, &asked),
         Command::Plugins(asked) => page::run(page::Page::Plugins, &asked),
+        Command::Drain(arguments) => drain::run(&arguments),
         Command::Expose(arguments) => expose::run(&arguments),
         Command::Token { command } => token::run(&command),
         Command::Completions { shell } => generate::completions(shell),

@@ -36,7 +36,7 @@ use serde_json::Value as Json;
 
 pub use diff::{Changes, Delta, diff, hold_back};
 pub use error::{ConfigError, ConfigErrors, Position};
-pub(crate) use read::{ROOT_KEYS, TOKEN_BYTES_MAX, token as check_token};
+pub(crate) use read::{ROOT_KEYS, SIDECAR_WEIGHT_MAX, TOKEN_BYTES_MAX, token as check_token};
 pub use schema::schema;
 pub use source::{FILE_BYTES_MAX, FILES_MAX, Source, SourceFile};
 pub use tunnel::{HealthCheck, HttpVersion, Pool, Probe, ProxyVersion, ServiceAddress, Tunnel};
@@ -150,6 +150,8 @@ pub struct Config {
     pub log: Log,
     /// How long running exchanges may take after SIGTERM.
     pub drain_timeout: Duration,
+    /// How long a relay takes new clients after SIGTERM.
+    pub withdraw_timeout: Duration,
     /// What runs and is yet likely a mistake, sorted by place.
     pub warnings: Vec<ConfigError>,
     /// Files that values were read from; their contents belong to the configuration.
@@ -176,12 +178,23 @@ pub struct Relay {
     pub credentials: Credentials,
     /// Certificates by ACME; there where a listener, or the tunnel, asks for one.
     pub acme: Option<Acme>,
+    /// How long after a start it is not ready.
+    pub warmup: Warmup,
     /// Data-path threads; 0: one per core.
     pub threads: usize,
     /// Limits.
     pub limits: RelayLimits,
     /// Timeouts.
     pub timeouts: RelayTimeouts,
+}
+
+/// How long a relay that has just started is not ready: sidecars are on their way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Warmup {
+    /// At most.
+    pub time: Duration,
+    /// Not longer than until so many sessions serve something; 0: until the time is over.
+    pub sessions: usize,
 }
 
 /// Where clients come in.
@@ -250,6 +263,8 @@ pub struct RelayTunnel {
     pub insecure: bool,
     /// A token with which everything may be claimed.
     pub token: Option<Secret>,
+    /// Other relays that sidecars are told of, which dial them too.
+    pub peers: Vec<HostPort>,
 }
 
 /// Bounds of a relay.
@@ -345,6 +360,8 @@ pub struct Sidecar {
     pub relays: Relays,
     /// The proxy on the way to relays that name none of their own; `None`: there is none.
     pub proxy: Option<Arc<Proxy>>,
+    /// Relays that relays tell of are dialled too.
+    pub follow_peers: bool,
     /// How often the relays' names are resolved anew.
     pub resolve_interval: Duration,
     /// What is presented to relays; `None`: nothing, and to the embedded relay what that made for it.

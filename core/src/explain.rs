@@ -699,6 +699,14 @@ fn lines(policies: &Policies) -> Vec<(&'static str, String)> {
         ];
         push_joined(&mut lines, "hsts", parts);
     }
+    if let Some(affinity) = &policies.affinity {
+        let parts = [
+            Some(format!("one sidecar for each client, by the cookie {}", affinity.cookie)),
+            (!affinity.max_age.is_zero())
+                .then(|| format!("max_age {}", duration_text(affinity.max_age))),
+        ];
+        push_joined(&mut lines, "affinity", parts);
+    }
     lines
 }
 

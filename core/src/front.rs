@@ -84,7 +84,8 @@ pub struct ConnectionInfo {
     /// The client is a proxy whose word is taken; these are all of them ([`forwarded::client`]).
     pub trusted_proxies: Option<Arc<[IpNet]>>,
     /// The connection ends soon: HTTP/1.1 says so with the next response, so that a client that is just
-    /// about to send its next request does not meet a closed connection.
+    /// about to send its next request does not meet a closed connection. HTTP/2 says GOAWAY where this turns
+    /// true while the connection is there.
     pub ends_soon: AtomicBool,
 }
 

@@ -171,6 +171,7 @@ pub struct Metrics {
     reload_ok: Gauge,
     reload_time: Gauge,
     restart_pending: Gauge,
+    draining: Gauge,
     announcements: Family<ResultLabel, Counter>,
     announcements_waiting: Gauge,
     routes: RouteFamilies,
@@ -234,6 +235,7 @@ impl Metrics {
             reload_ok: Gauge::default(),
             reload_time: Gauge::default(),
             restart_pending: Gauge::default(),
+            draining: Gauge::default(),
             announcements: Family::default(),
             announcements_waiting: Gauge::default(),
             routes: RouteFamilies::default(),
@@ -342,6 +344,11 @@ impl Metrics {
             "config_restart_pending",
             "1 where the file says something that takes effect only after a restart",
             self.restart_pending.clone(),
+        );
+        r.register(
+            "draining",
+            "1 once the process is withdrawn, 2 while it ends",
+            self.draining.clone(),
         );
         r.register(
             "announcements",
@@ -617,6 +624,11 @@ impl Metrics {
     /// Whether the file says something that only a restart puts in force.
     pub fn set_restart_pending(&self, is_pending: bool) {
         self.restart_pending.set(i64::from(is_pending));
+    }
+
+    /// How far the process is on its way out: 1 withdrawn, 2 ending.
+    pub fn set_draining(&self, phase: i64) {
+        self.draining.set(phase);
     }
 
     /// A sidecar's document was taken or refused.

@@ -4,7 +4,6 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -33,18 +32,14 @@ use crate::tunnel::pressure::PRESSURE_TICK;
 
 mod certificates;
 mod check;
+mod drain;
 mod log;
 mod reload;
 mod sockets;
 
 pub use check::{Checked, check};
+use drain::Drain;
 use sockets::{Addresses, Sockets};
-
-/// How often the end of running exchanges is looked for during shutdown.
-const DRAIN_TICK: Duration = Duration::from_millis(20);
-
-/// What is left of the deadline for lanes to write what is queued, after the exchanges.
-const CLOSE_GRACE: Duration = Duration::from_millis(500);
 
 /// How often what has its time is looked at: replaced plugins, whose exchanges end past the drain
 /// timeout, and routes of lost sidecars.
@@ -168,7 +163,7 @@ pub fn run_config(
         config: Mutex::new(config),
         taken: Mutex::new(reload::Taken::at_start()),
         last_error: Mutex::new(None),
-        draining: AtomicBool::new(false),
+        drain: Drain::new(),
         reloads,
         admin: OnceLock::new(),
         addresses: Mutex::new(sockets.addresses.clone()),
@@ -245,7 +240,7 @@ struct Process {
     taken: Mutex<reload::Taken>,
     /// Why the last reload failed; the configuration before it is in force.
     last_error: Mutex<Option<String>>,
-    draining: AtomicBool,
+    drain: Drain,
     reloads: mpsc::Sender<ReloadRequest>,
     /// Set once it is served.
     admin: OnceLock<admin::Listeners>,
@@ -315,6 +310,8 @@ impl Process {
         }
         let trigger = || watcher.as_ref().map(Watcher::trigger);
         let mut stopped = None;
+        // Whoever ends it by hand waits for no balancer.
+        let mut is_patient = true;
         // Who asked, in order, with the number that answers them. No more than the admin listener has
         // connections: whoever gave up is let go.
         let mut asked: Vec<(u64, ReloadRequest)> = Vec::new();
@@ -330,7 +327,11 @@ impl Process {
         loop {
             tokio::select! {
                 _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
+                _ = interrupt.recv() => {
+                    is_patient = false;
+                    break;
+                }
+                () = self.drain.end_asked() => break,
                 _ = hangup.recv() => {
                     tracing::info!("SIGHUP: reading the configuration again");
                     trigger();
@@ -376,55 +377,12 @@ impl Process {
                 }
             }
         }
-        tracing::info!("shutting down: running exchanges may end");
         tokio::select! {
-            () = self.drain() => {}
+            () = self.end(is_patient) => {}
             _ = terminate.recv() => tracing::warn!("second signal: exiting at once"),
             _ = interrupt.recv() => tracing::warn!("second signal: exiting at once"),
         }
         Ok(stopped)
-    }
-
-    /// Ends in order: nobody new, then running exchanges, then lanes.
-    async fn drain(&self) {
-        let deadline = Instant::now() + self.config().drain_timeout;
-        self.draining.store(true, Ordering::Relaxed);
-        if let Some(acme) = &self.acme {
-            acme.stop();
-        }
-        if let Some(relay) = &self.relay {
-            relay.drain();
-        }
-        // Long-lived exchanges do not end by themselves: their plugins take leave in time.
-        self.plugins.take_leave(deadline);
-        let at_relay =
-            || self.relay.as_ref().map_or(0, |relay| relay.exchanges() + relay.connections());
-        if let Some(sidecar) = &self.sidecar {
-            if self.is_embedded() {
-                // What the relay of this process has accepted is still to be delivered.
-                wait_until(deadline, || at_relay() == 0).await;
-            }
-            sidecar.drain();
-        }
-        let running =
-            || at_relay() + self.sidecar.as_ref().map_or(0, |sidecar| sidecar.exchanges());
-        wait_until(deadline, || running() == 0).await;
-        let left = running();
-        if left > 0 {
-            tracing::warn!(exchanges = left, "deadline passed: ending what still runs");
-        }
-        if let Some(relay) = &self.relay {
-            relay.close();
-        }
-        if let Some(sidecar) = &self.sidecar {
-            sidecar.close();
-        }
-        let lanes = || {
-            self.relay.as_ref().map_or(0, |relay| relay.sessions())
-                + self.sidecar.as_ref().map_or(0, |sidecar| sidecar.lanes())
-        };
-        wait_until(Instant::now() + CLOSE_GRACE, || lanes() == 0).await;
-        tracing::info!("ended");
     }
 
     fn config(&self) -> Arc<Config> {
@@ -437,13 +395,6 @@ impl Process {
 
     fn lock_error(&self) -> std::sync::MutexGuard<'_, Option<String>> {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Waits until `done`, or the deadline.
-async fn wait_until(deadline: Instant, done: impl Fn() -> bool) {
-    while !done() && Instant::now() < deadline {
-        tokio::time::sleep(DRAIN_TICK).await;
     }
 }
 
@@ -579,9 +530,7 @@ impl AdminState for Process {
 
     fn readiness(&self) -> Readiness {
         let mut reasons = Vec::new();
-        if self.draining.load(Ordering::Relaxed) {
-            reasons.push("shutting down".to_owned());
-        }
+        reasons.extend(self.drain.reason().map(str::to_owned));
         reasons.extend(self.sidecar.as_ref().and_then(|sidecar| sidecar.no_session()));
         if let Some(refusal) = self.sidecar.as_ref().and_then(|sidecar| sidecar.refused_by_all()) {
             reasons.push(format!("every relay refuses what this sidecar announces: {refusal}"));
@@ -669,5 +618,9 @@ impl AdminState for Process {
 
     fn reloads(&self) -> mpsc::Sender<ReloadRequest> {
         self.reloads.clone()
+    }
+
+    fn drain(&self, is_end: bool) -> serde_json::Value {
+        self.drain_to(is_end)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Knows routes, sessions and documents; what a protocol says is the plugins' business.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -66,6 +66,8 @@ pub struct Relay {
     /// As clients know them.
     sources: Mutex<Sources>,
     stopping: watch::Sender<bool>,
+    /// Clients are asked to go elsewhere.
+    withdrawn: AtomicBool,
     /// Told whenever an exchange that could not be opened might be now.
     changes: watch::Sender<()>,
     /// In milliseconds; see [`config::RelayTimeouts::open_wait`].
@@ -104,6 +106,7 @@ impl Relay {
                 ..Sources::default()
             }),
             stopping: watch::Sender::new(false),
+            withdrawn: AtomicBool::new(false),
             changes: watch::Sender::new(()),
             open_wait_ms: AtomicU64::new(millis(section.timeouts.open_wait)),
             listeners: Listeners::new(EntrySettings::of(section)),
@@ -207,17 +210,32 @@ impl Relay {
         Arc::clone(self.entry.get_or_init(|| Arc::new(HttpEntry { relay: Arc::clone(self) })))
     }
 
-    /// Accepts nobody from here on, and asks clients' connections to end with their exchanges.
+    /// Asks clients to go elsewhere: connections end with what runs on them. Whoever comes all the same is
+    /// served, and sessions stay.
+    pub fn withdraw(&self) {
+        self.withdrawn.store(true, Ordering::Release);
+        self.listeners.withdraw();
+    }
+
+    /// Whether clients are asked to go elsewhere.
+    pub(super) fn is_withdrawn(&self) -> bool {
+        self.withdrawn.load(Ordering::Acquire)
+    }
+
+    /// Accepts nobody from here on, asks clients' connections to end with their exchanges, and tells
+    /// sidecars to look for another relay.
     pub fn drain(&self) {
         self.stopping.send_replace(true);
         self.listeners.stop();
+        for session in self.sessions.all() {
+            session.foretell("the relay is shutting down");
+        }
     }
 
-    /// Ends all sessions once what is queued has been written.
+    /// Ends all sessions for good once what is queued has been written.
     pub fn close(&self) {
         for session in self.sessions.all() {
-            session.go_away("the relay is shutting down");
-            session.close();
+            session.end("the relay has ended");
         }
     }
 

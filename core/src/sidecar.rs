@@ -2,7 +2,7 @@
 //!
 //! Knows tunnels and their services; what a message says is the plugins' business.
 
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,7 @@ mod proxy_header;
 mod relays;
 mod retry;
 mod service;
+mod withdraw;
 
 use access::Presented;
 pub use access::{Access, Own};
@@ -87,6 +88,8 @@ pub struct Sidecar {
     peers_change: Mutex<()>,
     names: Vec<Arc<NamedRelay>>,
     stopping: watch::Sender<bool>,
+    /// Nothing new is to come here.
+    withdrawn: AtomicBool,
     /// Told whenever a relay's answer, or why there is none, changes.
     answers: watch::Sender<()>,
     flows: Flows,
@@ -130,6 +133,7 @@ impl Sidecar {
             peers_change: Mutex::new(()),
             names,
             stopping: watch::Sender::new(false),
+            withdrawn: AtomicBool::new(false),
             answers: watch::Sender::new(()),
             flows: Flows::new("sidecar"),
             budgets: Budgets::default(),
@@ -151,7 +155,7 @@ impl Sidecar {
         );
         self.document.send_modify(|document| {
             let mut next = announcement::encode(document.version + 1, config);
-            self.health.mark(&mut next.tunnels);
+            self.mark(&mut next.tunnels);
             *document = Arc::new(next);
         });
         self.watch_services(tasks);
@@ -272,10 +276,10 @@ impl Sidecar {
         self.links().iter().map(|link| link.load()).sum()
     }
 
-    /// Ends all lanes once what is queued has been written.
+    /// Ends all lanes for good once what is queued has been written.
     pub fn close(&self) {
         for link in self.links() {
-            link.close();
+            link.end(failure::DRAINING, "the sidecar has ended");
         }
     }
 
@@ -315,6 +319,7 @@ impl Sidecar {
                 let (relay, lane, reason) = (&*peer.name, link.number, &*visible(&go_away.detail));
                 if go_away.code == failure::DRAINING {
                     tracing::info!(relay, lane, reason, "the relay takes nothing new on this lane");
+                    self.relay_leaves(peer);
                 } else {
                     tracing::error!(
                         relay,
@@ -333,7 +338,7 @@ impl Sidecar {
                 self.count_refused_credentials();
                 self.answers.send_replace(());
             }
-            Event::Authenticate(_) | Event::Rtt(_) => {}
+            Event::Authenticate(_) | Event::Rtt(_) | Event::Suspect(_) => {}
         }
     }
 

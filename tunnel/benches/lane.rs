@@ -118,7 +118,7 @@ impl Ends {
 
     /// Moves what the relay has to send.
     fn forth(&mut self) {
-        while self.relay.poll_transmit(&mut self.out, 128 * 1024) {
+        while self.relay.poll_transmit(self.now, &mut self.out, 128 * 1024) {
             carry(&mut self.out, &mut self.input);
             self.sidecar.handle_input(self.now, &mut self.input).expect("well formed");
         }
@@ -127,7 +127,7 @@ impl Ends {
 
     /// Moves what the sidecar has to send: credit.
     fn back(&mut self) {
-        while self.sidecar.poll_transmit(&mut self.out, 128 * 1024) {
+        while self.sidecar.poll_transmit(self.now, &mut self.out, 128 * 1024) {
             carry(&mut self.out, &mut self.input);
             self.relay.handle_input(self.now, &mut self.input).expect("well formed");
         }

@@ -20,6 +20,8 @@ pub(crate) enum Control {
     Pong {
         token: u64,
     },
+    /// The count is read when it is written.
+    Ack,
     /// The limit is read when it is written: an exchange has one such entry at most.
     Window(Key),
     Reset {
@@ -51,7 +53,7 @@ impl Control {
     /// Returns whether both ends count it, so that it is replayed after a loss.
     pub(crate) const fn is_counted(&self) -> bool {
         match self {
-            Self::Ping { .. } | Self::Pong { .. } | Self::Window(_) => false,
+            Self::Ping { .. } | Self::Pong { .. } | Self::Ack | Self::Window(_) => false,
             Self::Reset { .. }
             | Self::Refused { .. }
             | Self::Dispatched { .. }
@@ -66,7 +68,10 @@ const DOCUMENT_BYTES_MAX: usize = 8 * 1024 * 1024;
 /// The queue of control messages.
 #[derive(Debug)]
 pub(crate) struct ControlQueue {
+    /// Counted ones, in order.
     queue: VecDeque<Control>,
+    /// Uncounted ones, which go out whatever the ring holds.
+    urgent: VecDeque<Control>,
     /// Bounds what a peer that asks and never reads can make us hold.
     max: usize,
     /// Of the documents in the queue.
@@ -76,20 +81,38 @@ pub(crate) struct ControlQueue {
 
 impl ControlQueue {
     pub(crate) const fn new(max: usize) -> Self {
-        Self { queue: VecDeque::new(), max, document_bytes: 0, overflowed: false }
+        Self {
+            queue: VecDeque::new(),
+            urgent: VecDeque::new(),
+            max,
+            document_bytes: 0,
+            overflowed: false,
+        }
     }
 
     pub(crate) fn push(&mut self, control: Control) {
         let bytes = control.document_bytes();
-        if self.queue.len() >= self.max || self.document_bytes + bytes > DOCUMENT_BYTES_MAX {
+        if self.len() >= self.max || self.document_bytes + bytes > DOCUMENT_BYTES_MAX {
             self.overflowed = true;
+        } else if !control.is_counted() {
+            self.urgent.push_back(control);
         } else {
             self.document_bytes += bytes;
             self.queue.push_back(control);
         }
     }
 
-    pub(crate) fn pop(&mut self) -> Option<Control> {
+    /// Takes the next one that is not counted.
+    pub(crate) fn pop_urgent(&mut self) -> Option<Control> {
+        let control = self.urgent.pop_front();
+        if self.urgent.is_empty() && self.urgent.capacity() > 64 {
+            self.urgent = VecDeque::new();
+        }
+        control
+    }
+
+    /// Takes the next one that is counted.
+    pub(crate) fn pop_counted(&mut self) -> Option<Control> {
         let control = self.queue.pop_front();
         self.document_bytes -= control.as_ref().map_or(0, Control::document_bytes);
         if self.queue.is_empty() && self.queue.capacity() > 64 {
@@ -108,10 +131,24 @@ impl ControlQueue {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.queue.len()
+        self.queue.len() + self.urgent.len()
+    }
+
+    pub(crate) fn has_urgent(&self) -> bool {
+        !self.urgent.is_empty()
+    }
+
+    pub(crate) fn has_counted(&self) -> bool {
+        !self.queue.is_empty()
+    }
+
+    /// Drops what is not counted: the carrier that it was for is lost.
+    pub(crate) fn clear_urgent(&mut self) {
+        self.urgent = VecDeque::new();
     }
 
     pub(crate) fn clear(&mut self) {
+        self.urgent = VecDeque::new();
         self.queue = VecDeque::new();
         self.document_bytes = 0;
     }

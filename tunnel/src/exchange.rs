@@ -163,6 +163,12 @@ impl Exchanges {
             .filter(|exchange| exchange.generation == key.generation)
     }
 
+    /// Returns the key of a slot that is filled.
+    pub(crate) fn key(&self, index: u32) -> Option<Key> {
+        let exchange = self.slots.get(index as usize)?;
+        Some(Key { index, generation: exchange.generation })
+    }
+
     /// Returns the exchange in a slot that a table of the lane names.
     pub(crate) fn at(&mut self, index: u32) -> &mut Exchange {
         self.slots.get_mut(index as usize).expect("tables name filled slots only")

@@ -15,6 +15,9 @@ use crate::protocols::{ProtocolTable, ProtocolTableError};
 /// Version of the protocol that this end speaks.
 pub const VERSION: u32 = 1;
 
+/// Bit of `features`: lanes come back after the loss of their connection.
+pub const FEATURE_RESUME: u64 = 1;
+
 /// Longest first message accepted: bounds what an unknown peer can make us hold. Holds a credential
 /// and names of any sane length; a welcome with its peers too.
 pub const HELLO_BYTES_MAX: usize = 64 * 1024;
@@ -95,8 +98,19 @@ impl HandshakeError {
 pub enum Reply {
     /// The lane is open.
     Welcome(proto::Welcome),
+    /// The lane has come back.
+    Resumed(proto::Resumed),
     /// The dialler is not let in.
     Refuse(proto::Refuse),
+}
+
+/// What a dialler says first.
+#[derive(Clone, Debug, PartialEq)]
+pub enum First {
+    /// A new session, or a further lane of one.
+    Hello(proto::Hello),
+    /// A lane that comes back.
+    Resume(proto::Resume),
 }
 
 /// The end that dials.
@@ -121,6 +135,16 @@ impl Dialler {
         frame("hello", field::HELLO, &hello)
     }
 
+    /// Returns the bytes to send first where a lane comes back.
+    ///
+    /// # Errors
+    ///
+    /// The message is one that no acceptor would take.
+    pub fn resume(&self, resume: &proto::Resume) -> Result<Bytes, HandshakeError> {
+        check_resume(resume)?;
+        frame("resume", field::RESUME, resume)
+    }
+
     /// Takes the answer, once it is whole.
     ///
     /// # Errors
@@ -134,10 +158,12 @@ impl Dialler {
                 check_welcome(&welcome)?;
                 Ok(Some(Reply::Welcome(welcome)))
             }
+            field::RESUMED => Ok(Some(Reply::Resumed(decode(number, payload)?))),
             field::REFUSE => Ok(Some(Reply::Refuse(decode(number, payload)?))),
-            found => {
-                Err(HandshakeError::Unexpected { found, expected: "33 (welcome) or 34 (refuse)" })
-            }
+            found => Err(HandshakeError::Unexpected {
+                found,
+                expected: "33 (welcome), 34 (refuse) or 36 (resumed)",
+            }),
         }
     }
 }
@@ -153,22 +179,34 @@ impl Acceptor {
         Self {}
     }
 
-    /// Takes the hello, once it is whole.
+    /// Takes what the dialler says first, once it is whole.
     ///
     /// # Errors
     ///
     /// The dialler is to be told [`HandshakeError::refusal`] and the connection closed.
-    pub fn handle_input(
-        &mut self,
-        buffer: &mut BytesMut,
-    ) -> Result<Option<proto::Hello>, HandshakeError> {
+    pub fn handle_input(&mut self, buffer: &mut BytesMut) -> Result<Option<First>, HandshakeError> {
         let Some((number, payload)) = first_message(buffer)? else { return Ok(None) };
-        if number != field::HELLO {
-            return Err(HandshakeError::Unexpected { found: number, expected: "32 (hello)" });
+        match number {
+            field::HELLO => {
+                let hello = decode(number, payload)?;
+                check_hello(&hello)?;
+                Ok(Some(First::Hello(hello)))
+            }
+            field::RESUME => {
+                let resume = decode(number, payload)?;
+                check_resume(&resume)?;
+                Ok(Some(First::Resume(resume)))
+            }
+            found => {
+                Err(HandshakeError::Unexpected { found, expected: "32 (hello) or 35 (resume)" })
+            }
         }
-        let hello = decode(number, payload)?;
-        check_hello(&hello)?;
-        Ok(Some(hello))
+    }
+
+    /// Returns the bytes that tell the dialler that its lane has come back.
+    #[must_use]
+    pub fn encode_resumed(&self, resumed: &proto::Resumed) -> Bytes {
+        frame("resumed", field::RESUMED, resumed).expect("two numbers fit")
     }
 
     /// Returns the bytes that let the dialler in. The version is filled in.
@@ -207,6 +245,8 @@ fn check_hello(hello: &proto::Hello) -> Result<(), HandshakeError> {
     check_len("credential", credential, 0, CREDENTIAL_BYTES_MAX, "at most 16384 bytes")?;
     check_len("session", hello.session.len(), 0, IDENTIFIER_BYTES_MAX, "at most 64 bytes")?;
     check_len("secret", hello.secret.len(), 0, IDENTIFIER_BYTES_MAX, "at most 64 bytes")?;
+    let relay = hello.relay_instance.len();
+    check_len("relay_instance", relay, 0, IDENTIFIER_BYTES_MAX, "at most 64 bytes")?;
     if hello.session.is_empty() != hello.secret.is_empty() {
         return Err(HandshakeError::Range {
             field: "secret",
@@ -217,6 +257,13 @@ fn check_hello(hello: &proto::Hello) -> Result<(), HandshakeError> {
     check_limits(hello.window, hello.message_bytes_max)?;
     ProtocolTable::parse(&hello.protocols)?;
     Ok(())
+}
+
+fn check_resume(resume: &proto::Resume) -> Result<(), HandshakeError> {
+    check_len("session", resume.session.len(), 1, IDENTIFIER_BYTES_MAX, "1 to 64 bytes")?;
+    check_len("secret", resume.secret.len(), 1, IDENTIFIER_BYTES_MAX, "1 to 64 bytes")?;
+    let relay = resume.relay_instance.len();
+    check_len("relay_instance", relay, 0, IDENTIFIER_BYTES_MAX, "at most 64 bytes")
 }
 
 fn check_welcome(welcome: &proto::Welcome) -> Result<(), HandshakeError> {

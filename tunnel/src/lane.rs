@@ -6,6 +6,7 @@
 //! ([`Lane::take_wakes`]).
 
 use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,8 @@ use bytes::Bytes;
 use prost::Message;
 use sidelane_abi::{MESSAGE_BYTES_MAX, OPEN_BYTES_MAX, failure};
 
+use crate::acknowledge::Acknowledge;
+use crate::budget::Budget;
 use crate::control::{Control, ControlQueue};
 use crate::credit::{MESSAGE_CHARGE, charge};
 use crate::envelope::{DecodeError, field};
@@ -22,10 +25,15 @@ use crate::liveness::{Due, Liveness};
 use crate::outbox::{self, Outbox};
 use crate::payload::{Payload, Received, Reset};
 use crate::proto;
+use crate::replay::Replay;
 use crate::wakes::{Wakes, register};
 
 mod input;
 mod output;
+mod resume;
+mod suspicion;
+
+use suspicion::Suspicion;
 
 /// Bytes that one exchange may have queued before its sender waits: two data messages, so that a slow
 /// lane pushes back at once and a fast one finds a few quanta to write. A larger message waits until
@@ -36,7 +44,11 @@ pub const SEND_QUEUE_BYTES_MAX: usize = 2 * (MESSAGE_BYTES_MAX + MESSAGE_CHARGE)
 /// may refuse to exceed ([`crate::MESSAGE_BYTES_MIN`]).
 pub const OPEN_RECORD_BYTES_MAX: usize = 15 * 1024;
 
-/// Room in the control queue beside two messages for each exchange.
+/// Control messages that each exchange may have waiting: dispatched, its end, and a window. Without a
+/// carrier, or with a full ring, all may wait at once.
+const CONTROL_PER_EXCHANGE: usize = 3;
+
+/// Room in the control queue beside those.
 const CONTROL_SPARE: usize = 256;
 
 /// Room in the event queue beside one event for each exchange.
@@ -67,6 +79,13 @@ pub struct LaneConfig {
     pub ping_idle: Duration,
     /// Without any byte from the peer for so long, the lane is dead. Default 10 s.
     pub dead_after: Duration,
+    /// Bytes kept for replay at first, and at least. Default 256 KiB.
+    pub replay_bytes_min: u64,
+    /// Bytes kept for replay at most; 0: nothing is kept, nothing acknowledged, and the lane does not
+    /// come back. Default 0: the handshake decides.
+    pub replay_bytes_max: u64,
+    /// What the lanes of the process keep together; `None`: no bound but each lane's own.
+    pub replay_budget: Option<Arc<Budget>>,
 }
 
 impl LaneConfig {
@@ -84,6 +103,9 @@ impl LaneConfig {
             queued_bytes_max: 64 * 1024 * 1024,
             ping_idle: Duration::from_secs(5),
             dead_after: Duration::from_secs(10),
+            replay_bytes_min: 256 * 1024,
+            replay_bytes_max: 0,
+            replay_budget: None,
         }
     }
 }
@@ -91,7 +113,7 @@ impl LaneConfig {
 impl LaneConfig {
     /// Returns the same with what the peer's hello or welcome says.
     #[must_use]
-    pub const fn with_peer(mut self, window: u64, message_bytes_max: u32) -> Self {
+    pub fn with_peer(mut self, window: u64, message_bytes_max: u32) -> Self {
         self.send_window = window;
         self.peer_message_bytes_max = message_bytes_max;
         self
@@ -191,6 +213,26 @@ pub enum LaneError {
     /// No byte came for too long.
     #[error("no byte from the peer for {0:?}")]
     Dead(Duration),
+    /// There is nothing to resume: the lane has ended.
+    #[error("the lane is closed")]
+    Closed,
+    /// The lane has a carrier: [`Lane::detach`] comes before [`Lane::resume`], and before the peer is told
+    /// what was received.
+    #[error("the lane has a connection that it was not detached from")]
+    Attached,
+    /// A lane cannot come back: the peer has less than it said before, or more than was sent.
+    #[error(
+        "the peer has {received} messages of this lane; {sent} were sent, and what came before \
+         {acknowledged} is not kept any more"
+    )]
+    Gap {
+        /// What the peer says that it has.
+        received: u64,
+        /// Counted messages sent.
+        sent: u64,
+        /// Acknowledged before.
+        acknowledged: u64,
+    },
 }
 
 /// What happened, beside what the exchanges' handles tell.
@@ -220,6 +262,9 @@ pub enum Event {
     GoAway(proto::GoAway),
     /// The smoothed round-trip time was measured again.
     Rtt(Duration),
+    /// True: something is unacknowledged, and no byte came for longer than the round trip explains.
+    /// False: one came after all.
+    Suspect(bool),
 }
 
 /// A lane's numbers.
@@ -257,6 +302,16 @@ pub struct LaneStats {
     pub control_queued: usize,
     /// Smoothed round-trip time.
     pub rtt: Option<Duration>,
+    /// Cost of what is kept for replay.
+    pub replay_bytes: u64,
+    /// What may be kept for replay now.
+    pub replay_limit: u64,
+    /// How often the lane came back.
+    pub resumes: u64,
+    /// Messages sent again.
+    pub replayed: u64,
+    /// Bytes of those.
+    pub replayed_bytes: u64,
 }
 
 /// One end of a lane.
@@ -285,6 +340,14 @@ pub struct Lane {
     /// Cost of all receive queues.
     receive_queued: u64,
     pressure: Pressure,
+    /// There is a carrier.
+    attached: bool,
+    replay: Replay,
+    acknowledge: Acknowledge,
+    suspicion: Suspicion,
+    resumes: u64,
+    replayed: u64,
+    replayed_bytes: u64,
     sent: u64,
     received: u64,
     acknowledged: u64,
@@ -302,7 +365,8 @@ impl Lane {
     /// sends the ping that measures the round trip.
     #[must_use]
     pub fn new(config: LaneConfig, now: Instant) -> Self {
-        let control_max = config.exchanges_max.saturating_mul(2).saturating_add(CONTROL_SPARE);
+        let control_max = config.exchanges_max.saturating_mul(CONTROL_PER_EXCHANGE);
+        let control_max = control_max.saturating_add(CONTROL_SPARE);
         Self {
             exchanges: Exchanges::default(),
             ids: HashMap::default(),
@@ -319,6 +383,17 @@ impl Lane {
             peer_draining: false,
             receive_queued: 0,
             pressure: Pressure::None,
+            attached: true,
+            replay: Replay::new(
+                config.replay_bytes_min,
+                config.replay_bytes_max,
+                config.replay_budget.clone(),
+            ),
+            acknowledge: Acknowledge::new(config.replay_bytes_max > 0),
+            suspicion: Suspicion::default(),
+            resumes: 0,
+            replayed: 0,
+            replayed_bytes: 0,
             sent: 0,
             received: 0,
             acknowledged: 0,
@@ -646,10 +721,15 @@ impl Lane {
         self.events.pop_front()
     }
 
-    /// Returns when [`Lane::handle_timeout`] is due; `None` once the lane is closed.
+    /// Returns when [`Lane::handle_timeout`] is due; `None` without a carrier, and once the lane is
+    /// closed.
     #[must_use]
     pub fn poll_timeout(&self) -> Option<Instant> {
-        self.closed.is_none().then(|| self.liveness.poll_timeout())
+        if self.closed.is_some() || !self.attached {
+            return None;
+        }
+        let others = [self.acknowledge.poll_timeout(), self.suspicion.poll_timeout()];
+        others.into_iter().flatten().fold(self.liveness.poll_timeout(), Instant::min).into()
     }
 
     /// Sends a ping where one is due. Calling it early does nothing.
@@ -659,12 +739,22 @@ impl Lane {
     /// [`LaneError::Dead`] where no byte came for too long.
     pub fn handle_timeout(&mut self, now: Instant) -> Result<(), LaneError> {
         self.now = self.now.max(now);
-        if self.closed.is_some() {
+        if self.closed.is_some() || !self.attached {
             return Ok(());
+        }
+        if self.acknowledge.handle_timeout(now) {
+            self.push_control(Control::Ack);
+        }
+        let last_input = self.liveness.last_input();
+        if self.suspicion.handle_timeout(self.now, self.liveness.rtt(), last_input) {
+            self.push_event(Event::Suspect(true))?;
         }
         match self.liveness.handle_timeout(now) {
             Due::Nothing => {}
-            Due::Ping(token) => self.push_control(Control::Ping { token }),
+            Due::Ping(token) => {
+                self.replay.rest();
+                self.push_control(Control::Ping { token });
+            }
             Due::Dead => return Err(LaneError::Dead(self.config.dead_after)),
         }
         self.check_control()
@@ -683,6 +773,7 @@ impl Lane {
             }
         }
         self.control.clear();
+        self.replay.clear();
         self.waiting = VecDeque::new();
         self.wake_driver();
     }
@@ -712,10 +803,22 @@ impl Lane {
         register(&mut self.driver, waker);
     }
 
-    /// Returns whether there is something to transmit.
+    /// Returns whether there is something to transmit that may be sent now.
     #[must_use]
-    pub fn wants_transmit(&self) -> bool {
-        self.control.len() > 0 || !self.outbox.is_empty()
+    pub fn wants_transmit(&mut self) -> bool {
+        self.attached
+            && (self.control.has_urgent() || self.replay.is_behind() || self.may_send_counted())
+    }
+
+    /// Returns whether something counted and new waits that may be sent now.
+    fn may_send_counted(&mut self) -> bool {
+        (self.control.has_counted() || !self.outbox.is_empty()) && self.replay.has_room()
+    }
+
+    /// Returns whether nothing waits to be sent, now or later.
+    #[must_use]
+    pub fn is_drained(&self) -> bool {
+        self.control.len() == 0 && self.outbox.is_empty() && !self.replay.is_behind()
     }
 
     /// Returns whether [`Lane::take_wakes`] has any.
@@ -749,6 +852,11 @@ impl Lane {
             receive_queued_bytes: self.receive_queued,
             control_queued: self.control.len(),
             rtt: self.liveness.rtt(),
+            replay_bytes: self.replay.bytes(),
+            replay_limit: self.replay.limit(),
+            resumes: self.resumes,
+            replayed: self.replayed,
+            replayed_bytes: self.replayed_bytes,
         }
     }
 

@@ -8,6 +8,8 @@
 #![warn(missing_docs)]
 #![forbid(unsafe_code)]
 
+mod acknowledge;
+mod budget;
 mod control;
 pub mod credit;
 pub mod envelope;
@@ -20,6 +22,7 @@ mod masked;
 mod outbox;
 mod payload;
 mod protocols;
+mod replay;
 mod spare;
 mod transmit;
 mod wakes;
@@ -36,10 +39,13 @@ extern crate self as sidelane_tunnel;
 #[cfg(test)]
 mod tests;
 
+pub use acknowledge::{ACK_BYTES, ACK_DELAY};
+pub use budget::Budget;
 pub use envelope::DecodeError;
 pub use exchange::Key;
 pub use handshake::{
-    Acceptor, Dialler, HELLO_BYTES_MAX, HandshakeError, MESSAGE_BYTES_MIN, Reply, VERSION,
+    Acceptor, Dialler, FEATURE_RESUME, First, HELLO_BYTES_MAX, HandshakeError, MESSAGE_BYTES_MIN,
+    Reply, VERSION,
 };
 pub use id::{InvalidRequestId, REQUEST_ID_BYTES_MAX, RequestId, Side};
 pub use lane::{

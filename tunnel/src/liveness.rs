@@ -14,6 +14,8 @@ pub(crate) struct Liveness {
     asked: Option<(u64, Instant)>,
     token: u64,
     rtt: Option<Duration>,
+    /// `rtt` is that of another carrier: the next sample takes its place.
+    is_stale: bool,
 }
 
 /// What is due.
@@ -34,11 +36,24 @@ impl Liveness {
             asked: None,
             token: 0,
             rtt: None,
+            is_stale: false,
         }
     }
 
     pub(crate) const fn handle_input(&mut self, now: Instant) {
         self.last_input = now;
+    }
+
+    /// Goes on, on another carrier: a ping is due at once.
+    pub(crate) const fn restart(&mut self, now: Instant) {
+        self.last_input = now;
+        self.ping_at = now;
+        self.asked = None;
+        self.is_stale = true;
+    }
+
+    pub(crate) const fn last_input(&self) -> Instant {
+        self.last_input
     }
 
     /// Takes an answer; returns the smoothed round-trip time where it is that of the last ping.
@@ -49,7 +64,8 @@ impl Liveness {
         }
         self.asked = None;
         let sample = now.saturating_duration_since(at);
-        let rtt = self.rtt.map_or(sample, |rtt| (rtt * 7 + sample) / 8);
+        let smoothed = self.rtt.filter(|_| !std::mem::take(&mut self.is_stale));
+        let rtt = smoothed.map_or(sample, |rtt| (rtt * 7 + sample) / 8);
         self.rtt = Some(rtt);
         Some(rtt)
     }

@@ -7,3 +7,4 @@ mod handshake;
 mod lane;
 mod model;
 mod pair;
+mod resume;

@@ -119,20 +119,26 @@ impl Transmit {
         }
     }
 
-    /// Appends through the joining buffer what `write` appends to it.
-    pub(crate) fn join_with(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+    /// Appends through the joining buffer what `write` appends to it; returns how many bytes.
+    pub(crate) fn join_with(&mut self, write: impl FnOnce(&mut Vec<u8>)) -> usize {
         self.compact();
         let before = self.joined.len();
         write(&mut self.joined);
         let added = self.joined.len() - before;
         if added == 0 {
-            return;
+            return 0;
         }
         self.len += added;
         match self.segments.back_mut() {
             Some(Segment::Joined(length)) => *length += added,
             _ => self.segments.push_back(Segment::Joined(added)),
         }
+        added
+    }
+
+    /// Returns the bytes that were joined last.
+    pub(crate) fn last_joined(&self, count: usize) -> &[u8] {
+        &self.joined[self.joined.len() - count..]
     }
 
     /// Appends a part: small ones as a copy, large ones as they are.

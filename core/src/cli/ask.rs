@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
 use http::header::HOST;
-use http::{Request, StatusCode};
+use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt as _, Empty, LengthLimitError, Limited};
 use hyper_util::rt::TokioIo;
 use serde_json::Value as Json;
@@ -126,14 +126,19 @@ fn of_file(path: &Path) -> Result<String, String> {
 
 /// Returns a page of the process.
 pub(super) fn get(address: &str, page: &str) -> Result<Json, AskError> {
+    call(address, &Method::GET, page)
+}
+
+/// Returns what the process answers.
+pub(super) fn call(address: &str, method: &Method, page: &str) -> Result<Json, AskError> {
     let unreachable = |source| AskError::Unreachable { address: address.to_owned(), source };
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(unreachable)?;
-    let asked = runtime.block_on(async { timeout(TIMEOUT, ask(address, page)).await });
+    let asked = runtime.block_on(async { timeout(TIMEOUT, ask(address, method, page)).await });
     asked.unwrap_or_else(|_| Err(AskError::Timeout(address.to_owned())))
 }
 
-async fn ask(address: &str, page: &str) -> Result<Json, AskError> {
+async fn ask(address: &str, method: &Method, page: &str) -> Result<Json, AskError> {
     let unreachable = |source| AskError::Unreachable { address: address.to_owned(), source };
     let not_admin = || AskError::NotAdmin(address.to_owned());
     let stream = TcpStream::connect(address).await.map_err(unreachable)?;
@@ -142,7 +147,9 @@ async fn ask(address: &str, page: &str) -> Result<Json, AskError> {
         .map_err(|_| not_admin())?;
     // Ends with the answer, or with the runtime.
     tokio::spawn(connection);
-    let request = Request::get(page)
+    let request = Request::builder()
+        .method(method)
+        .uri(page)
         .header(HOST, address)
         .body(Empty::<Bytes>::new())
         .map_err(|_| not_admin())?;

@@ -108,6 +108,7 @@ mod tests {
     const ALL: &str = r#"
 version: 1
 drain_timeout: 7s
+withdraw_timeout: 3s
 relay:
   listeners:
     - { name: web, address: 127.0.0.1:9080, proxy_protocol: true, balance: exact }
@@ -166,6 +167,7 @@ routes:
     limits: { rate: { count: 100, per: 1s, burst: 200 }, concurrent: 50, body: 10MiB }
     compression: { level: 5, min_size: 1KiB }
     hsts: { max_age: 1h, include_subdomains: true }
+    affinity: { cookie: stick, max_age: 1h }
     options: { HTTP: { a: null, b: [1, "1", 1.5, "no"], c: "$${d}" } }
   - { name: old, host: "*.old.example", redirect: { status: 308, scheme: https, path_prefix: /x } }
   - { name: rest, wildcard: "*", tunnel: rpc, protocol_type: GRPC }
@@ -190,7 +192,7 @@ log: { level: "info,sidelane=debug", format: json }
     /// Returns all that counts of a configuration.
     fn facts(config: &Config) -> String {
         let Config { relay, sidecar, tunnels, routes, plugins, health, admin, log, .. } = config;
-        let rest = (health, admin, log, config.drain_timeout);
+        let rest = (health, admin, log, config.drain_timeout, config.withdraw_timeout);
         format!("{relay:#?}{sidecar:#?}{tunnels:#?}{routes:#?}{plugins:#?}{rest:#?}")
     }
 
@@ -234,7 +236,16 @@ log: { level: "info,sidelane=debug", format: json }
             .collect();
         assert_eq!(
             roots,
-            ["version", "relay", "tunnels", "routes", "plugins", "log", "drain_timeout"],
+            [
+                "version",
+                "relay",
+                "tunnels",
+                "routes",
+                "plugins",
+                "log",
+                "drain_timeout",
+                "withdraw_timeout"
+            ],
             "{written}"
         );
         assert!(written.contains("- name: a\n  service: 127.0.0.1:1\n"), "{written}");

@@ -19,10 +19,10 @@ pub struct Changes {
     pub base_domains: bool,
     /// What connections, sessions and handshakes go by: `relay.limits`, `relay.timeouts`,
     /// `relay.trusted_proxies`, `relay.max_connection_age`, `relay.tunnel.listener`, `relay.tunnel.tls`
-    /// (with `insecure`), `relay.tunnel.token`, `relay.credentials` (with `token_issuers`), `relay.acme`.
+    /// (with `insecure`), `relay.tunnel.token`, `relay.tunnel.peers`, `relay.credentials` (with `token_issuers`), `relay.acme`.
     pub relay: Vec<&'static str>,
     /// What relays are dialled by: `sidecar.relays` (their TLS; where they are is for a start),
-    /// `sidecar.token`.
+    /// `sidecar.follow_peers`, `sidecar.token`.
     pub sidecar: Vec<&'static str>,
     /// Address of health and metrics.
     pub health: bool,
@@ -34,6 +34,8 @@ pub struct Changes {
     pub log: bool,
     /// Drain timeout.
     pub drain_timeout: bool,
+    /// Withdraw timeout.
+    pub withdraw_timeout: bool,
 }
 
 impl Changes {
@@ -92,6 +94,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         let tls = |tunnel: &'_ RelayTunnel| (tunnel.tls.clone(), tunnel.insecure);
         differs("relay.tunnel.tls", tls(tunnel) != tls(new_tunnel));
         differs("relay.tunnel.token", tunnel.token != new_tunnel.token);
+        differs("relay.tunnel.peers", tunnel.peers != new_tunnel.peers);
         differs("relay.credentials", old.credentials != new.credentials);
         differs("relay.acme", old.acme != new.acme);
     }
@@ -100,6 +103,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         let mut differs = |path, differs: bool| sidecar.extend(differs.then_some(path));
         differs("sidecar.relays", old.relays != new.relays);
         let token = |sidecar: &Sidecar| (sidecar.token.clone(), sidecar.token_file.clone());
+        differs("sidecar.follow_peers", old.follow_peers != new.follow_peers);
         differs("sidecar.token", token(old) != token(new));
     }
     let base_domains =
@@ -116,6 +120,7 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         plugins: old.plugins != new.plugins,
         log: old.log != new.log,
         drain_timeout: old.drain_timeout != new.drain_timeout,
+        withdraw_timeout: old.withdraw_timeout != new.withdraw_timeout,
     }
 }
 
@@ -126,6 +131,7 @@ pub fn hold_back(new: &mut Config, started: &Config) -> Vec<&'static str> {
     match (&mut new.relay, &started.relay) {
         (Some(new), Some(old)) => {
             held.tunnel(&mut new.tunnel, &old.tunnel);
+            held.keep("relay.warmup", &mut new.warmup, &old.warmup);
             held.keep("relay.threads", &mut new.threads, &old.threads);
         }
         (new, old) => held.keep("relay", new, old),

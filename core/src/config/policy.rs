@@ -33,6 +33,18 @@ pub struct Policies {
     pub compression: Option<Compression>,
     /// Clients are told to come by TLS only; `None`: they are not.
     pub hsts: Option<Hsts>,
+    /// A client's exchanges go to one sidecar as long as that serves; `None`: to any. HTTP-born protocols
+    /// only.
+    pub affinity: Option<Affinity>,
+}
+
+/// A cookie that names the sidecar which a client's exchanges go to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Affinity {
+    /// Its name (RFC 6265 §4.1.1).
+    pub cookie: Arc<str>,
+    /// How long a client keeps it; zero: until it ends (a session cookie).
+    pub max_age: Duration,
 }
 
 /// `Strict-Transport-Security` (RFC 6797), on responses over TLS.

@@ -34,6 +34,7 @@ mod tunnels;
 pub(super) use policies::{ATTEMPTS_MAX, REALM, USERS_MAX};
 pub(super) use routes::WEIGHT_MAX;
 pub(super) use tls::ACME_DIRECTORY;
+pub(crate) use tunnels::SIDECAR_WEIGHT_MAX;
 pub(super) use tunnels::{CHECKS_MAX, CONNECTIONS_MAX};
 
 /// Keys by section, for the schema's test.
@@ -53,6 +54,7 @@ pub(crate) const SECTIONS: &[(&str, &[&str])] = &[
     ("relay.token_issuers[]", credentials::ISSUER_KEYS),
     ("relay.acme", tls::ACME_KEYS),
     ("relay.acme.external_account", tls::EXTERNAL_ACCOUNT_KEYS),
+    ("relay.warmup", WARMUP_KEYS),
     ("relay.limits", RELAY_LIMITS_KEYS),
     ("relay.timeouts", RELAY_TIMEOUTS_KEYS),
     ("sidecar", SIDECAR_KEYS),
@@ -81,6 +83,7 @@ pub(crate) const SECTIONS: &[(&str, &[&str])] = &[
     ("routes[].limits.rate_per_client", policies::RATE_KEYS),
     ("routes[].compression", policies::COMPRESSION_KEYS),
     ("routes[].hsts", policies::HSTS_KEYS),
+    ("routes[].affinity", policies::AFFINITY_KEYS),
     ("plugins", PLUGINS_KEYS),
     ("plugins.libraries[]", LIBRARY_KEYS),
     ("health", HEALTH_KEYS),
@@ -131,6 +134,8 @@ const ADMIN_ADDRESS: SocketAddr = loopback(9083);
 /// As long as a cluster's name service keeps an answer, usually.
 const RESOLVE_INTERVAL: Duration = Duration::from_secs(30);
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(25);
+/// Nobody who ends a process by hand wants to wait; a balancer's operator says how long it takes.
+const WITHDRAW_TIMEOUT: Duration = Duration::ZERO;
 
 /// Two, so that a lost segment stalls half of the exchanges only.
 const LANES: usize = 2;
@@ -146,6 +151,7 @@ pub(crate) const ROOT_KEYS: &[&str] = &[
     "admin",
     "log",
     "drain_timeout",
+    "withdraw_timeout",
 ];
 pub(crate) const RELAY_KEYS: &[&str] = &[
     "listeners",
@@ -156,10 +162,12 @@ pub(crate) const RELAY_KEYS: &[&str] = &[
     "credentials",
     "token_issuers",
     "acme",
+    "warmup",
     "threads",
     "limits",
     "timeouts",
 ];
+pub(crate) const WARMUP_KEYS: &[&str] = &["time", "sessions"];
 pub(crate) const LISTENER_KEYS: &[&str] = &[
     "name",
     "address",
@@ -171,7 +179,7 @@ pub(crate) const LISTENER_KEYS: &[&str] = &[
     "balance",
 ];
 pub(crate) const RELAY_TUNNEL_KEYS: &[&str] =
-    &["address", "listener", "tls", "insecure", "token", "token_file", "token_env"];
+    &["address", "listener", "tls", "insecure", "token", "token_file", "token_env", "peers"];
 pub(crate) const RELAY_LIMITS_KEYS: &[&str] = &[
     "connections",
     "sessions",
@@ -195,6 +203,7 @@ pub(crate) const SIDECAR_KEYS: &[&str] = &[
     "name",
     "relays",
     "proxy",
+    "follow_peers",
     "resolve_interval",
     "token",
     "token_file",
@@ -218,6 +227,7 @@ pub(crate) const TUNNEL_KEYS: &[&str] = &[
     "proxy_protocol",
     "health_check",
     "wait",
+    "weight",
 ];
 pub(crate) const POOL_KEYS: &[&str] = &["idle_timeout", "idle", "connections"];
 pub(crate) const HEALTH_CHECK_KEYS: &[&str] =
@@ -243,6 +253,7 @@ pub(crate) const ROUTE_KEYS: &[&str] = &[
     "limits",
     "compression",
     "hsts",
+    "affinity",
     "options",
 ];
 pub(crate) const SHARE_KEYS: &[&str] = &["name", "weight"];
@@ -349,6 +360,7 @@ impl Reader<'_> {
             admin: None,
             log: Log::default(),
             drain_timeout: DRAIN_TIMEOUT,
+            withdraw_timeout: WITHDRAW_TIMEOUT,
             files: Vec::new(),
             warnings: Vec::new(),
             origin: Origin {
@@ -441,6 +453,7 @@ impl Reader<'_> {
             config.log = log(&field);
         }
         root.set("drain_timeout", &mut config.drain_timeout, |f| timeout(f, Duration::ZERO));
+        root.set("withdraw_timeout", &mut config.withdraw_timeout, |f| timeout(f, Duration::ZERO));
         Self::distinct_addresses(&root, &config);
         config
     }

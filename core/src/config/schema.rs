@@ -14,8 +14,8 @@ use serde_json::{Value as Json, json};
 
 use super::Source;
 use super::read::{
-    ATTEMPTS_MAX, CHECKS_MAX, CONNECTIONS_MAX, COUNT_MAX, LANES_MAX, THREADS_MAX, USERS_MAX,
-    WEIGHT_MAX,
+    ATTEMPTS_MAX, CHECKS_MAX, CONNECTIONS_MAX, COUNT_MAX, LANES_MAX, SIDECAR_WEIGHT_MAX,
+    THREADS_MAX, USERS_MAX, WEIGHT_MAX,
 };
 use super::value::{duration_text, size_text};
 
@@ -89,7 +89,8 @@ fn shape(map: &mut serde_json::Map<String, Json>) {
 fn defaults() -> Json {
     let text = "{version: 1, relay: {}, sidecar: {}, health: {}, admin: {},
         tunnels: [{name: t, service: 'localhost:1', health_check: {type: http}}],
-        routes: [{subdomain: a, tunnel: t, retries: {}, compression: {}, hsts: {}},
+        routes: [{subdomain: a, tunnel: t, retries: {}, compression: {}, hsts: {},
+                affinity: {cookie: c}},
             {subdomain: b, redirect: {scheme: https}}],
         plugins: {libraries: [{name: p, library: p}]}}";
     let source = Source::from_text(Path::new("defaults.yaml"), text);
@@ -287,6 +288,10 @@ scalar!(
 );
 scalar!(Realm, text("1 to 128 visible characters and spaces", "^[ -~]{1,128}$"));
 scalar!(GrpcService, text("at most 255 visible characters", "^[!-~]{0,255}$"));
+scalar!(
+    CookieName,
+    text("a cookie's name, not beginning with `__`", "^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}$")
+);
 scalar!(FieldName, text("fields' names", "^[A-Za-z0-9!#$%&'*+.^_`|~-]+$"));
 scalar!(Version, number("`1`", &[1]));
 scalar!(
@@ -398,6 +403,9 @@ struct File {
     log: Log,
     /// How long running exchanges may take after SIGTERM.
     drain_timeout: Duration<0, DAY>,
+    /// How long a relay takes new clients after SIGTERM, not ready any more: until the balancer before it has noticed. Not waited for
+    /// where the relay was withdrawn before (`sidelane drain --withdraw`), and not after SIGINT.
+    withdraw_timeout: Duration<0, DAY>,
 }
 
 /// The role that faces clients.
@@ -423,6 +431,8 @@ struct Relay {
     /// Certificates by ACME (RFC 8555), for the names in `acme` of listeners and of the tunnel.
     #[schemars(extend("x-default" = "absent: none is obtained"))]
     acme: Acme,
+    /// How long after a start the relay is not ready (`/ready`), so that sidecars come before clients do.
+    warmup: Warmup,
     /// Data-path threads; `0`: one per core.
     threads: Int<0, THREADS>,
     /// Bounds.
@@ -479,6 +489,17 @@ struct RelayTunnel {
     token_file: FilePath,
     /// Environment variable that holds the token.
     token_env: Variable,
+    /// Other relays that sidecars are told of when their sessions begin, and dial too; at most 256.
+    peers: Vec<Dial>,
+}
+
+/// When a relay that has just started is ready.
+#[derive(JsonSchema)]
+struct Warmup {
+    /// Not before, unless the sessions are there.
+    time: Duration<0, DAY>,
+    /// Sessions that serve something, with which it is ready at once; `0`: when the time is over.
+    sessions: Int<0, COUNT>,
 }
 
 /// Bounds of a relay.
@@ -547,6 +568,9 @@ struct Sidecar {
     /// HTTP proxy on the way to all relays, by CONNECT; `none`: there is none.
     #[schemars(extend("x-default" = "`HTTPS_PROXY` of the environment, but for loopback and what `NO_PROXY` names"))]
     proxy: ProxyUrl,
+    /// Relays that relays tell of are dialled too: with the settings of the one that tells, by TLS that is
+    /// verified; without, only hosts that stand in `relays`.
+    follow_peers: Bool,
     /// How often the relays' names are resolved anew.
     resolve_interval: Duration<1000, DAY>,
     /// Credential; without `relays` none is needed.
@@ -617,6 +641,8 @@ struct Tunnel {
     /// After a start of the process nothing is sent to the service before it accepts a connection (TLS
     /// is not waited for), or this has passed. A tunnel that a reload adds is not waited for.
     wait: Duration<0, DAY>,
+    /// This sidecar's share of the tunnel's exchanges beside others that serve it.
+    weight: Int<1, { SIDECAR_WEIGHT_MAX as u64 }>,
 }
 
 /// Connections to a service that are kept.
@@ -712,9 +738,23 @@ struct Route {
     /// HTTP-born protocols only.
     #[schemars(extend("x-default" = "absent: none is sent"))]
     hsts: Hsts,
+    /// A client's exchanges go to one of several sidecars, as long as that serves, by a cookie that names
+    /// it; the service does not see it. HTTP-born protocols only.
+    #[schemars(extend("x-default" = "absent: to any"))]
+    affinity: Affinity,
     /// A block per protocol type, `options: { HTTP: { … } }`; checked by the plugin and given to it with
     /// each exchange.
     options: Options,
+}
+
+/// A cookie that names the sidecar which a client's exchanges go to.
+#[derive(JsonSchema)]
+struct Affinity {
+    /// Its name; no other route of the host should use it at another path.
+    #[schemars(extend("x-required" = true))]
+    cookie: CookieName,
+    /// How long a client keeps it, in whole seconds; `0s`: until it ends.
+    max_age: Duration<0, { 400 * DAY }>,
 }
 
 /// A tunnel's share of a route's exchanges.

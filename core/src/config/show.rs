@@ -37,6 +37,7 @@ impl Config {
                 },
             },
             "drain_timeout": duration_text(self.drain_timeout),
+            "withdraw_timeout": duration_text(self.withdraw_timeout),
         })
     }
 }
@@ -78,10 +79,15 @@ impl Relay {
                 "tls": self.tunnel.tls.as_ref().map(show_tls::tunnel),
                 "insecure": self.tunnel.insecure,
                 "token": masked(self.tunnel.token.as_ref()),
+                "peers": self.tunnel.peers.iter().map(ToString::to_string).collect::<Vec<_>>(),
             },
             "credentials": self.credentials.principals.iter().map(|one| show_tls::principal(one)).collect::<Vec<_>>(),
             "token_issuers": self.credentials.issuers.iter().map(|one| show_tls::issuer(one)).collect::<Vec<_>>(),
             "acme": self.acme.as_ref().map(show_tls::acme),
+            "warmup": {
+                "time": duration_text(self.warmup.time),
+                "sessions": self.warmup.sessions,
+            },
             "threads": self.threads,
             "limits": {
                 "connections": limits.connections,
@@ -121,6 +127,7 @@ impl Sidecar {
                 Relays::Listed(relays) => relays.iter().map(show_tls::relay).collect(),
             },
             "proxy": self.proxy.as_ref().map(ToString::to_string),
+            "follow_peers": self.follow_peers,
             "resolve_interval": duration_text(self.resolve_interval),
             "token": masked(self.token.as_ref()),
             "token_file": self.token_file.as_deref(),
@@ -167,6 +174,7 @@ impl Tunnel {
             }),
             "health_check": self.health_check.as_ref().map(HealthCheck::to_json),
             "wait": duration_text(self.wait),
+            "weight": self.weight,
         })
     }
 }
@@ -353,6 +361,15 @@ pub(super) fn policies(policies: &Policies, secrets: Secrets) -> Map {
                 "max_age": duration_text(hsts.max_age),
                 "include_subdomains": hsts.include_subdomains,
                 "preload": hsts.preload,
+            })
+        }),
+    );
+    put(
+        "affinity",
+        policies.affinity.as_ref().map(|affinity| {
+            json!({
+                "cookie": affinity.cookie.as_ref(),
+                "max_age": duration_text(affinity.max_age),
             })
         }),
     );

@@ -172,6 +172,7 @@ fn sections_left_empty_hold_the_defaults_that_the_default_file_shows() {
     assert_eq!(empty.sidecar, shown.sidecar);
     assert_eq!((empty.health, empty.admin), (shown.health, shown.admin));
     assert_eq!(empty.drain_timeout, shown.drain_timeout);
+    assert_eq!(empty.withdraw_timeout, shown.withdraw_timeout);
     assert_eq!(empty.log, shown.log);
 }
 
@@ -219,6 +220,7 @@ tunnels: [{ name: web, service: \"127.0.0.1:3001\" }]
 routes: [{ name: three, subdomain: one, tunnel: web }]
 health: {}
 drain_timeout: 1s
+withdraw_timeout: 1s
 log: { level: debug }
 plugins: { panics: 9 }
 ",
@@ -232,6 +234,7 @@ plugins: { panics: 9 }
     assert_eq!(changes.routes.removed, old.routes);
     assert_eq!(changes.tunnels.removed, [old.tunnels[0].clone()]);
     assert!(changes.base_domains && changes.log && changes.drain_timeout && changes.health);
+    assert!(changes.withdraw_timeout);
     assert!(!changes.plugins && !changes.admin && changes.relay.is_empty());
 }
 
@@ -521,11 +524,14 @@ const EVERYTHING: &str = "version: 1
 relay:
   trusted_proxies: [10.0.0.0/8, \"192.0.2.7\"]
   max_connection_age: 1h
+  warmup: { time: 30s, sessions: 2 }
+  tunnel: { peers: [\"relay-2.example.org:9081\", \"[2001:db8::2]:9081\"] }
   listeners:
     - { name: web, address: \"0.0.0.0:9080\", proxy_protocol: true, balance: exact }
     - { name: any, address: \"0.0.0.0:9443\", sniff: true }
 sidecar:
   relays: [\"localhost:9081\"]
+  follow_peers: false
   resolve_interval: 10s
 tunnels:
   - name: web
@@ -534,6 +540,7 @@ tunnels:
     pool: { idle_timeout: 55s, idle: 64, connections: 1024 }
     health_check: { type: http, path: /healthz, host: app.local, interval: 6s, timeout: 2s, healthy_after: 2, unhealthy_after: 4 }
     wait: 30s
+    weight: 3
   - { name: canary, service: \"unix:/run/app.sock\", proxy_protocol: v2, health_check: { type: grpc, service: a.B } }
 routes:
   - name: shop
@@ -550,6 +557,7 @@ routes:
     limits: { rate: { count: 100, per: 2s, burst: 200 }, rate_per_client: { count: 5 }, concurrent: 50, body: 10MiB }
     compression: { level: 6, min_size: 2KiB }
     hsts: { max_age: 24h, preload: false }
+    affinity: { cookie: stick, max_age: 1h }
   - { subdomain: old, redirect: { status: 308, scheme: https, host: new.example.org, path_prefix: /x } }
 ";
 
@@ -587,6 +595,11 @@ fn every_new_key_reaches_its_type() {
         })
     );
     assert_eq!(tunnel.wait, Duration::from_secs(30));
+    assert_eq!((tunnel.weight, config.tunnels[1].weight), (3, 1));
+    assert_eq!(relay.warmup, Warmup { time: Duration::from_secs(30), sessions: 2 });
+    let peers: Vec<_> = relay.tunnel.peers.iter().map(ToString::to_string).collect();
+    assert_eq!(peers, ["relay-2.example.org:9081", "[2001:db8::2]:9081"]);
+    assert!(!config.sidecar.as_ref().unwrap().follow_peers);
     let canary = &config.tunnels[1];
     assert_eq!(canary.service, ServiceAddress::Unix(Path::new("/run/app.sock").into()));
     assert_eq!(canary.proxy_protocol, Some(ProxyVersion::V2));
@@ -596,6 +609,8 @@ fn every_new_key_reaches_its_type() {
     assert_eq!(policies.retries.unwrap().budget_percent, 25);
     assert_eq!(policies.rewrite.host.as_deref(), Some("app.internal:80"));
     assert_eq!(policies.rewrite.path_prefix.as_deref(), Some(""));
+    let affinity = policies.affinity.as_ref().unwrap();
+    assert_eq!((&*affinity.cookie, affinity.max_age), ("stick", Duration::from_secs(3600)));
     let users: Vec<&str> =
         policies.basic_auth.as_ref().unwrap().users.iter().map(|(name, _)| &**name).collect();
     assert_eq!(users, ["alice", "bob"]);

@@ -33,6 +33,8 @@ pub struct Tunnel {
     /// After a start nothing is sent to the service before it accepts a connection, or this has
     /// passed; zero: it is not waited for.
     pub wait: Duration,
+    /// This sidecar's share of the tunnel beside others that serve it, 1 to 100.
+    pub weight: u32,
 }
 
 /// Where a service is.

@@ -3,7 +3,8 @@ use std::time::Duration;
 
 use super::*;
 use crate::config::policy::{
-    Addresses, BasicAuth, Compression, Hsts, Redirect, Retries, Rewrite, RouteLimits, RouteTimeouts,
+    Addresses, Affinity, BasicAuth, Compression, Hsts, Redirect, Retries, Rewrite, RouteLimits,
+    RouteTimeouts,
 };
 use crate::config::{Match, MatchSpec, Share};
 
@@ -306,6 +307,7 @@ fn every_policy_has_its_line() {
             body: Some(10 << 20),
         },
         compression: Some(Compression { level: 5, min_size: 1024 }),
+        affinity: Some(Affinity { cookie: "stick".into(), max_age: Duration::from_secs(3600) }),
     };
     let answer = ask(policies, None, "shop.localhost");
     let told: Vec<String> = answer["policies"]
@@ -327,6 +329,7 @@ fn every_policy_has_its_line() {
     rewrite: host app; path_prefix removed
     compression: gzip level 5, from 1KiB
     hsts: max_age 24h, on https alone; include_subdomains
+    affinity: one sidecar for each client, by the cookie stick; max_age 1h
     "#);
     assert!(!answer.to_string().contains("secret") && !answer.to_string().contains("hash"));
 }

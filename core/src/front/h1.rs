@@ -48,6 +48,7 @@ where
 {
     let signals = Arc::new(Signals::new());
     signals.read.store(!ahead.is_empty(), Relaxed);
+    signals.ends_soon.store(context.info.ends_soon.load(Relaxed), Relaxed);
     let wire = Wire::new(stream, ahead, Arc::clone(&signals));
     let mut clock = Clock::new(&context.config);
     let config = Arc::clone(&context.config);

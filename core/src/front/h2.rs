@@ -64,9 +64,15 @@ where
 
     let mut rest = RestClock::new(context.config.idle_timeout);
     let mut closing = false;
+    let info = Arc::clone(&context.info);
+    // One that begins while the relay sends clients elsewhere has time for its first requests: told at once
+    // to go away, a client would come again and again.
+    let began_late = info.ends_soon.load(Relaxed);
     let mut requests = Requests::new(context, Arc::clone(&signals));
     poll_fn(|cx| {
-        if !closing && shutdown.as_mut().poll(cx).is_ready() {
+        // GOAWAY costs no request: nothing is gained by waiting until the end is there.
+        let is_over = !closing && shutdown.as_mut().poll(cx).is_ready();
+        if is_over || !closing && !began_late && info.ends_soon.load(Relaxed) {
             closing = true;
             connection.graceful_shutdown();
         }

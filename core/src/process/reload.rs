@@ -248,6 +248,7 @@ fn summary(changes: &Changes, loaded: &[String]) -> String {
         (changes.admin, "admin"),
         (changes.log, "log"),
         (changes.drain_timeout, "drain_timeout"),
+        (changes.withdraw_timeout, "withdraw_timeout"),
     ];
     let others = others.into_iter().filter_map(|(differs, what)| differs.then_some(what));
     let live = changes.relay.iter().chain(&changes.sidecar).copied();

@@ -241,6 +241,7 @@ impl Client {
             },
         }
         info.https_redirect = self.config.https_redirect;
+        info.ends_soon = AtomicBool::new(self.relay.is_withdrawn());
         let trusted = &self.settings.trusted_proxies;
         if !trusted.is_empty() && forwarded::is_in(address.ip(), trusted) {
             info.trusted_proxies = Some(Arc::clone(trusted));

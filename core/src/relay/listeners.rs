@@ -319,6 +319,9 @@ impl Listeners {
         }
         let listeners: Vec<_> = listeners.into_iter().map(|(listener, _)| listener).collect();
         let old = std::mem::replace(&mut *self.lock(), listeners);
+        if relay.is_withdrawn() {
+            self.withdraw();
+        }
         let current = self.lock();
         for old in old {
             if !current.iter().any(|listener| Arc::ptr_eq(listener, &old)) {
@@ -343,6 +346,13 @@ impl Listeners {
                     "relay.tunnel.tls cannot be used; the listener goes on with what it was"
                 ),
             }
+        }
+    }
+
+    /// Asks the connections of all to end with what runs on them; the sockets stay open.
+    pub(super) fn withdraw(&self) {
+        for listener in self.lock().iter() {
+            listener.stopping.send_replace(true);
         }
     }
 
@@ -457,6 +467,7 @@ mod tests {
             tls: None,
             insecure: false,
             token: None,
+            peers: Vec::new(),
         };
         listeners.prepare(configs, &tunnel, &Arc::default(), 1)
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use rustls::HandshakeKind;
 use sidelane_abi::failure;
-use sidelane_tunnel::{Event, HandshakeError, proto};
+use sidelane_tunnel::{Event, First, HandshakeError, proto};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -24,7 +24,7 @@ use crate::error::chain;
 use crate::plugin::lend::Reset;
 use crate::tunnel::accept::{self, HelloError};
 use crate::tunnel::gate::TurnedAway;
-use crate::tunnel::session::{Admitted, Session, SessionId, shown, shown_name};
+use crate::tunnel::session::{Admitted, Session, SessionId, shown, shown_name, unknown};
 use crate::tunnel::transport::{Agreed, Movable as _, Socket, Transport};
 use crate::tunnel::{Link, dial, drive, fault};
 
@@ -343,9 +343,12 @@ pub(super) async fn shake_hands(
         return send_refuse(&mut transport, &malformed_refusal(WANTS_ALPN), limit).await;
     }
     let mut input = BytesMut::with_capacity(4096);
-    let hello = timeout(limit, accept::read_hello(&mut transport, &mut input)).await;
-    let hello = match hello.unwrap_or(Err(HelloError::Timeout(limit))) {
-        Ok(hello) => hello,
+    let first = timeout(limit, accept::read_first(&mut transport, &mut input)).await;
+    let hello = match first.unwrap_or(Err(HelloError::Timeout(limit))) {
+        Ok(First::Hello(hello)) => hello,
+        Ok(First::Resume(_)) => {
+            return send_refuse(&mut transport, &unknown(), limit).await;
+        }
         Err(HelloError::Malformed(cause)) => {
             let reason = format!("not a hello: {}", malformed(&cause));
             failed(&relay, peer, "hello", &reason);
@@ -516,6 +519,6 @@ fn handle_event(relay: &Arc<Relay>, session: &Arc<Session>, link: &Arc<Link>, ev
         // Exchanges opened by a sidecar are reserved.
         Event::Opened { key, .. } => link.refuse(key, Reset::new(failure::UNSUPPORTED)),
         Event::Authenticate(presented) => relay.renew(session, presented.credential),
-        Event::Announced(_) | Event::Authenticated(_) | Event::Rtt(_) => {}
+        Event::Announced(_) | Event::Authenticated(_) | Event::Rtt(_) | Event::Suspect(_) => {}
     }
 }

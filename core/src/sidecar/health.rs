@@ -369,11 +369,11 @@ impl Sidecar {
         }
     }
 
-    /// Announces anew where a service's condition has changed.
-    fn announce_health(&self) {
+    /// Announces anew where a service's condition has changed, or all are withdrawn.
+    pub(super) fn announce_health(&self) {
         self.document.send_if_modified(|document| {
             let mut next = proto::Announce::clone(document);
-            let is_changed = self.health.mark(&mut next.tunnels);
+            let is_changed = self.mark(&mut next.tunnels);
             if is_changed {
                 next.version += 1;
                 *document = Arc::new(next);
@@ -401,6 +401,7 @@ mod tests {
             proxy_protocol: None,
             health_check: has_check.then(check),
             wait,
+            weight: 1,
         })
     }
 

@@ -83,6 +83,8 @@ struct SessionFacts {
     epoch: u64,
     since: Instant,
     tls: bool,
+    /// The relay has said that it goes.
+    leaving: bool,
 }
 
 impl Peer {
@@ -126,11 +128,20 @@ impl Peer {
     /// A relay has let us in.
     pub(super) fn session_begun(&self, epoch: u64, instance: Bytes, tls: bool) {
         self.with(|state| {
-            state.session = Some(SessionFacts { epoch, since: Instant::now(), tls });
+            state.session =
+                Some(SessionFacts { epoch, since: Instant::now(), tls, leaving: false });
             state.instance = instance;
             state.last_error = None;
             state.forget_answers();
         });
+    }
+
+    /// The relay says that it goes; true: for the first time in this session.
+    pub(super) fn leaves(&self) -> bool {
+        self.with(|state| {
+            let session = state.session.as_mut();
+            session.is_some_and(|session| !std::mem::replace(&mut session.leaving, true))
+        })
     }
 
     /// The relay has let a lane in by this credential.
@@ -287,6 +298,16 @@ impl Peer {
         }
     }
 
+    /// Whether there is a session in which the relay has not accepted this document.
+    pub(super) fn is_to_accept(&self, version: u64) -> bool {
+        self.with(|state| state.session.is_some() && state.accepted != Some(version))
+    }
+
+    /// Whether the relay has let us in, and has not forgotten it.
+    pub(super) fn has_session(&self) -> bool {
+        self.with(|state| state.session.is_some())
+    }
+
     /// Why the relay refuses the newest document that it has answered; `None`: it does not.
     pub(super) fn refusal(&self) -> Option<String> {
         self.with(|state| (!state.refused.is_empty()).then(|| state.refused.join("; ")))
@@ -318,6 +339,7 @@ impl Peer {
                 "connected": self.is_connected(),
                 "tls": state.session.as_ref().map(|session| session.tls),
                 "epoch": state.session.as_ref().map(|session| session.epoch),
+                "leaving": state.session.as_ref().map(|session| session.leaving),
                 "connected_for_seconds": state.session.as_ref().map(|s| s.since.elapsed().as_secs()),
                 "lanes": state.lanes.iter().map(|link| serde_json::json!({
                     "lane": link.number, "thread": link.shard, "exchanges": link.load(), "open": link.is_open(),

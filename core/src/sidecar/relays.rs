@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde_json::json;
+use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 use super::health::jittered;
@@ -42,6 +43,8 @@ pub fn system_resolver() -> Resolve {
 pub(super) struct NamedRelay {
     name: Arc<str>,
     state: Mutex<Resolution>,
+    /// Ends the wait for the next look-up.
+    again: Notify,
 }
 
 /// What is known of a name.
@@ -53,7 +56,7 @@ struct Resolution {
 
 impl NamedRelay {
     fn new(name: Arc<str>) -> Self {
-        Self { name, state: Mutex::default() }
+        Self { name, state: Mutex::default(), again: Notify::new() }
     }
 
     fn with<T>(&self, change: impl FnOnce(&mut Resolution) -> T) -> T {
@@ -130,7 +133,18 @@ impl Sidecar {
             };
             tokio::select! {
                 () = sleep(wait) => {}
+                () = named.again.notified() => {}
                 _ = stopping.changed() => {}
+            }
+        }
+    }
+
+    /// A relay goes soon: its name may stand for others by now. Once in a session, so that no relay makes us
+    /// ask the name service again and again.
+    pub(super) fn relay_leaves(&self, peer: &Peer) {
+        if peer.leaves() {
+            for named in self.names.iter().filter(|named| named.name == peer.relay) {
+                named.again.notify_one();
             }
         }
     }

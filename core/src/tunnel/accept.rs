@@ -4,7 +4,7 @@ use std::io;
 use std::time::Duration;
 
 use bytes::BytesMut;
-use sidelane_tunnel::{Acceptor, HandshakeError, proto};
+use sidelane_tunnel::{Acceptor, First, HandshakeError, proto};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
@@ -28,18 +28,18 @@ pub enum HelloError {
     Malformed(#[source] HandshakeError),
 }
 
-/// Reads a hello. Bytes after it stay in `input`.
+/// Reads what a dialler says first. Bytes after it stay in `input`.
 ///
 /// # Errors
 /// As [`HelloError`] says; the time is the caller's to bound.
-pub async fn read_hello<S: AsyncRead + Unpin>(
+pub async fn read_first<S: AsyncRead + Unpin>(
     stream: &mut S,
     input: &mut BytesMut,
-) -> Result<proto::Hello, HelloError> {
+) -> Result<First, HelloError> {
     let mut acceptor = Acceptor::new();
     loop {
-        if let Some(hello) = acceptor.handle_input(input).map_err(HelloError::Malformed)? {
-            return Ok(hello);
+        if let Some(first) = acceptor.handle_input(input).map_err(HelloError::Malformed)? {
+            return Ok(first);
         }
         if stream.read_buf(input).await.map_err(HelloError::Io)? == 0 {
             return Err(HelloError::Closed);

@@ -544,6 +544,10 @@ async fn exchange_hello(
         let reply = dialler.handle_input(input).map_err(malformed)?;
         match reply {
             Some(Reply::Welcome(welcome)) => return Ok(welcome),
+            Some(Reply::Resumed(_)) => {
+                let expected = "33 (welcome) or 34 (refuse)";
+                return Err(malformed(HandshakeError::Unexpected { found: 36, expected }));
+            }
             Some(Reply::Refuse(refuse)) => {
                 return Err(DialError::Refused { relay: relay.to_owned(), refuse });
             }

@@ -12,7 +12,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Instant;
 
 use bytes::BytesMut;
-use sidelane_tunnel::{Event, LaneError, Reset, Transmit};
+use sidelane_tunnel::{Event, Lane, LaneError, Reset, Transmit};
 use thiserror::Error;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 use tokio::time::Sleep;
@@ -179,10 +179,18 @@ where
 
     fn handle_input(&mut self) -> Result<(), LaneEnd> {
         let now = Instant::now();
+        self.handle(|lane, input| lane.handle_input(now, input))
+    }
+
+    /// Lets the lane take something, and tells what it says of it.
+    fn handle(
+        &mut self,
+        take: impl FnOnce(&mut Lane, &mut BytesMut) -> Result<(), LaneError>,
+    ) -> Result<(), LaneEnd> {
         let events = &mut self.events;
         let input = &mut self.input;
         let result = self.link.with(|lane| {
-            let result = lane.handle_input(now, input);
+            let result = take(lane, input);
             while let Some(event) = lane.poll_event() {
                 events.push(event);
             }
@@ -235,7 +243,7 @@ where
             }
             let now = Instant::now();
             self.deadline = None;
-            self.link.with(|lane| lane.handle_timeout(now)).map_err(LaneEnd::Lane)?;
+            self.handle(|lane, _| lane.handle_timeout(now))?;
         }
     }
 
@@ -259,7 +267,8 @@ where
                 }
                 self.yielded = false;
                 let transmit = &mut self.transmit;
-                self.link.with(|lane| lane.poll_transmit(transmit, WRITE_BYTES));
+                let now = Instant::now();
+                self.link.with(|lane| lane.poll_transmit(now, transmit, WRITE_BYTES));
             }
             while !self.transmit.is_empty() {
                 let mut slices = [IoSlice::new(&[]); WRITE_SLICES];
@@ -281,7 +290,8 @@ where
         if let Err(error) = ready!(Pin::new(&mut self.stream).poll_flush(cx)) {
             return Poll::Ready(LaneEnd::Io(error));
         }
-        if !self.link.is_closing() {
+        // What a full ring holds back is sent once the peer has acknowledged what came before.
+        if !self.link.is_closing() || !self.link.with(|lane| lane.is_drained()) {
             return Poll::Pending;
         }
         // The peer learns of the end either way; an error here changes nothing.

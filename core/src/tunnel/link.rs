@@ -148,6 +148,19 @@ impl Link {
         self.with(Lane::wake_driver);
     }
 
+    /// Tells the peer that the lane does not come back, and asks the driver to end once everything queued
+    /// is written.
+    pub fn end(&self, code: u32, detail: &str) {
+        self.leave();
+        self.with(|lane| lane.go_away(proto::GoAway { last: true, ..go_away(code, detail) }));
+        self.close();
+    }
+
+    /// Tells the peer that this end goes soon, and opens and takes exchanges all the same.
+    pub fn foretell(&self, code: u32, detail: &str) {
+        self.with(|lane| lane.ask_away(go_away(code, detail)));
+    }
+
     /// Ends its exchanges at once, tells the peer why, and asks the driver to end once that is written.
     pub fn revoke(&self, code: u32, detail: &str, reset: Reset) {
         self.leave();

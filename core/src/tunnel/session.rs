@@ -263,10 +263,17 @@ impl Session {
         }
     }
 
-    /// Tells the sidecar that nothing new will come on its lanes.
-    pub fn go_away(&self, detail: &str) {
+    /// Ends every lane for good once what is queued has been written.
+    pub fn end(&self, detail: &str) {
         for link in self.lanes.load().iter() {
-            link.go_away(failure::DRAINING, detail);
+            link.end(failure::DRAINING, detail);
+        }
+    }
+
+    /// Tells the sidecar that this relay goes soon; exchanges are opened all the same.
+    pub fn foretell(&self, detail: &str) {
+        for link in self.lanes.load().iter() {
+            link.foretell(failure::DRAINING, detail);
         }
     }
 
@@ -593,7 +600,9 @@ fn refuse(reason: proto::RefuseReason, detail: String, retry_after_ms: u32) -> p
     proto::Refuse { reason: reason.into(), detail, retry_after_ms }
 }
 
-fn unknown() -> proto::Refuse {
+/// What a dialler is told whose session is not known here.
+#[must_use]
+pub fn unknown() -> proto::Refuse {
     refuse(
         proto::RefuseReason::UnknownSession,
         "this relay does not know the session; begin a new one".to_owned(),

@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 use prost::Message;
 use sidelane_abi::{OPEN_BYTES_MAX, failure};
 
-use super::{EVENTS_SPARE, Event, Lane, LaneError};
+use super::{EVENTS_SPARE, Event, Lane, LaneError, Pressure};
 use crate::control::Control;
 use crate::credit::{WINDOW_MIN, charge};
 use crate::envelope::{self, Envelope, FLAG_DATAGRAM, FLAG_END, FLAG_OPEN, field};
@@ -18,21 +18,34 @@ use crate::proto;
 
 impl Lane {
     /// Takes all whole messages from `buffer`. To be called whenever bytes have come: it notes that
-    /// the peer lives.
+    /// the peer lives. Without a carrier it takes nothing, and empties the buffer: what a lost
+    /// connection still brings comes again.
     ///
     /// # Errors
     ///
     /// The lane cannot go on; the caller closes it.
     pub fn handle_input(&mut self, now: Instant, buffer: &mut BytesMut) -> Result<(), LaneError> {
+        if !self.attached {
+            buffer.clear();
+            return Ok(());
+        }
         self.now = self.now.max(now);
         self.liveness.handle_input(now);
+        if self.suspicion.heard(self.now, self.liveness.rtt()) {
+            self.push_event(Event::Suspect(false))?;
+        }
         while self.closed.is_none() {
             let before = buffer.len();
             let message_bytes_max = self.config.message_bytes_max as usize;
             let Some(envelope) = envelope::read(buffer, message_bytes_max)? else { break };
-            self.bytes_in += (before - buffer.len()) as u64;
+            let bytes = (before - buffer.len()) as u64;
+            let received = self.received;
+            self.bytes_in += bytes;
             self.messages_in += 1;
             self.handle(envelope)?;
+            if self.received != received && self.acknowledge.received(self.now, bytes) {
+                self.push_control(Control::Ack);
+            }
             self.check_control()?;
         }
         Ok(())
@@ -108,11 +121,16 @@ impl Lane {
         Ok(())
     }
 
-    const fn handle_ack(&mut self, received: u64) -> Result<(), LaneError> {
+    fn handle_ack(&mut self, received: u64) -> Result<(), LaneError> {
         if received > self.sent || received < self.acknowledged {
             return Err(LaneError::Ack { received, sent: self.sent, before: self.acknowledged });
         }
-        self.acknowledged = received;
+        self.forget_acknowledged(received);
+        if self.replay.is_on() {
+            let may_grow = self.pressure == Pressure::None;
+            self.replay.tune(self.now, self.liveness.rtt(), may_grow);
+            self.wake_driver();
+        }
         Ok(())
     }
 
@@ -252,7 +270,7 @@ impl Lane {
         }
     }
 
-    fn push_event(&mut self, event: Event) -> Result<(), LaneError> {
+    pub(super) fn push_event(&mut self, event: Event) -> Result<(), LaneError> {
         let max = self.config.exchanges_max.saturating_add(EVENTS_SPARE);
         if self.events.len() >= max {
             return Err(LaneError::EventFlood { max });

@@ -3,21 +3,36 @@
 use sidelane_abi::failure;
 
 use super::{Lane, SEND_QUEUE_BYTES_MAX};
+use std::time::Instant;
+
 use crate::control::{Control, write_control, write_reset};
 use crate::envelope::{FLAG_END, FLAG_OPEN, Head, field, write_head};
 use crate::exchange::SendEnd;
 use crate::payload::{Payload, Reset};
 use crate::proto;
+use crate::replay::Tee;
 use crate::transmit::Transmit;
 
 impl Lane {
-    /// Moves messages to `out`, whole ones only, until it holds `bytes_max` or nothing is left.
-    /// Returns whether something was added.
-    pub fn poll_transmit(&mut self, out: &mut Transmit, bytes_max: usize) -> bool {
+    /// Moves messages to `out`, whole ones only, until it holds `bytes_max` or nothing is left that may
+    /// be sent: with a full ring nothing that is counted may. Returns whether something was added.
+    pub fn poll_transmit(&mut self, now: Instant, out: &mut Transmit, bytes_max: usize) -> bool {
+        if !self.attached {
+            return false;
+        }
+        self.now = self.now.max(now);
         let before = out.len();
         while out.len() < bytes_max {
-            if let Some(control) = self.control.pop() {
-                self.write_control(out, control);
+            if let Some(control) = self.control.pop_urgent() {
+                self.write_uncounted(out, control);
+            } else if self.replay.is_behind() {
+                self.replayed_bytes += self.replay.send_again(out);
+                self.replayed += 1;
+                self.messages_out += 1;
+            } else if !self.may_send_counted() {
+                break;
+            } else if let Some(control) = self.control.pop_counted() {
+                self.emit_counted(out, |out| write_counted(out, control));
             } else if let Some((index, payload)) = self.outbox.next() {
                 self.write_payload(out, index, payload);
             } else {
@@ -27,16 +42,18 @@ impl Lane {
         self.wake_waiting();
         let added = out.len() - before;
         self.bytes_out += added as u64;
+        self.watch_outstanding();
         added > 0
     }
 
     /// Appends one counted message to what goes out. Every message that both ends count passes
     /// here, once, in the order of its number, which is `sent` before the call: what is kept for
     /// replay is kept here.
-    fn emit_counted(&mut self, out: &mut Transmit, write: impl FnOnce(&mut Transmit)) {
+    fn emit_counted(&mut self, out: &mut Transmit, write: impl FnOnce(&mut Tee<'_>)) {
         self.sent += 1;
         self.messages_out += 1;
-        write(out);
+        write(&mut Tee { out, replay: &mut self.replay });
+        self.replay.end_message();
     }
 
     /// Appends one message that is not counted: after a loss it is sent anew or not at all.
@@ -45,12 +62,15 @@ impl Lane {
         out.join_with(write);
     }
 
-    fn write_control(&mut self, out: &mut Transmit, control: Control) {
-        if control.is_counted() {
-            self.emit_counted(out, |out| write_counted(out, control));
-            return;
-        }
+    fn write_uncounted(&mut self, out: &mut Transmit, control: Control) {
         match control {
+            Control::Ack => {
+                self.acknowledge.said();
+                let received = self.received;
+                self.emit_uncounted(out, |out| {
+                    write_control(out, None, field::ACK, &proto::Ack { received });
+                });
+            }
             Control::Ping { token } => self.emit_uncounted(out, |out| {
                 write_control(out, None, field::PING, &proto::Ping { token });
             }),
@@ -69,7 +89,7 @@ impl Lane {
                     write_control(out, Some(id), field::WINDOW, &proto::Window { limit });
                 });
             }
-            _ => unreachable!("counted above"),
+            _ => unreachable!("only what is not counted is urgent"),
         }
     }
 
@@ -126,7 +146,7 @@ impl Lane {
     }
 }
 
-fn write_counted(out: &mut Transmit, control: Control) {
+fn write_counted(out: &mut Tee<'_>, control: Control) {
     match control {
         Control::Reset { id, reset } => out.join_with(|out| write_reset(out, id, reset)),
         Control::Refused { id, code } => out.join_with(|out| {
@@ -143,7 +163,7 @@ fn write_counted(out: &mut Transmit, control: Control) {
             });
             out.push(bytes);
         }
-        Control::Ping { .. } | Control::Pong { .. } | Control::Window(_) => {
+        Control::Ping { .. } | Control::Pong { .. } | Control::Ack | Control::Window(_) => {
             unreachable!("not counted");
         }
     }

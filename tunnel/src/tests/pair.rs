@@ -203,11 +203,31 @@ impl Pair {
     /// Moves what can move at this instant; false: nothing could.
     pub(super) fn step(&mut self) -> Result<bool, LaneError> {
         let Self { relay, sidecar, now, latency, to_sidecar, to_relay, chop, .. } = self;
-        let mut moved = to_sidecar.fill(relay, *now + *latency, *chop);
-        moved |= to_relay.fill(sidecar, *now + *latency, *chop);
+        let mut moved = to_sidecar.fill(relay, *now, *latency, *chop);
+        moved |= to_relay.fill(sidecar, *now, *latency, *chop);
         moved |= to_sidecar.drain(sidecar, *now)?;
         moved |= to_relay.drain(relay, *now)?;
         Ok(moved)
+    }
+
+    /// Cuts the connection: what is on its way is lost, and what the ends had read in part.
+    pub(super) fn cut(&mut self) {
+        for end in [&mut self.relay, &mut self.sidecar] {
+            end.lane.detach();
+            end.out.clear();
+            end.input.clear();
+        }
+        for pipe in [&mut self.to_sidecar, &mut self.to_relay] {
+            pipe.flying.clear();
+            pipe.held = 0;
+        }
+    }
+
+    /// Joins the ends again.
+    pub(super) fn resume(&mut self) -> Result<(), LaneError> {
+        let (relay, sidecar) = (self.relay.lane.received(), self.sidecar.lane.received());
+        self.relay.lane.resume(self.now, sidecar)?;
+        self.sidecar.lane.resume(self.now, relay)
     }
 
     /// Hands `bytes` to the relay's end as if the sidecar had sent them.
@@ -242,10 +262,10 @@ impl Pair {
 }
 
 impl Pipe {
-    fn fill(&mut self, from: &mut End, arrival: Instant, chop: usize) -> bool {
+    fn fill(&mut self, from: &mut End, now: Instant, latency: Duration, chop: usize) -> bool {
         let mut moved = false;
         while self.held < self.capacity {
-            if from.out.is_empty() && !from.lane.poll_transmit(&mut from.out, 128 * 1024) {
+            if from.out.is_empty() && !from.lane.poll_transmit(now, &mut from.out, 128 * 1024) {
                 break;
             }
             let mut chunks = [std::io::IoSlice::new(&[]); 1];
@@ -254,7 +274,7 @@ impl Pipe {
             let bytes = chunks[0][..count].to_vec();
             from.out.advance(count);
             self.held += count;
-            self.flying.push_back((arrival, bytes));
+            self.flying.push_back((now + latency, bytes));
             moved = true;
         }
         moved

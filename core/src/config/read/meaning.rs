@@ -154,6 +154,7 @@ fn byte_born(place: &Field<'_>, route: &Route, protocol_type: &str, no_hosts: bo
         ("limits.body", policies.limits.body.is_some()),
         ("compression", policies.compression.is_some()),
         ("hsts", policies.hsts.is_some()),
+        ("affinity", policies.affinity.is_some()),
     ];
     for (path, asked) in asked {
         if asked {

@@ -9,8 +9,8 @@ use http::{HeaderName, HeaderValue};
 use super::{COUNT_MAX, networks, size, timeout};
 use crate::config::files::Files;
 use crate::config::policy::{
-    Addresses, BasicAuth, Compression, HeaderChanges, Hsts, Policies, Rate, Redirect, Retries,
-    Rewrite, RouteLimits, RouteTimeouts,
+    Addresses, Affinity, BasicAuth, Compression, HeaderChanges, Hsts, Policies, Rate, Redirect,
+    Retries, Rewrite, RouteLimits, RouteTimeouts,
 };
 use crate::config::raw::{Field, Section, Value};
 use crate::config::{duration_text, value};
@@ -27,6 +27,7 @@ pub(crate) const POLICY_KEYS: &[&str] = &[
     "limits",
     "compression",
     "hsts",
+    "affinity",
 ];
 pub(crate) const TIMEOUTS_KEYS: &[&str] = &["connect", "response_head", "idle", "total"];
 pub(crate) const RETRIES_KEYS: &[&str] = &["attempts", "budget", "budget_min"];
@@ -38,6 +39,7 @@ pub(crate) const ADDRESSES_KEYS: &[&str] = &["allow", "deny"];
 pub(crate) const LIMITS_KEYS: &[&str] = &["rate", "rate_per_client", "concurrent", "body"];
 pub(crate) const RATE_KEYS: &[&str] = &["count", "per", "burst"];
 pub(crate) const COMPRESSION_KEYS: &[&str] = &["level", "min_size"];
+pub(crate) const AFFINITY_KEYS: &[&str] = &["cookie", "max_age"];
 pub(crate) const HSTS_KEYS: &[&str] = &["max_age", "include_subdomains", "preload"];
 
 /// Most retries of one exchange: each holds what was sent, and a service that fails so often is not
@@ -83,6 +85,11 @@ pub(crate) const HSTS_MAX_AGE: Duration = Duration::from_secs(365 * 24 * 3600);
 /// Ten years. Longer ones are a mistaken unit.
 pub(crate) const HSTS_MAX_AGE_MAX: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
+/// Longest name of a cookie: it comes with every request.
+pub(crate) const COOKIE_BYTES_MAX: usize = 64;
+/// Browsers cut what is longer (RFC 6265bis §5.5: 400 days).
+pub(crate) const COOKIE_AGE_MAX: Duration = Duration::from_secs(400 * 24 * 3600);
+
 /// Fields that belong to the connection, to the framing of a message or to Sidelane.
 const FIELDS_NOT_CHANGED: [&str; 18] = [
     "connection",
@@ -120,6 +127,7 @@ pub(super) fn policies(section: &Section<'_>, files: Option<&mut Files<'_>>) -> 
     section.set("limits", &mut policies.limits, limits);
     section.set("compression", &mut policies.compression, |field| compression(field).map(Some));
     section.set("hsts", &mut policies.hsts, |field| hsts(field).map(Some));
+    section.set("affinity", &mut policies.affinity, |field| affinity(field).map(Some));
     policies
 }
 
@@ -496,18 +504,44 @@ fn compression(field: &Field<'_>) -> Option<Compression> {
     Some(compression)
 }
 
+fn affinity(field: &Field<'_>) -> Option<Affinity> {
+    let section = field.section(AFFINITY_KEYS)?;
+    let cookie = section.require("cookie", "the cookie's name, as in sidelane-affinity");
+    let cookie = cookie.and_then(|field| field.parse(cookie_name));
+    let mut max_age = Duration::ZERO;
+    section.set("max_age", &mut max_age, |field| {
+        field.parse(|text| whole_seconds(text, COOKIE_AGE_MAX))
+    });
+    Some(Affinity { cookie: cookie?, max_age })
+}
+
+/// A token (RFC 6265 §4.1.1) without the prefixes that bind a cookie to what is not said of this one.
+fn cookie_name(text: &str) -> Result<Arc<str>, String> {
+    let is_token = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
+    let is_good = (1..=COOKIE_BYTES_MAX).contains(&text.len()) && text.bytes().all(is_token);
+    if is_good && !text.starts_with("__") {
+        return Ok(text.into());
+    }
+    Err(format!(
+        "{text:?} is not a name of a cookie (accepted: 1 to {COOKIE_BYTES_MAX} letters, digits and \
+         !#$%&'*+-.^_`|~, not beginning with __)"
+    ))
+}
+
+fn whole_seconds(text: &str, max: Duration) -> Result<Duration, String> {
+    let value = value::duration(text)?;
+    if value <= max && value.subsec_nanos() == 0 {
+        return Ok(value);
+    }
+    let max = duration_text(max);
+    Err(format!("{text} is out of bounds (accepted: whole seconds, 0s to {max})"))
+}
+
 fn hsts(field: &Field<'_>) -> Option<Hsts> {
     let section = field.section(HSTS_KEYS)?;
     let mut hsts = Hsts { max_age: HSTS_MAX_AGE, include_subdomains: false, preload: false };
     section.set("max_age", &mut hsts.max_age, |field| {
-        field.parse(|text| {
-            let value = value::duration(text)?;
-            if value <= HSTS_MAX_AGE_MAX && value.subsec_nanos() == 0 {
-                return Ok(value);
-            }
-            let max = duration_text(HSTS_MAX_AGE_MAX);
-            Err(format!("{text} is out of bounds (accepted: whole seconds, 0s to {max})"))
-        })
+        field.parse(|text| whole_seconds(text, HSTS_MAX_AGE_MAX))
     });
     section.set("include_subdomains", &mut hsts.include_subdomains, Field::boolean);
     section.set("preload", &mut hsts.preload, Field::boolean);

@@ -5,15 +5,22 @@ use std::time::Duration;
 
 use super::{
     LANES_MAX, LISTENER_KEYS, PROXIES_MAX, RELAY_KEYS, RELAY_LIMITS_KEYS, RELAY_TIMEOUTS_KEYS,
-    RELAY_TUNNEL_KEYS, Reader, THREADS_MAX, TUNNEL_ADDRESS, WEB_ADDRESS, arcs, items, networks,
-    size, timeout, twice, unique,
+    RELAY_TUNNEL_KEYS, Reader, THREADS_MAX, TUNNEL_ADDRESS, WARMUP_KEYS, WEB_ADDRESS, arcs, items,
+    networks, size, timeout, twice, unique,
 };
 use crate::config::credentials::Credentials;
 use crate::config::error::list;
 use crate::config::raw::{Field, Section};
 use crate::config::{
-    Balance, Carries, Listener, Relay, RelayLimits, RelayTimeouts, RelayTunnel, value,
+    Balance, Carries, HostPort, Listener, Relay, RelayLimits, RelayTimeouts, RelayTunnel, Warmup,
+    value,
 };
+
+/// Most relays that a sidecar is told of: more than it dials.
+pub(crate) const PEERS_MAX: usize = 256;
+
+/// Most sessions that a relay waits for: as many as it may have.
+pub(crate) const WARMUP_SESSIONS_MAX: usize = 1_000_000;
 
 /// Youngest age at which connections are ended: below it clients do little but connect.
 const CONNECTION_AGE_MIN: Duration = Duration::from_secs(1);
@@ -40,9 +47,11 @@ impl Reader<'_> {
                 tls: None,
                 insecure: false,
                 token: None,
+                peers: Vec::new(),
             },
             credentials: Credentials::default(),
             acme: None,
+            warmup: Warmup::default(),
             threads: 0,
             limits: RelayLimits::default(),
             timeouts: RelayTimeouts::default(),
@@ -84,6 +93,7 @@ impl Reader<'_> {
             relay.acme = self.acme(&field);
         }
         acme_for_names(&section, &relay);
+        section.set("warmup", &mut relay.warmup, warmup);
         section.set("threads", &mut relay.threads, |f| f.integer(0, THREADS_MAX));
         if let Some(field) = section.field("limits") {
             relay_limits(&field, &mut relay.limits);
@@ -114,6 +124,7 @@ impl Reader<'_> {
             tunnel.tls = self.tunnel_tls(&field, is_shared);
         }
         section.set("insecure", &mut tunnel.insecure, Field::boolean);
+        section.set("peers", &mut tunnel.peers, peers);
         let as_written = self.token(section, &mut tunnel.token).is_some();
         as_written && tunnel.token.is_none()
     }
@@ -171,6 +182,33 @@ impl Reader<'_> {
             https_redirect,
         })
     }
+}
+
+/// Reads when a relay that has just started is ready.
+fn warmup(field: &Field<'_>) -> Option<Warmup> {
+    let section = field.section(WARMUP_KEYS)?;
+    let mut warmup = Warmup::default();
+    section.set("time", &mut warmup.time, |f| timeout(f, Duration::ZERO));
+    section.set("sessions", &mut warmup.sessions, |f| f.integer(0, WARMUP_SESSIONS_MAX));
+    if let Some(sessions) = section.field("sessions").filter(|_| warmup.time.is_zero()) {
+        sessions.warn("has no effect: `time` is 0s, and no session is waited for");
+    }
+    Some(warmup)
+}
+
+/// Reads relays that sidecars are told of.
+fn peers(field: &Field<'_>) -> Option<Vec<HostPort>> {
+    let peers = field.list_of(|item| item.parse(value::host_port))?;
+    if peers.len() > PEERS_MAX {
+        field.fail(format!("has {} relays (accepted: at most {PEERS_MAX})", peers.len()));
+    }
+    for (index, peer) in peers.iter().enumerate() {
+        if peers[..index].contains(peer) {
+            let place = field.item(index).filter(|_| field.item(peers.len()).is_none());
+            place.as_ref().unwrap_or(field).fail(format!("\"{peer}\" stands here twice"));
+        }
+    }
+    Some(peers)
 }
 
 /// Tells ports that clients are sent to and at which no listener speaks TLS. Port 0 may be any.

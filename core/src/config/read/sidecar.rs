@@ -24,6 +24,7 @@ impl Reader<'_> {
             name: host_name(),
             relays: Relays::Embedded,
             proxy: None,
+            follow_peers: true,
             resolve_interval: RESOLVE_INTERVAL,
             token: None,
             token_file: None,
@@ -57,6 +58,7 @@ impl Reader<'_> {
             ),
             None => {}
         }
+        section.set("follow_peers", &mut sidecar.follow_peers, Field::boolean);
         section.set("resolve_interval", &mut sidecar.resolve_interval, |f| {
             timeout(f, RESOLVE_INTERVAL_MIN)
         });

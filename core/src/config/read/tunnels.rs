@@ -20,6 +20,10 @@ pub(crate) const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 pub(crate) const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) const HEALTHY_AFTER: u32 = 1;
 pub(crate) const UNHEALTHY_AFTER: u32 = 3;
+/// Largest weight of a sidecar: a machine that takes a hundred times what another does should not stand
+/// beside it.
+pub(crate) const SIDECAR_WEIGHT_MAX: u32 = 100;
+
 /// Most checks in a row that a change of state waits for.
 pub(crate) const CHECKS_MAX: u32 = 100;
 
@@ -84,6 +88,8 @@ impl Reader<'_> {
         section.set("health_check", &mut health_check, |f| self::health_check(f).map(Some));
         let mut wait = Duration::ZERO;
         section.set("wait", &mut wait, |f| timeout(f, Duration::ZERO));
+        let mut weight = 1;
+        section.set("weight", &mut weight, |f| f.integer(1, SIDECAR_WEIGHT_MAX));
         let (service, is_https) = service?;
         Some(Tunnel {
             name: name?,
@@ -96,6 +102,7 @@ impl Reader<'_> {
             proxy_protocol,
             health_check,
             wait,
+            weight,
         })
     }
 }

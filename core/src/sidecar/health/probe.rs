@@ -335,6 +335,7 @@ mod tests {
             proxy_protocol: None,
             health_check: None,
             wait: Duration::ZERO,
+            weight: 1,
         })
     }
 

@@ -104,6 +104,7 @@ fn tunnel(service: ServiceAddress, tls: ClientTls) -> Tunnel {
         proxy_protocol: None,
         health_check: None,
         wait: Duration::ZERO,
+        weight: 1,
     }
 }
 
