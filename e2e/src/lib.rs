@@ -9,8 +9,10 @@
 pub mod authority;
 pub mod browser;
 pub mod client;
+pub mod connect;
 pub mod fault;
 pub mod load;
+pub mod nginx;
 pub mod nobody;
 pub mod pebble;
 pub mod peer;
