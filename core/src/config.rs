@@ -150,7 +150,7 @@ pub struct Config {
     pub log: Log,
     /// How long running exchanges may take after SIGTERM.
     pub drain_timeout: Duration,
-    /// How long a relay takes new clients after SIGTERM.
+    /// How long a relay that is withdrawn takes new clients at least.
     pub withdraw_timeout: Duration,
     /// What runs and is yet likely a mistake, sorted by place.
     pub warnings: Vec<ConfigError>,
@@ -265,7 +265,17 @@ pub struct RelayTunnel {
     pub token: Option<Secret>,
     /// Other relays that sidecars are told of, which dial them too.
     pub peers: Vec<HostPort>,
+    /// Where sidecars dial further lanes, and those that come back; `None`: where they dialled the session.
+    pub advertise: Option<HostPort>,
+    /// How long a lane that has lost its connection is waited for; zero: not at all.
+    pub grace: Duration,
+    /// Bytes kept for that, per lane and direction, at most.
+    pub replay: u64,
 }
+
+/// Bytes that a lane keeps, per direction, until the other end has acknowledged them: a window of 4 MiB of
+/// a few exchanges at once.
+pub const REPLAY_BYTES: u64 = 16 << 20;
 
 /// Bounds of a relay.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -423,11 +433,18 @@ pub struct SidecarLimits {
     pub queued: u64,
     /// Largest credit window of an exchange and direction, in bytes.
     pub window: u64,
+    /// Bytes kept for a lane's return, per lane and direction, at most.
+    pub replay: u64,
 }
 
 impl Default for SidecarLimits {
     fn default() -> Self {
-        Self { exchanges_per_session: 10_000, queued: 256 << 20, window: 4 << 20 }
+        Self {
+            exchanges_per_session: 10_000,
+            queued: 256 << 20,
+            window: 4 << 20,
+            replay: REPLAY_BYTES,
+        }
     }
 }
 

@@ -7,6 +7,7 @@ pub mod acme;
 mod address;
 pub mod admin;
 pub mod announcement;
+pub mod choice;
 pub mod config;
 pub mod credentials;
 pub mod error;

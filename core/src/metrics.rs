@@ -24,9 +24,11 @@ use crate::plugin::MetricSink;
 use crate::tunnel::carrier::Kind;
 
 mod acme;
+mod balance;
 mod cell;
 mod credentials;
 mod ended;
+mod lanes;
 mod plugins;
 mod process;
 mod routes;
@@ -34,8 +36,10 @@ mod sidecar;
 mod tls;
 
 pub use acme::AcmeMetrics;
+pub use balance::{BalanceMetrics, MoveReason};
 pub use credentials::CredentialMetrics;
 pub use ended::Ended;
+pub use lanes::LaneMetrics;
 
 use cell::Timing;
 use ended::{Details, Tally};
@@ -51,7 +55,7 @@ const NAMES_MAX: usize = 10_000;
 
 /// Why handshakes are refused: by the relay's bounds, and by the tunnel's protocol
 /// (`RefuseReason`).
-const HANDSHAKE_REASONS: [&str; 10] = [
+const HANDSHAKE_REASONS: [&str; 11] = [
     "rate",
     "failures",
     "tls",
@@ -60,6 +64,7 @@ const HANDSHAKE_REASONS: [&str; 10] = [
     "VERSION",
     "CREDENTIAL",
     "UNKNOWN_SESSION",
+    "WRONG_RELAY",
     "OVERLOADED",
     "MALFORMED",
 ];
@@ -156,7 +161,7 @@ pub struct Metrics {
     bytes: Family<FlowLabels, cell::Counter>,
     crossing: cell::Counter,
     sessions: Family<RoleLabel, Gauge>,
-    lanes: Family<RoleLabel, Gauge>,
+    lanes_up: Family<RoleLabel, Gauge>,
     lane_connections: Family<CarrierLabel, Gauge>,
     lanes_lost: Family<RoleLabel, Counter>,
     reconnects: Counter,
@@ -180,8 +185,12 @@ pub struct Metrics {
     panics: Family<PluginLabels, Gauge>,
     generations: Family<GenerationLabels, Gauge>,
     quarantined: Family<PluginLabels, Gauge>,
+    /// What is counted of sidecars that share tunnels.
+    pub balance: BalanceMetrics,
     /// What is counted of sidecars' credentials.
     pub credentials: CredentialMetrics,
+    /// What is counted of lanes' connections.
+    pub lanes: LaneMetrics,
     /// What the sidecar's end counts beside exchanges.
     pub sidecar: SidecarMetrics,
     /// What is counted of TLS.
@@ -220,7 +229,7 @@ impl Metrics {
             bytes: Family::default(),
             crossing: cell::Counter::default(),
             sessions: Family::default(),
-            lanes: Family::default(),
+            lanes_up: Family::default(),
             lane_connections: Family::default(),
             lanes_lost: Family::default(),
             reconnects: Counter::default(),
@@ -243,7 +252,9 @@ impl Metrics {
             panics: Family::default(),
             generations: Family::default(),
             quarantined: Family::default(),
+            balance: BalanceMetrics::default(),
             credentials: CredentialMetrics::default(),
+            lanes: LaneMetrics::default(),
             sidecar: SidecarMetrics::default(),
             tls: TlsMetrics::default(),
             acme: AcmeMetrics::default(),
@@ -281,7 +292,7 @@ impl Metrics {
             "Sidecars connected to this relay, or relays that this sidecar is connected to",
             self.sessions.clone(),
         );
-        r.register("lanes", "Lanes that are up", self.lanes.clone());
+        r.register("lanes", "Lanes that are up", self.lanes_up.clone());
         r.register(
             "lane_connections",
             "Connections on which lanes run, by what carries them",
@@ -368,7 +379,9 @@ impl Metrics {
             "1 where a plugin panicked too often and takes nothing",
             self.quarantined.clone(),
         );
+        self.balance.register(r);
         self.credentials.register(r);
+        self.lanes.register(r);
         self.sidecar.register(r);
         self.tls.register(r);
         self.acme.register(r);
@@ -387,11 +400,12 @@ impl Metrics {
     /// The process has this role: its rows stand from here on.
     pub fn role(&self, role: &'static str) {
         drop(self.sessions.get_or_create(&RoleLabel { role }));
-        drop(self.lanes.get_or_create(&RoleLabel { role }));
+        drop(self.lanes_up.get_or_create(&RoleLabel { role }));
         drop(self.lanes_lost.get_or_create(&RoleLabel { role }));
         for carrier in Kind::ALL.map(Kind::label) {
             drop(self.lane_connections.get_or_create(&CarrierLabel { role, carrier }));
         }
+        self.lanes.begin(role);
         if role == "relay" {
             self.credentials.begin();
             for reason in HANDSHAKE_REASONS {
@@ -547,7 +561,7 @@ impl Metrics {
     /// A lane is up until the guard goes.
     #[must_use]
     pub fn lane_up(&self, role: &'static str) -> Up {
-        Up::new(self.lanes.get_or_create_owned(&RoleLabel { role }))
+        Up::new(self.lanes_up.get_or_create_owned(&RoleLabel { role }))
     }
 
     /// A connection carries a lane until the guard goes.

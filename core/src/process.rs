@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::json;
-use sidelane_tunnel::{LaneConfig, Side};
+use sidelane_tunnel::{Budget, LaneConfig, Side};
 use thiserror::Error;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{broadcast, mpsc};
@@ -485,12 +485,16 @@ fn own_relay(section: &config::Sidecar, relay: Option<&Relay>) -> Option<sidecar
 }
 
 fn sidecar_settings(section: &config::Sidecar) -> sidecar::Settings {
+    let lane = LaneConfig::new(Side::Sidecar);
     sidecar::Settings {
         name: section.name.to_string(),
         lanes: u32::try_from(section.lanes).unwrap_or(u32::MAX),
         lane: LaneConfig {
             exchanges_max: section.limits.exchanges_per_session,
-            ..windows(LaneConfig::new(Side::Sidecar), section.limits.window)
+            replay_bytes_min: lane.replay_bytes_min.min(section.limits.replay),
+            replay_bytes_max: section.limits.replay,
+            replay_budget: Some(Arc::new(Budget::new(section.limits.queued))),
+            ..windows(lane, section.limits.window)
         },
         timeouts: dial::Timeouts {
             connect: section.timeouts.dial,

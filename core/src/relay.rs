@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use arc_swap::ArcSwap;
+use sidelane_tunnel::Budget;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -20,15 +21,20 @@ use crate::tls::Issued;
 use crate::tunnel::pressure;
 use crate::tunnel::session::{Session, Sessions};
 
+mod affinity;
+mod aim;
 mod announce;
 mod bounds;
 mod document;
 mod door;
+mod eject;
 mod entry;
 mod explain;
 mod knock;
+mod lanes;
 mod listen;
 mod listeners;
+mod moving;
 mod open;
 mod plain;
 mod policy;
@@ -49,6 +55,7 @@ use bounds::{credential_rules, millis, session_settings};
 use door::Door;
 use entry::HttpEntry;
 use listeners::Listeners;
+use moving::KeptBytes;
 use routing::Routing;
 use sources::Sources;
 use tls::Handshakes;
@@ -62,6 +69,8 @@ pub struct Relay {
     plugins: Arc<Plugins>,
     metrics: Arc<Metrics>,
     sessions: Sessions,
+    /// What all lanes may keep for their return.
+    budget: Arc<Budget>,
     routing: ArcSwap<Routing>,
     /// As clients know them.
     sources: Mutex<Sources>,
@@ -84,13 +93,18 @@ pub struct Relay {
     tls_handshakes: Arc<Handshakes>,
     /// Of clients, on all listeners.
     connections: AtomicUsize,
+    /// Held while a sidecar is left aside.
+    ejecting: Mutex<()>,
+    /// Of exchanges that may move.
+    kept_bytes: KeptBytes,
     flows: Flows,
 }
 
 impl Relay {
     /// Returns the role; nobody is let in before [`Relay::start`].
     pub fn new(section: &config::Relay, plugins: Arc<Plugins>, metrics: Arc<Metrics>) -> Arc<Self> {
-        let settings = session_settings(section, &plugins);
+        let budget = Arc::new(Budget::new(section.limits.queued));
+        let settings = session_settings(section, &plugins, &budget);
         let rules = credential_rules(section);
         let authenticator = Arc::new(Authenticator::new(rules, Arc::clone(&metrics)));
         let issued = Arc::default();
@@ -99,6 +113,7 @@ impl Relay {
             plugins,
             metrics,
             sessions: Sessions::new(settings),
+            budget,
             routing: ArcSwap::default(),
             sources: Mutex::new(Sources {
                 base_domains: section.base_domains.clone(),
@@ -116,6 +131,8 @@ impl Relay {
             issued,
             tls_handshakes: Arc::default(),
             connections: AtomicUsize::new(0),
+            ejecting: Mutex::default(),
+            kept_bytes: KeptBytes::default(),
             flows: Flows::new("relay"),
         })
     }
@@ -139,7 +156,8 @@ impl Relay {
     pub fn limit(&self, section: &config::Relay) {
         self.listeners.set_settings(EntrySettings::of(section));
         self.listeners.set_tunnel(&section.tunnel, &self.issued);
-        self.sessions.set(session_settings(section, &self.plugins));
+        self.budget.set_max(section.limits.queued);
+        self.sessions.set(session_settings(section, &self.plugins, &self.budget));
         self.door.set(section, &self.issued, &self.metrics);
         self.authenticator.set(credential_rules(section));
         self.recheck();
@@ -251,7 +269,8 @@ impl Relay {
     pub fn balance(&self, queued_max: u64) {
         let sessions = self.sessions.all();
         let links: Vec<_> = sessions.iter().flat_map(|session| session.lanes().to_vec()).collect();
-        pressure::balance(&links, queued_max);
+        let held = pressure::balance(&links, queued_max);
+        self.metrics.lanes.set_held("relay", &held, queued_max);
     }
 
     /// Clients' connections that are open.
@@ -368,6 +387,7 @@ impl Relay {
     /// expired; called every second.
     pub fn expire(&self, now: Instant) {
         self.end_expired(SystemTime::now());
+        self.look_at_ejected();
         let mut sources = self.lock_sources();
         let before = sources.lost.len();
         sources.lost.retain(|(since, _)| now.duration_since(*since) < LOST_ROUTES_KEPT);

@@ -22,10 +22,12 @@ use crate::shard::Shard;
 use crate::tunnel::Link;
 use crate::tunnel::dial;
 use crate::tunnel::pressure;
+use crate::tunnel::session::surest;
 
 mod access;
 mod health;
 mod hold;
+mod lane;
 mod peer;
 mod proxy_header;
 mod relays;
@@ -105,6 +107,30 @@ struct Session {
     protocols: ProtocolTable,
     lane: LaneConfig,
     lanes_max: u32,
+    /// Of the relay that has it.
+    relay_instance: bytes::Bytes,
+    /// Where the relay wants further lanes and those that come back; empty: where the session was dialled.
+    advertised: String,
+    /// The advertised address cannot be reached from here; where the session was dialled is tried.
+    is_elsewhere: AtomicBool,
+    /// How long the relay waits for a lane that has lost its connection; zero: not at all.
+    grace: Duration,
+}
+
+impl Session {
+    /// What is dialled for a lane of it, and whether the relay has said so.
+    fn target<'a>(&'a self, peer: &'a Peer) -> (&'a str, bool) {
+        if self.advertised.is_empty() || self.is_elsewhere.load(Ordering::Relaxed) {
+            (&peer.target, false)
+        } else {
+            (&self.advertised, true)
+        }
+    }
+
+    /// What was dialled cannot be reached: the other address is tried, where there are two.
+    fn not_reached(&self) {
+        self.is_elsewhere.fetch_not(Ordering::Relaxed);
+    }
 }
 
 impl Sidecar {
@@ -268,7 +294,8 @@ impl Sidecar {
     ///
     /// [`PRESSURE_TICK`]: crate::tunnel::pressure::PRESSURE_TICK
     pub fn balance(&self, queued_max: u64) {
-        pressure::balance(&self.links(), queued_max);
+        let held = pressure::balance(&self.links(), queued_max);
+        self.metrics.lanes.set_held("sidecar", &held, queued_max);
     }
 
     /// Exchanges that run.
@@ -317,7 +344,9 @@ impl Sidecar {
             }
             Event::GoAway(go_away) => {
                 let (relay, lane, reason) = (&*peer.name, link.number, &*visible(&go_away.detail));
-                if go_away.code == failure::DRAINING {
+                if go_away.code == failure::DRAINING && link.is_leaving() {
+                    tracing::debug!(relay, lane, reason, "the relay is done with this lane");
+                } else if go_away.code == failure::DRAINING {
                     tracing::info!(relay, lane, reason, "the relay takes nothing new on this lane");
                     self.relay_leaves(peer);
                 } else {
@@ -438,7 +467,7 @@ impl Sidecar {
     /// Sends the current document on a lane that is up.
     fn announce(&self, peer: &Peer) {
         let document = Arc::clone(&self.document.borrow());
-        if let Some(link) = peer.with(|state| state.lanes.first().cloned()) {
+        if let Some(link) = peer.with(|state| surest(&state.lanes).cloned()) {
             let is_sent = link.with(|lane| lane.announce(proto::Announce::clone(&document)));
             if !is_sent {
                 tracing::error!(

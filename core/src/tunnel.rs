@@ -14,6 +14,7 @@ pub mod gate;
 mod link;
 pub mod pressure;
 pub mod proxy;
+pub mod returning;
 pub mod session;
 pub mod transport;
 
@@ -22,4 +23,4 @@ pub(crate) mod test_tls;
 
 pub use drive::{LaneEnd, drive};
 pub use exchange::{RecvHalf, SendHalf};
-pub use link::Link;
+pub use link::{Awaited, Link};

@@ -221,6 +221,46 @@ def case_talk(address):
     return {"after": after, **outcome(chat)}
 
 
+def case_numbers(address):
+    """Numbered messages of many sizes both ways, a bounded number in flight, until a line comes in."""
+    slots, ended = threading.Semaphore(IN_FLIGHT), threading.Event()
+    sent = 0
+
+    def requests():
+        nonlocal sent
+        while not ended.is_set():
+            slots.acquire()
+            yield numbered(sent)
+            sent += 1
+
+    def until_told():
+        sys.stdin.readline()
+        ended.set()
+        slots.release()
+
+    replies = Peer(address).chat(requests())
+    seen = {"received": 0, "wrong": []}
+    threading.Thread(target=until_told, daemon=True).start()
+
+    def checked():
+        for reply in replies:
+            if reply != numbered(seen["received"]):
+                seen["wrong"].append(seen["received"])
+            if not seen["received"]:
+                print(json.dumps({"begun": True}), flush=True)
+            seen["received"] += 1
+            slots.release()
+            yield reply
+
+    end = outcome(checked())
+    return {**end, **seen, "sent": sent}
+
+
+def numbered(number):
+    """A message that no other is equal to, of 4 to 3,003 bytes."""
+    return number.to_bytes(4, "big") + bytes(number * 37 % 3000)
+
+
 def case_load(address):
     """Calls without a pause until the input ends: on channels that are kept, and on one for each call."""
     ended = threading.Event()
@@ -381,6 +421,7 @@ CASES = {
     "cancel": case_cancel,
     "held": case_held,
     "talk": case_talk,
+    "numbers": case_numbers,
     "load": case_load,
     "large": case_large,
     "limit": case_limit,

@@ -14,12 +14,11 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 use line::Line;
 use pump::{Flow, Outcome};
@@ -71,6 +70,8 @@ pub struct Shape {
 pub struct Carried {
     /// Counted from 0, in the order in which they were made.
     pub number: usize,
+    /// When the wire took it.
+    pub begun: Instant,
     /// It is in place, and nothing has harmed it.
     pub well: bool,
     /// Bytes to the relay.
@@ -125,8 +126,9 @@ struct Handle {
     traffic: Arc<Traffic>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Traffic {
+    begun: Instant,
     up: AtomicU64,
     down: AtomicU64,
     harmed: AtomicBool,
@@ -292,6 +294,7 @@ impl Handle {
     fn carried(&self, number: usize) -> Carried {
         Carried {
             number,
+            begun: self.traffic.begun,
             well: !self.traffic.harmed.load(Ordering::SeqCst),
             up: self.traffic.up.load(Ordering::SeqCst),
             down: self.traffic.down.load(Ordering::SeqCst),
@@ -350,7 +353,12 @@ async fn serve(listener: TcpListener, address: SocketAddr, shared: Arc<Shared>) 
 async fn carry(dialler: TcpStream, silent: bool, shared: Arc<Shared>) {
     let control = Control { stalls_up: silent, stalls_down: silent, end: None };
     let (control, mut watched) = watch::channel(control);
-    let traffic = Arc::new(Traffic { harmed: AtomicBool::new(silent), ..Traffic::default() });
+    let traffic = Arc::new(Traffic {
+        begun: Instant::now(),
+        up: AtomicU64::new(0),
+        down: AtomicU64::new(0),
+        harmed: AtomicBool::new(silent),
+    });
     let handle = Handle { control: Arc::new(control), traffic: Arc::clone(&traffic) };
     let (number, target) = {
         let mut state = shared.state();
@@ -383,7 +391,7 @@ async fn run(
         // An error shows when bytes are to pass.
         let _ = side.set_nodelay(true);
     }
-    let begun = Instant::now();
+    let begun = traffic.begun.into();
     // Another number for each direction of each connection.
     let seed = shape.seed.wrapping_add(2 * number);
     let up = Flow {

@@ -7,6 +7,7 @@
 #![allow(clippy::print_stderr, reason = "a failing test shows the program's log")]
 
 pub mod authority;
+pub mod balancer;
 pub mod browser;
 pub mod client;
 pub mod connect;
@@ -14,6 +15,7 @@ pub mod fault;
 pub mod load;
 pub mod nginx;
 pub mod nobody;
+pub mod pattern;
 pub mod pebble;
 pub mod peer;
 pub mod process;

@@ -267,6 +267,19 @@ pub enum Event {
     Suspect(bool),
 }
 
+/// How an exchange stands: whether another end may be given what this one was sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Fate {
+    /// How it ended on the wire; `None`: it goes on.
+    pub closed: Option<Reset>,
+    /// As [`Lane::is_refused`].
+    pub refused: bool,
+    /// As [`Lane::is_dispatched`].
+    pub dispatched: bool,
+    /// Something of the peer's direction came.
+    pub answered: bool,
+}
+
 /// A lane's numbers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct LaneStats {
@@ -670,6 +683,17 @@ impl Lane {
     pub fn is_refused(&self, key: Key) -> bool {
         self.exchanges.find(key).is_some_and(|exchange| {
             exchange.refused || (exchange.closed.is_some() && exchange.open.is_some())
+        })
+    }
+
+    /// Returns how an exchange stands, for whoever may send it elsewhere; `None`: the key is stale.
+    #[must_use]
+    pub fn fate(&self, key: Key) -> Option<Fate> {
+        self.exchanges.find(key).map(|exchange| Fate {
+            closed: exchange.closed,
+            refused: self.is_refused(key),
+            dispatched: exchange.dispatched,
+            answered: exchange.recv.begun || exchange.recv.ended,
         })
     }
 

@@ -49,8 +49,8 @@ pub use handshake::{
 };
 pub use id::{InvalidRequestId, REQUEST_ID_BYTES_MAX, RequestId, Side};
 pub use lane::{
-    Event, Lane, LaneConfig, LaneError, LaneStats, OPEN_RECORD_BYTES_MAX, OpenError, Pressure,
-    SEND_QUEUE_BYTES_MAX,
+    Event, Fate, Lane, LaneConfig, LaneError, LaneStats, OPEN_RECORD_BYTES_MAX, OpenError,
+    Pressure, SEND_QUEUE_BYTES_MAX,
 };
 pub use outbox::{QUANTUM_BYTES, SPARSE_BYTES_MAX};
 pub use payload::{Payload, Received, Reset};

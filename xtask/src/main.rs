@@ -1,4 +1,5 @@
-//! Tasks behind the cargo aliases: `cargo demo`, `cargo test-all`, `cargo bench-e2e`, `cargo soak`.
+//! Tasks behind the cargo aliases: `cargo demo`, `cargo test-all`, `cargo bench-e2e`, `cargo soak`,
+//! `cargo measure`.
 //!
 //! Knows how the workspace is built and started; knows nothing of what the programs do.
 #![allow(clippy::print_stdout, reason = "a task talks to the person who started it")]
@@ -15,6 +16,7 @@ tasks of this workspace:
   cargo test-all [ARGS]   prepare what tests need and run all of them; ARGS go to `cargo test`
   cargo bench-e2e [ARGS]  head-to-head with nginx and haproxy; ARGS go to bench/run.py
   cargo soak [RELOADS]    that many reloads under load (1000), on a release build; says what came of it
+  cargo measure [ARGS]    what docs/measurements.md says of sessions, on a release build; --help says of what
 ";
 
 fn main() -> ExitCode {
@@ -26,6 +28,7 @@ fn main() -> ExitCode {
         Some("test") => test::run(&rest),
         Some("bench") => workspace::bench(&rest),
         Some("soak") => workspace::soak(&rest),
+        Some("measure") => workspace::measure(&rest),
         _ => {
             eprint!("{USAGE}");
             return ExitCode::from(2);

@@ -15,6 +15,9 @@ pub(crate) const DEMO_PACKAGE: &str = "sidelane-demo-service";
 /// The head-to-head's own load and services.
 const LOAD_PACKAGE: &str = "sidelane-bench-load";
 
+/// What measures sessions.
+const MEASURE_PACKAGE: &str = "sidelane-e2e";
+
 /// Returns the workspace's root.
 pub(crate) fn root() -> PathBuf {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -80,6 +83,17 @@ pub(crate) fn soak(arguments: &[String]) -> Result<()> {
         .args(["--exact", "--nocapture", "reload_soak::reloads_under_load_lose_and_leak_nothing"])
         .env("SIDELANE_BUILD_DIR", target().join("release"))
         .env("SIDELANE_SOAK_RELOADS", reloads.to_string());
+    run(&mut command)
+}
+
+/// Measures sessions on a release build.
+pub(crate) fn measure(arguments: &[String]) -> Result<()> {
+    let mut packages = PROGRAM_PACKAGES.to_vec();
+    packages.push(MEASURE_PACKAGE);
+    build("release", &packages)?;
+    let release = target().join("release");
+    let mut command = Command::new(release.join("sidelane-measure"));
+    command.current_dir(root()).args(arguments).env("SIDELANE_BUILD_DIR", release);
     run(&mut command)
 }
 

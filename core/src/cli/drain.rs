@@ -87,6 +87,8 @@ fn end(address: &str, until: Instant) -> Result<(), Failed> {
 /// What is left, as the page says.
 struct State {
     exchanges: u64,
+    /// Of clients, at a relay.
+    connections: u64,
     /// Relays that have acknowledged, and all; `None`: there is no sidecar, or it serves the relay of its
     /// own process.
     relays: Option<(usize, usize)>,
@@ -108,13 +110,14 @@ impl State {
         let silent: Vec<String> = silent.collect();
         Self {
             exchanges: page["exchanges"].as_u64().unwrap_or_default(),
+            connections: page["connections"].as_u64().unwrap_or_default(),
             relays: relays.map(|relays| (relays.len() - silent.len(), relays.len())),
             silent,
         }
     }
 
     fn is_done(&self) -> bool {
-        self.exchanges == 0 && self.silent.is_empty()
+        self.exchanges == 0 && self.connections == 0 && self.silent.is_empty()
     }
 
     fn line(&self) -> String {
@@ -127,10 +130,15 @@ impl State {
     }
 
     fn running(&self) -> String {
-        match self.exchanges {
+        let exchanges = match self.exchanges {
             0 => "nothing runs".to_owned(),
             1 => "1 exchange runs".to_owned(),
             many => format!("{many} exchanges run"),
+        };
+        match self.connections {
+            0 => exchanges,
+            1 => exchanges + ", 1 client is connected",
+            many => format!("{exchanges}, {many} clients are connected"),
         }
     }
 
@@ -162,10 +170,16 @@ mod tests {
     fn what_is_left_is_told() {
         let relay = |name: &str, acknowledged: bool, refused: Json| json!({ "relay": name, "acknowledged": acknowledged, "refused": refused });
         check(
-            &json!({ "exchanges": 0, "connections": 3, "relays": null }),
+            &json!({ "exchanges": 0, "connections": 0, "relays": null }),
             "withdrawn; nothing runs",
             "--wait is over: nothing runs",
             true,
+        );
+        check(
+            &json!({ "exchanges": 2, "connections": 3, "relays": null }),
+            "withdrawn; 2 exchanges run, 3 clients are connected",
+            "--wait is over: 2 exchanges run, 3 clients are connected",
+            false,
         );
         check(
             &json!({ "exchanges": 1, "relays": [relay("a:1", true, Json::Null)] }),

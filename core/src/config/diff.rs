@@ -19,7 +19,9 @@ pub struct Changes {
     pub base_domains: bool,
     /// What connections, sessions and handshakes go by: `relay.limits`, `relay.timeouts`,
     /// `relay.trusted_proxies`, `relay.max_connection_age`, `relay.tunnel.listener`, `relay.tunnel.tls`
-    /// (with `insecure`), `relay.tunnel.token`, `relay.tunnel.peers`, `relay.credentials` (with `token_issuers`), `relay.acme`.
+    /// (with `insecure`), `relay.tunnel.token`, `relay.tunnel.advertise`, `relay.tunnel.grace`,
+    /// `relay.tunnel.replay`, `relay.tunnel.peers`,
+    /// `relay.credentials` (with `token_issuers`), `relay.acme`.
     pub relay: Vec<&'static str>,
     /// What relays are dialled by: `sidecar.relays` (their TLS; where they are is for a start),
     /// `sidecar.follow_peers`, `sidecar.token`.
@@ -95,6 +97,9 @@ pub fn diff(old: &Config, new: &Config) -> Changes {
         differs("relay.tunnel.tls", tls(tunnel) != tls(new_tunnel));
         differs("relay.tunnel.token", tunnel.token != new_tunnel.token);
         differs("relay.tunnel.peers", tunnel.peers != new_tunnel.peers);
+        differs("relay.tunnel.advertise", tunnel.advertise != new_tunnel.advertise);
+        differs("relay.tunnel.grace", tunnel.grace != new_tunnel.grace);
+        differs("relay.tunnel.replay", tunnel.replay != new_tunnel.replay);
         differs("relay.credentials", old.credentials != new.credentials);
         differs("relay.acme", old.acme != new.acme);
     }

@@ -128,6 +128,16 @@ const fn loopback(port: u16) -> SocketAddr {
 /// Defaults of the addresses: loopback, so that a file says so before the world may come in.
 const WEB_ADDRESS: SocketAddr = loopback(9080);
 const TUNNEL_ADDRESS: SocketAddr = loopback(9081);
+
+/// How long a relay waits for a lane.
+const GRACE: Duration = Duration::from_secs(15);
+
+/// Longest such time: what a lane holds for its exchanges is held for so long.
+const GRACE_MAX: Duration = Duration::from_secs(300);
+
+/// What a lane may keep for its return.
+const REPLAY_BYTES_MIN: u64 = 64 << 10;
+const REPLAY_BYTES_MAX: u64 = 256 << 20;
 const HEALTH_ADDRESS: SocketAddr = loopback(9082);
 const ADMIN_ADDRESS: SocketAddr = loopback(9083);
 
@@ -178,8 +188,19 @@ pub(crate) const LISTENER_KEYS: &[&str] = &[
     "proxy_protocol",
     "balance",
 ];
-pub(crate) const RELAY_TUNNEL_KEYS: &[&str] =
-    &["address", "listener", "tls", "insecure", "token", "token_file", "token_env", "peers"];
+pub(crate) const RELAY_TUNNEL_KEYS: &[&str] = &[
+    "address",
+    "listener",
+    "tls",
+    "insecure",
+    "token",
+    "token_file",
+    "token_env",
+    "advertise",
+    "grace",
+    "replay",
+    "peers",
+];
 pub(crate) const RELAY_LIMITS_KEYS: &[&str] = &[
     "connections",
     "sessions",
@@ -214,7 +235,8 @@ pub(crate) const SIDECAR_KEYS: &[&str] = &[
     "timeouts",
 ];
 pub(crate) const RELAY_ADDRESS_KEYS: &[&str] = &["address", "tls", "insecure", "fallback", "proxy"];
-pub(crate) const SIDECAR_LIMITS_KEYS: &[&str] = &["exchanges_per_session", "queued", "window"];
+pub(crate) const SIDECAR_LIMITS_KEYS: &[&str] =
+    &["exchanges_per_session", "queued", "window", "replay"];
 pub(crate) const SIDECAR_TIMEOUTS_KEYS: &[&str] = &["dial", "handshake"];
 pub(crate) const TUNNEL_KEYS: &[&str] = &[
     "name",
@@ -697,15 +719,19 @@ fn unique<T>(field: &Field<'_>, kind: &str, items: &[(usize, T)], name: fn(&T) -
 }
 
 fn timeout(field: &Field<'_>, min: Duration) -> Option<Duration> {
+    duration_within(field, min, TIMEOUT_MAX)
+}
+
+fn duration_within(field: &Field<'_>, min: Duration, max: Duration) -> Option<Duration> {
     field.parse(|text| {
         let value = value::duration(text)?;
-        if (min..=TIMEOUT_MAX).contains(&value) {
+        if (min..=max).contains(&value) {
             Ok(value)
         } else {
             Err(format!(
                 "{text} is out of bounds (accepted: {} to {})",
                 duration_text(min),
-                duration_text(TIMEOUT_MAX)
+                duration_text(max)
             ))
         }
     })

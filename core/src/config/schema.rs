@@ -366,6 +366,7 @@ mod tls;
 use tls::{Acme, Hsts, Issuer, ListenerTls, Principal, RelayItem, ServiceTls, TunnelTls};
 
 const DAY: u64 = 24 * 3600 * 1000;
+const GRACE: u64 = 300 * 1000;
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
@@ -403,8 +404,8 @@ struct File {
     log: Log,
     /// How long running exchanges may take after SIGTERM.
     drain_timeout: Duration<0, DAY>,
-    /// How long a relay takes new clients after SIGTERM, not ready any more: until the balancer before it has noticed. Not waited for
-    /// where the relay was withdrawn before (`sidelane drain --withdraw`), and not after SIGINT.
+    /// How long a relay that is not ready any more takes new clients before it ends: until the balancer before it has noticed.
+    /// Counted from SIGTERM, or from a withdrawal before it; not waited for after SIGINT.
     withdraw_timeout: Duration<0, DAY>,
 }
 
@@ -489,6 +490,15 @@ struct RelayTunnel {
     token_file: FilePath,
     /// Environment variable that holds the token.
     token_env: Variable,
+    /// Where sidecars dial further lanes, and those that come back after the loss of their connection: this
+    /// relay's own address, where `address` is behind a virtual one.
+    #[schemars(extend("x-default" = "none: where the session was dialled"))]
+    advertise: Dial,
+    /// How long a lane that has lost its connection is waited for, and its exchanges with it; `0s`: not at
+    /// all. For new sessions.
+    grace: Duration<0, GRACE>,
+    /// Bytes kept for its return, per lane and direction, at most; within `limits.queued`. For new sessions.
+    replay: Size<{ 64 * KIB }, { 256 * MIB }>,
     /// Other relays that sidecars are told of when their sessions begin, and dial too; at most 256.
     peers: Vec<Dial>,
 }
@@ -598,6 +608,8 @@ struct SidecarLimits {
     queued: Size<MIB, TIB>,
     /// Largest credit of an exchange and direction.
     window: Size<{ 64 * KIB }, { 64 * MIB }>,
+    /// Bytes kept for a lane's return, per lane and direction, at most; within `queued`.
+    replay: Size<{ 64 * KIB }, { 256 * MIB }>,
 }
 
 /// Timeouts of a sidecar.

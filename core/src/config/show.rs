@@ -80,6 +80,9 @@ impl Relay {
                 "insecure": self.tunnel.insecure,
                 "token": masked(self.tunnel.token.as_ref()),
                 "peers": self.tunnel.peers.iter().map(ToString::to_string).collect::<Vec<_>>(),
+                "advertise": self.tunnel.advertise.as_ref().map(ToString::to_string),
+                "grace": duration_text(self.tunnel.grace),
+                "replay": size_text(self.tunnel.replay),
             },
             "credentials": self.credentials.principals.iter().map(|one| show_tls::principal(one)).collect::<Vec<_>>(),
             "token_issuers": self.credentials.issuers.iter().map(|one| show_tls::issuer(one)).collect::<Vec<_>>(),
@@ -137,6 +140,7 @@ impl Sidecar {
                 "exchanges_per_session": self.limits.exchanges_per_session,
                 "queued": size_text(self.limits.queued),
                 "window": size_text(self.limits.window),
+                "replay": size_text(self.limits.replay),
             },
             "timeouts": {
                 "dial": duration_text(self.timeouts.dial),

@@ -154,13 +154,15 @@ impl Process {
     /// noticed; then nobody new, then running exchanges, then lanes.
     pub(super) async fn end(&self, is_patient: bool) {
         let config = self.config();
-        let is_fresh = self.withdraw();
-        if is_fresh && is_patient && self.relay.is_some() && !config.withdraw_timeout.is_zero() {
+        self.withdraw();
+        let withdrawn_for = self.drain.lock().since.elapsed();
+        let left = config.withdraw_timeout.saturating_sub(withdrawn_for);
+        if is_patient && self.relay.is_some() && !left.is_zero() {
             tracing::info!(
-                seconds = config.withdraw_timeout.as_secs_f64(),
+                seconds = left.as_secs_f64(),
                 "not ready any more; new clients are taken until balancers have noticed"
             );
-            tokio::time::sleep(config.withdraw_timeout).await;
+            tokio::time::sleep(left).await;
         }
         if let Some(sidecar) = self.sidecar.as_ref().filter(|_| !self.is_embedded()) {
             let limit = ACKNOWLEDGED_WITHIN.min(config.drain_timeout);

@@ -1,8 +1,9 @@
 //! A relay's limits and timeouts, as sessions and handshakes take them.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use sidelane_tunnel::{LaneConfig, Side};
+use sidelane_tunnel::{Budget, LaneConfig, Side};
 
 use crate::config;
 use crate::credentials::Rules;
@@ -15,7 +16,11 @@ pub(super) fn millis(duration: Duration) -> u64 {
 }
 
 /// How sessions that begin are set up.
-pub(super) fn session_settings(section: &config::Relay, plugins: &Plugins) -> Settings {
+pub(super) fn session_settings(
+    section: &config::Relay,
+    plugins: &Plugins,
+    budget: &Arc<Budget>,
+) -> Settings {
     let limits = &section.limits;
     let lane = LaneConfig::new(Side::Relay);
     let window_max = limits.window;
@@ -28,8 +33,13 @@ pub(super) fn session_settings(section: &config::Relay, plugins: &Plugins) -> Se
             // An exchange's credit, that which it begins with too.
             receive_window: lane.receive_window.min(window_max),
             window_max,
+            replay_bytes_min: lane.replay_bytes_min.min(section.tunnel.replay),
+            replay_bytes_max: section.tunnel.replay,
+            replay_budget: Some(Arc::clone(budget)),
             ..lane
         },
+        grace: section.tunnel.grace,
+        advertise: section.tunnel.advertise.as_ref().map(|address| address.to_string().into()),
         protocols: plugins.types(),
     }
 }

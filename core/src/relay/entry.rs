@@ -17,6 +17,8 @@ use sidelane_abi::failure;
 use tokio::time::Instant;
 
 use super::Relay;
+use super::affinity::Sticky;
+use super::moving::Asks;
 use super::open::RelayOpener;
 use super::plain::{self, Said};
 use super::policy::{self, LimitedBody, Refusal, RouteState, Shaped, Shaping, Verdict, Watch};
@@ -57,6 +59,7 @@ impl Dispatch for HttpEntry {
             .as_ref()
             .map(|trusted| forwarded::client(connection.client_address, &head.headers, trusted));
         let asked = relay.metrics.is_followed().then(|| (head.method.clone(), head.target.clone()));
+        let asks = Asks::of(&head.method, head.protocol.as_deref(), false);
         let head = PreparedHead::new(head);
         let Some(plugin) = relay.plugins.claim(&head) else {
             responder.abort(lend::Reset::new(failure::NO_PROTOCOL));
@@ -131,7 +134,8 @@ impl Dispatch for HttpEntry {
                 route.cloned(),
                 None,
             )
-            .over(connection.tls.clone());
+            .over(connection.tls.clone())
+            .asking(asks);
             let call = plugin.accept_http(head, meta, body, responder, opener);
             return HttpExchange::Runs(call, record);
         };
@@ -261,7 +265,10 @@ impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
             ..
         } = self;
         let policies = &*state.policies;
-        let shaping = Shaping::new(&state, &head, &meta.scheme);
+        let sticky =
+            policies.affinity.as_ref().map(|affinity| Sticky::take(affinity, &mut head.headers));
+        let asks = Asks::of(&head.method, head.protocol.as_deref(), policies.retries.is_some());
+        let shaping = Shaping::new(&state, &head, &meta.scheme).sticky(sticky.clone());
         let prefix = &state.route.matches.path_prefix;
         policy::end_hop(&mut head.headers);
         let changes = &policies.request_headers;
@@ -277,7 +284,9 @@ impl<B: lend::Body, R: lend::Responder> Arrival<B, R> {
             Some(Arc::clone(&state.route)),
             Some(Arc::clone(&state)),
         )
-        .over(tls);
+        .over(tls)
+        .asking(asks)
+        .sticky(sticky);
         let (body, responder) = (LimitedBody::new(body, &state), responder.shape(shaping));
         let call = plugin.accept_http(PreparedHead::new(head), meta, body, responder, opener);
         let watch = Watch::new(admitted, began);

@@ -7,10 +7,10 @@ use std::sync::Arc;
 use serde_json::{Value as Json, json};
 use sidelane_tunnel::proto;
 
-use super::Relay;
 use super::document::{REASONS_MAX, shortened};
 use super::routing::{Routing, Serving};
 use super::sources::{Accepted, Earlier, Sources};
+use super::{Relay, policy};
 use crate::config::{Listener, Match, Route};
 use crate::explain::{self, Facts, NotInForce, Public, PublicListener, Question};
 use crate::tunnel::session::Session;
@@ -62,7 +62,7 @@ impl Facts for Known<'_> {
         let carries = |serving: &Serving| {
             protocol_type.is_none_or(|protocol_type| serving.carries(protocol_type).is_some())
         };
-        Some(tunnel.is_some_and(|tunnel| tunnel.in_turn().any(carries)))
+        Some(tunnel.is_some_and(|tunnel| tunnel.all().iter().any(carries)))
     }
 
     fn unavailable(&self, tunnel: &str) -> Vec<(String, String)> {
@@ -163,6 +163,7 @@ impl Relay {
             }
         }
         let unavailable = unavailable(&sources);
+        let (routing, now) = (self.routing.load(), policy::now());
         let describe = |(name, sessions): (&str, Vec<&Arc<Session>>)| {
             let lanes: Vec<_> =
                 sessions.iter().flat_map(|session| session.lanes().to_vec()).collect();
@@ -172,6 +173,9 @@ impl Relay {
                 "sessions": sessions.len(),
                 "lanes": lanes.len(),
                 "unavailable": explain::unavailable(owned(unavailable.get(name))),
+                "serving": routing.tunnel(name).map(|tunnel| {
+                    tunnel.all().iter().map(|one| described(one, now)).collect::<Vec<_>>()
+                }),
                 "in_flight": lanes.iter().map(|link| link.load()).sum::<usize>(),
             })
         };
@@ -230,6 +234,21 @@ impl Relay {
             listeners: self.listeners.addresses().iter().map(public_listener).collect(),
         }
     }
+}
+
+/// What is told of a sidecar's part in a tunnel.
+fn described(serving: &Serving, now: u64) -> Json {
+    let standing = &serving.standing;
+    json!({
+        "sidecar": &*serving.session.name,
+        "epoch": serving.session.epoch,
+        "weight": serving.weight,
+        "open": serving.is_open(),
+        "in_flight": standing.in_flight(),
+        "exchanges": standing.opened(),
+        "share_percent": standing.share_percent(now),
+        "left_aside": standing.is_ejected(now),
+    })
 }
 
 fn public_listener((listener, bound): &(Arc<Listener>, SocketAddr)) -> PublicListener {

@@ -468,6 +468,9 @@ mod tests {
             insecure: false,
             token: None,
             peers: Vec::new(),
+            advertise: None,
+            grace: Duration::ZERO,
+            replay: config::REPLAY_BYTES,
         };
         listeners.prepare(configs, &tunnel, &Arc::default(), 1)
     }

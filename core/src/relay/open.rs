@@ -1,27 +1,26 @@
 //! Opens the exchange of one client request or connection: route, session, lane.
 
-use std::borrow::Cow;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sidelane_abi::failure;
-use sidelane_tunnel::{OpenError, proto};
 use tokio::sync::watch;
 use tokio::time::Sleep;
 
 use super::Relay;
+use super::affinity::Sticky;
+use super::aim::Aim;
+use super::moving::{self, Asks, Receiving, Sending};
 use super::policy::{self, Admitted, Held, RouteState};
 use crate::config::Route;
 use crate::front::TlsFacts;
 use crate::metrics::Record;
-use crate::plugin;
 use crate::plugin::lend::{Failure, Meta, Opened, Opener, RouteKey};
 use crate::router::{self, Query};
-use crate::tunnel::{RecvHalf, SendHalf};
 
 /// `Retry-After` where no sidecar serves the route: about a reconnection's first delays.
 const RETRY_AFTER_S: u32 = 1;
@@ -39,6 +38,10 @@ pub(super) struct RelayOpener {
     host: Option<Arc<str>>,
     /// What the client's TLS said.
     tls: Option<Arc<TlsFacts>>,
+    /// What is known of the request where it is HTTP-born.
+    asks: Asks,
+    /// Which sidecar the client asks for.
+    sticky: Option<Arc<Sticky>>,
 }
 
 /// How the exchange's route is found.
@@ -51,7 +54,7 @@ enum Routed {
 }
 
 /// The time that an exchange may wait for a session, and what to look at meanwhile.
-struct Wait {
+pub(super) struct Wait {
     deadline: Pin<Box<Sleep>>,
     change: Change,
 }
@@ -68,13 +71,13 @@ fn next(mut changes: watch::Receiver<()>) -> Change {
 }
 
 impl Wait {
-    fn new(relay: &Relay, limit: Duration) -> Self {
+    pub(super) fn new(relay: &Relay, limit: Duration) -> Self {
         let deadline = Box::pin(tokio::time::sleep(limit));
         Self { deadline, change: next(relay.changes.subscribe()) }
     }
 
     /// True: look again. False: the time is up.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<bool> {
         if let Poll::Ready(changes) = self.change.as_mut().poll(cx) {
             self.change = next(changes);
             return Poll::Ready(true);
@@ -87,7 +90,17 @@ impl RelayOpener {
     /// Returns the opener of a byte-born exchange.
     pub(super) fn new(relay: Arc<Relay>, meta: Meta, record: Arc<Record>) -> Self {
         let routed = Routed::ByKey(Arc::default(), None);
-        Self { relay, meta: Some(meta), record, routed, wait: None, host: None, tls: None }
+        Self {
+            relay,
+            meta: Some(meta),
+            record,
+            routed,
+            wait: None,
+            host: None,
+            tls: None,
+            asks: Asks::Unknown,
+            sticky: None,
+        }
     }
 
     /// Returns the same, which routes what has no host of its own by this one.
@@ -100,6 +113,16 @@ impl RelayOpener {
         Self { tls, ..self }
     }
 
+    /// Returns the same for a request of this kind.
+    pub(super) fn asking(self, asks: Asks) -> Self {
+        Self { asks, ..self }
+    }
+
+    /// Returns the same for a client that asks for a sidecar.
+    pub(super) fn sticky(self, sticky: Option<Arc<Sticky>>) -> Self {
+        Self { sticky, ..self }
+    }
+
     /// Returns the opener of an HTTP-born exchange for this route, and the route's policies.
     pub(super) fn routed(
         relay: Arc<Relay>,
@@ -109,7 +132,17 @@ impl RelayOpener {
         state: Option<Arc<RouteState>>,
     ) -> Self {
         let routed = Routed::Before(route, state);
-        Self { relay, meta: Some(meta), record, routed, wait: None, host: None, tls: None }
+        Self {
+            relay,
+            meta: Some(meta),
+            record,
+            routed,
+            wait: None,
+            host: None,
+            tls: None,
+            asks: Asks::Unknown,
+            sticky: None,
+        }
     }
 
     /// What the call of a byte-born exchange is watched by.
@@ -120,7 +153,7 @@ impl RelayOpener {
         }
     }
 
-    fn open(&mut self, key: RouteKey<'_>) -> Result<Opened<SendHalf, RecvHalf>, Failure> {
+    fn open(&mut self, key: RouteKey<'_>) -> Result<Opened<Sending, Receiving>, Failure> {
         let Some(known) = &self.meta else {
             return Err(failed(failure::INTERNAL, "the exchange was opened before".into()));
         };
@@ -151,81 +184,33 @@ impl RelayOpener {
                 (route, state)
             }
         };
-        // The tunnels that were tried and have nobody; a bit each.
-        let mut tried = 0;
-        let mut worst: Option<(Failure, &Arc<str>)> = None;
-        while let Some((place, wanted)) = routing.choose(route, protocol_type, tried) {
-            tried |= 1 << place;
-            let unserved = |code, what: &str| failed(code, format!("tunnel {wanted}: {what}"));
-            let Some(tunnel) = routing.tunnel(wanted) else {
-                let failure = unserved(failure::NO_SIDECAR, "no sidecar is connected");
-                worst.get_or_insert((failure, wanted));
-                continue;
-            };
-            let mut reason = tunnel.why_not();
-            for serving in tunnel.in_turn() {
-                let Some(number) = serving.carries(protocol_type) else { continue };
-                if !serving.is_granted() {
-                    reason = (failure::NO_SIDECAR, "its sidecar may not serve it any more".into());
-                    continue;
-                }
-                let options = route.options_for(protocol_type);
-                let left = known.deadline.map(|at| at.saturating_duration_since(Instant::now()));
-                let open = proto::Open {
-                    tunnel: String::from(&**wanted),
-                    route: String::from(&*route.name),
-                    client_address: String::from(&*known.client_address),
-                    scheme: String::from(&*known.scheme),
-                    tls: self.tls.as_ref().map(|tls| tls.to_proto()),
-                    trace_parent: String::from(&*known.trace_parent),
-                    trusted_proxy: known.trusted_proxy,
-                    peer_address: String::from(&*known.peer_address),
-                    options: String::from(&*options),
-                    listener: String::from(&*known.listener),
-                    // Zero would say that there is no deadline.
-                    timeout_ns: left.map_or(0, |left| {
-                        u64::try_from(left.as_nanos()).unwrap_or(u64::MAX).max(1)
-                    }),
-                    policy: state.and_then(|state| state.delivery()),
-                    ..proto::Open::default()
-                };
-                let shard = plugin::current_shard().map(|shard| shard as usize);
-                let flow = self.relay.flows.of(&self.relay.metrics, &known.protocol_type);
-                let flow = self.record.tallied(flow);
-                match serving.session.open(shard, number, open, flow) {
-                    Ok((id, send, recv, is_crossing)) => {
-                        self.record.routed(&route.name, wanted);
-                        if is_crossing {
-                            self.relay.metrics.exchange_crosses_threads();
-                        }
-                        let mut meta = self.meta.take().expect("looked at above");
-                        meta.request_id = Arc::<str>::from(id).into();
-                        meta.route = Arc::clone(&route.name).into();
-                        meta.tunnel = Arc::clone(wanted).into();
-                        meta.options = options.into();
-                        if let Routed::ByKey(held, admitted) = &mut self.routed {
-                            held.put(admitted.take());
-                        }
-                        return Ok(Opened { send, recv, meta });
-                    }
-                    Err(error) => reason = worst_of(&error),
-                }
-            }
-            let failure = unserved(reason.0, &reason.1);
-            // A tunnel that is full gives nothing to the others: it would change what they were
-            // given by weight.
-            if failure.code == failure::OVERLOADED {
-                worst = Some((failure, wanted));
-                break;
-            }
-            worst.get_or_insert((failure, wanted));
-        }
-        let Some((failure, wanted)) = worst else {
-            let detail = format!("route {}: it has no tunnel", route.name);
-            return Err(failed(failure::NO_SIDECAR, detail));
+        let aim = Aim {
+            relay: Arc::clone(&self.relay),
+            record: Arc::clone(&self.record),
+            route: Arc::clone(route),
+            state: state.cloned(),
+            tls: self.tls.clone(),
+            sticky: self.sticky.clone(),
+            tried: Vec::new(),
+            meta: self.meta.take().expect("looked at above"),
         };
-        self.record.routed(&route.name, wanted);
-        Err(failure)
+        let taken = match aim.open(&routing) {
+            Ok(taken) => taken,
+            Err(failure) => {
+                self.meta = Some(aim.meta);
+                return Err(failure);
+            }
+        };
+        let mut meta = aim.meta.clone();
+        meta.request_id = Arc::<str>::from(taken.id).into();
+        meta.route = Arc::clone(&aim.route.name).into();
+        meta.tunnel = Arc::clone(&taken.tunnel).into();
+        meta.options = Arc::clone(&taken.options).into();
+        if let Routed::ByKey(held, admitted) = &mut self.routed {
+            held.put(admitted.take());
+        }
+        let (send, recv) = moving::begin(aim, taken, self.asks);
+        Ok(Opened { send, recv, meta })
     }
 }
 
@@ -254,30 +239,20 @@ fn admit(state: &Arc<RouteState>, client: &str, record: &Record) -> Result<Admit
     })
 }
 
-/// What a client is told where no lane took the exchange.
-fn worst_of(error: &OpenError) -> (u32, Cow<'static, str>) {
-    match error {
-        OpenError::Closed | OpenError::GoingAway => {
-            (failure::NO_SIDECAR, "its sidecar is going away".into())
-        }
-        _ => (failure::OVERLOADED, "its sidecars have as many exchanges as they may".into()),
-    }
-}
-
-fn failed(code: u32, detail: String) -> Failure {
+pub(super) fn failed(code: u32, detail: String) -> Failure {
     let waits = matches!(code, failure::NO_SIDECAR | failure::NO_PROTOCOL | failure::OVERLOADED);
     Failure { code, retry_after_s: waits.then_some(RETRY_AFTER_S), detail }
 }
 
 impl Opener for RelayOpener {
-    type Send = SendHalf;
-    type Recv = RecvHalf;
+    type Send = Sending;
+    type Recv = Receiving;
 
     fn poll_open(
         &mut self,
         cx: &mut Context<'_>,
         key: RouteKey<'_>,
-    ) -> Poll<Result<Opened<SendHalf, RecvHalf>, Failure>> {
+    ) -> Poll<Result<Opened<Sending, Receiving>, Failure>> {
         loop {
             let failure = match self.open(key) {
                 Ok(opened) => return Poll::Ready(Ok(opened)),

@@ -15,6 +15,7 @@ use http::{HeaderMap, HeaderValue};
 use sidelane_abi::failure;
 use sidelane_tunnel::proto;
 
+use super::moving::Budget;
 use super::summary::Summary;
 use crate::config::policy::{Addresses, Hsts, Policies};
 use crate::config::{Match, Route};
@@ -173,6 +174,8 @@ pub(super) struct RouteState {
     /// Exchanges that run, also those that began under the configuration before.
     running: Arc<AtomicUsize>,
     auth: Option<Arc<Authenticator>>,
+    /// Of moves to another sidecar; `None`: those of the tunnel count.
+    pub(super) move_budget: Option<Arc<Budget>>,
     summaries: Arc<[Summary; Policy::ALL.len()]>,
 }
 
@@ -215,6 +218,11 @@ impl RouteState {
             clients,
             running: before.map(|before| Arc::clone(&before.running)).unwrap_or_default(),
             auth,
+            move_budget: policies.retries.as_ref().map(|retries| {
+                kept(|a, b| a.retries == b.retries)
+                    .and_then(|before| before.move_budget.clone())
+                    .unwrap_or_else(|| Arc::new(Budget::of(retries)))
+            }),
             summaries: before.map(|before| Arc::clone(&before.summaries)).unwrap_or_default(),
             policies,
         })

@@ -5,12 +5,14 @@ use std::borrow::Cow;
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sidelane_abi::failure;
 
-use super::policy::RouteStates;
+use super::affinity;
+use super::moving::Budget;
+use super::policy::{self, RouteStates};
 use super::sources::{Earlier, Sources};
+use crate::choice::{Draw, Standing};
 use crate::config::{Match, Route};
 use crate::credentials::Grant;
 use crate::metrics::Metrics;
@@ -32,10 +34,15 @@ pub(super) struct Routing {
 /// Who serves a tunnel.
 #[derive(Default)]
 pub(super) struct Tunnel {
+    /// By epoch.
     serving: Vec<Serving>,
+    draw: Draw,
+    /// Places of `serving` by what cookies call them.
+    by_tag: HashMap<u128, usize>,
+    /// Of moves whose route has none of its own.
+    pub(super) budget: Arc<Budget>,
     /// Why a sidecar that has the tunnel does not serve it now.
     unavailable: Option<Arc<str>>,
-    turn: AtomicUsize,
 }
 
 /// One session's part in a tunnel.
@@ -45,6 +52,12 @@ pub(super) struct Serving {
     grant: Arc<Grant>,
     /// Protocol types that the sidecar carries on this tunnel; `None`: all of the session.
     protocols: Option<Arc<[Arc<str>]>>,
+    /// How it does.
+    pub(super) standing: Arc<Standing>,
+    /// Its share beside the others.
+    pub(super) weight: u32,
+    /// What cookies call it.
+    pub(super) tag: u128,
 }
 
 impl Routing {
@@ -58,6 +71,7 @@ impl Routing {
             routes.iter().map(|route| route.matches.clone()).collect();
         let own = Earlier::of(sources.own.iter(), &sources.base_domains);
         let mut tunnels: HashMap<Arc<str>, Tunnel> = HashMap::new();
+        let now = policy::now();
         for document in sources.documents.values() {
             for route in &document.routes {
                 if own.over(route).is_none() && taken.insert(route.matches.clone()) {
@@ -70,12 +84,28 @@ impl Routing {
                     tunnel.unavailable = Some(Arc::clone(reason));
                     continue;
                 }
+                let session = &document.session;
+                let known = before.tunnel(&announced.name);
+                let known = known.and_then(|tunnel| tunnel.serving_of(session.epoch));
+                let (standing, tag) = match known {
+                    Some(known) => (Arc::clone(&known.standing), known.tag),
+                    None => (
+                        Arc::new(Standing::new(now)),
+                        affinity::tag(&session.instance, &announced.name),
+                    ),
+                };
                 tunnel.serving.push(Serving {
-                    session: Arc::clone(&document.session),
+                    session: Arc::clone(session),
                     grant: Arc::clone(&document.grant),
                     protocols: announced.protocols.clone(),
+                    standing,
+                    weight: announced.weight,
+                    tag,
                 });
             }
+        }
+        for (name, tunnel) in &mut tunnels {
+            tunnel.begin(before.tunnel(name), now);
         }
         // Nobody serves these; their clients hear 503 and not 404. None is in the way of a route that is
         // served, however either says its host.
@@ -109,17 +139,22 @@ impl Routing {
     pub(super) fn tunnel(&self, name: &str) -> Option<&Tunnel> {
         self.tunnels.get(name)
     }
+
+    pub(super) fn tunnels(&self) -> impl Iterator<Item = (&Arc<str>, &Tunnel)> {
+        self.tunnels.iter()
+    }
 }
 
 impl Routing {
     /// Returns the next tunnel to try for an exchange, and its place among the route's: of those that
     /// are served and not in `tried` one by its weight, else one that is not served, whose reason the
-    /// client is told.
+    /// client is told. `tag`: a sidecar of one of them is asked for.
     pub(super) fn choose<'r>(
         &self,
         route: &'r Route,
         protocol_type: &str,
         tried: u32,
+        tag: Option<u128>,
     ) -> Option<(usize, &'r Arc<str>)> {
         if let [only] = route.tunnels.as_slice() {
             return (tried == 0).then_some((0, &only.tunnel));
@@ -128,6 +163,13 @@ impl Routing {
             let shares = route.tunnels.iter().take(SHARES_MAX).enumerate();
             shares.filter(|(place, _)| tried & (1 << place) == 0)
         };
+        let tagged = tag.and_then(|tag| {
+            let has = |name: &str| self.tunnel(name).is_some_and(|tunnel| tunnel.has(tag));
+            untried().find(|(_, share)| has(&share.tunnel))
+        });
+        if let Some((place, share)) = tagged {
+            return Some((place, &share.tunnel));
+        }
         let served = untried()
             .filter(|(_, share)| {
                 let tunnel = self.tunnel(&share.tunnel);
@@ -158,7 +200,7 @@ fn pick(shares: impl Iterator<Item = (usize, u32)> + Clone, random: u64) -> Opti
 }
 
 /// Returns a number that spreads well (SplitMix64) and costs next to nothing.
-fn random() -> u64 {
+pub(super) fn random() -> u64 {
     thread_local! {
         static STATE: Cell<u64> = Cell::new(crate::random::number());
     }
@@ -184,14 +226,68 @@ impl Tunnel {
         }
     }
 
-    /// Returns those who serve it, beginning with another one each time.
-    pub(super) fn in_turn(&self) -> impl Iterator<Item = &Serving> {
-        let first = self.turn.fetch_add(1, Ordering::Relaxed) % self.serving.len().max(1);
-        self.serving[first..].iter().chain(&self.serving[..first])
+    /// Makes what is chosen by; goes on with what `before` knows.
+    fn begin(&mut self, before: Option<&Self>, now: u64) {
+        self.draw = Draw::new(self.serving.iter().map(|serving| serving.weight).collect());
+        let tags = self.serving.iter().enumerate();
+        // Of two sessions of one instance the newer has it.
+        self.by_tag = tags.map(|(place, serving)| (serving.tag, place)).collect();
+        if let Some(before) = before {
+            self.budget = Arc::clone(&before.budget);
+        }
+        // Others have gone, and more than half would be left aside.
+        let ejected = || self.serving.iter().filter(|serving| serving.standing.is_ejected(now));
+        let beyond = ejected().count().saturating_sub(self.serving.len() / 2);
+        for serving in ejected().take(beyond) {
+            serving.standing.readmit(now);
+        }
+    }
+
+    /// Returns those who serve it, by epoch.
+    pub(super) fn all(&self) -> &[Serving] {
+        &self.serving
+    }
+
+    /// Returns the part of a session.
+    fn serving_of(&self, epoch: u64) -> Option<&Serving> {
+        let place = self.serving.binary_search_by_key(&epoch, |serving| serving.session.epoch);
+        self.serving.get(place.ok()?)
+    }
+
+    fn has(&self, tag: u128) -> bool {
+        self.by_tag.contains_key(&tag)
+    }
+
+    /// Chooses one that `is_able` says can take an exchange: the one of `tag` where it is among them and
+    /// not left aside, else by weight and load. Allocates nothing.
+    pub(super) fn choose(
+        &self,
+        tag: Option<u128>,
+        is_able: impl Fn(&Serving) -> bool,
+    ) -> Option<&Serving> {
+        // With one there is nothing to choose, and no clock to be read.
+        let now = if self.serving.len() > 1 { policy::now() } else { u64::MAX };
+        let of_tag = tag.and_then(|tag| self.serving.get(*self.by_tag.get(&tag)?));
+        let is_in = |one: &&Serving| is_able(one) && !one.standing.is_ejected(now);
+        if let Some(serving) = of_tag.filter(is_in) {
+            return Some(serving);
+        }
+        let place = self.draw.choose(
+            now,
+            random,
+            |place| &*self.serving[place].standing,
+            |place| is_able(&self.serving[place]),
+        );
+        place.map(|place| &self.serving[place])
     }
 }
 
 impl Serving {
+    /// Returns whether it can take an exchange now, whichever that is.
+    pub(super) fn is_open(&self) -> bool {
+        self.session.is_open() && self.is_granted()
+    }
+
     /// Returns whether the session may still be given exchanges by what its document claimed.
     pub(super) fn is_granted(&self) -> bool {
         self.session.is_granted(&self.grant)

@@ -1,4 +1,4 @@
-//! The tunnel's public end: lets sidecars in and drives their lanes.
+//! The tunnel's public end: lets sidecars in, and hands their lanes over.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use rustls::HandshakeKind;
-use sidelane_abi::failure;
-use sidelane_tunnel::{Event, First, HandshakeError, proto};
+use sidelane_tunnel::{First, HandshakeError, proto};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -18,15 +17,15 @@ use tokio_rustls::TlsAcceptor;
 use super::Relay;
 use super::door::{self, Place, Told, Way};
 use super::knock::{self, Knock, Speaks};
+use super::lanes;
 use super::tls::{Bounds, Over, Permit};
 use crate::credentials::Presented;
 use crate::error::chain;
-use crate::plugin::lend::Reset;
 use crate::tunnel::accept::{self, HelloError};
 use crate::tunnel::gate::TurnedAway;
-use crate::tunnel::session::{Admitted, Session, SessionId, shown, shown_name, unknown};
+use crate::tunnel::session::{SessionId, shown_name};
 use crate::tunnel::transport::{Agreed, Movable as _, Socket, Transport};
-use crate::tunnel::{Link, dial, drive, fault};
+use crate::tunnel::{dial, fault};
 
 /// Pause after the system refused a connection (out of descriptors, say): retrying at once would
 /// spin.
@@ -346,8 +345,9 @@ pub(super) async fn shake_hands(
     let first = timeout(limit, accept::read_first(&mut transport, &mut input)).await;
     let hello = match first.unwrap_or(Err(HelloError::Timeout(limit))) {
         Ok(First::Hello(hello)) => hello,
-        Ok(First::Resume(_)) => {
-            return send_refuse(&mut transport, &unknown(), limit).await;
+        Ok(First::Resume(resume)) => {
+            let dialled = lanes::Dialled { transport, input, peer, place: Box::new(place) };
+            return lanes::resume(&relay, dialled, &resume).await;
         }
         Err(HelloError::Malformed(cause)) => {
             let reason = format!("not a hello: {}", malformed(&cause));
@@ -396,8 +396,6 @@ pub(super) async fn shake_hands(
         }
     };
     transport.forget_peer_chain();
-    let up = relay.metrics.carrier_up("relay", transport.kind());
-    let mut transport = transport.counted(up);
     let shard = shard_of(&admitted.session.id, admitted.link.number);
     let link = Arc::clone(&admitted.link);
     let session = Arc::clone(&admitted.session);
@@ -410,7 +408,7 @@ pub(super) async fn shake_hands(
     let handed_over = match prepared {
         Ok(()) => {
             let relay = Arc::clone(&relay);
-            shards[shard].spawn(async move { run_lane(relay, admitted, transport, input).await })
+            shards[shard].spawn(async move { lanes::run(relay, admitted, transport, input).await })
         }
         Err(error) => {
             tracing::warn!(%peer, %error, "the sidecar's connection failed in the handshake");
@@ -418,20 +416,7 @@ pub(super) async fn shake_hands(
         }
     };
     if !handed_over {
-        not_driven(&relay, &session, &link, is_first);
-    }
-}
-
-/// Takes a lane back that was let in, and that nobody will drive.
-pub(super) fn not_driven(relay: &Relay, session: &Arc<Session>, link: &Arc<Link>, is_first: bool) {
-    // Exchanges may have been opened on it already.
-    link.abandon(Reset::new(failure::TUNNEL_LOST));
-    if !relay.sessions.lane_ended(session, link) {
-        // What it presented counts for the lanes that stay.
-        relay.confirm(session);
-    } else if !is_first {
-        // The others ended meanwhile, and left the end to this one.
-        relay.session_ended(session);
+        lanes::not_driven(&relay, &session, &link, is_first);
     }
 }
 
@@ -449,76 +434,11 @@ async fn welcome(
         .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
-async fn send_refuse(transport: &mut Transport, refuse: &proto::Refuse, limit: Duration) {
+pub(super) async fn send_refuse(
+    transport: &mut Transport,
+    refuse: &proto::Refuse,
+    limit: Duration,
+) {
     // Whoever does not read its refusal learns of it by the closed connection.
     let _ = timeout(limit, accept::send_refuse(transport, refuse)).await;
-}
-
-/// Drives a lane that was let in, on the thread that owns it.
-async fn run_lane(
-    relay: Arc<Relay>,
-    admitted: Admitted,
-    mut transport: Transport,
-    input: BytesMut,
-) {
-    let Admitted { session, link, replaced, is_first, .. } = admitted;
-    let _up = relay.metrics.lane_up("relay");
-    if is_first {
-        relay.session_begun(&session);
-    }
-    if let Some(old) = replaced {
-        tracing::info!(
-            sidecar = &*session.name,
-            "a newer session of the instance replaces the older"
-        );
-        old.close();
-    }
-    tracing::info!(
-        sidecar = &*session.name,
-        peer = %session.peer,
-        lane = link.number,
-        tls = transport.is_tls(),
-        carrier = transport.kind().label(),
-        credential = session.authenticated().credential(),
-        "lane up"
-    );
-    relay.confirm(&session);
-    relay.notice();
-    let lost = Reset::new(failure::TUNNEL_LOST);
-    let end = match transport.attach() {
-        Ok(()) => {
-            let on_event = |link: &Arc<Link>, event| handle_event(&relay, &session, link, event);
-            chain(&drive(Arc::clone(&link), transport, input, lost, on_event).await)
-        }
-        Err(error) => {
-            link.abandon(lost);
-            error.to_string()
-        }
-    };
-    tracing::info!(sidecar = &*session.name, lane = link.number, reason = end, "lane ended");
-    if relay.sessions.lane_ended(&session, &link) {
-        relay.session_ended(&session);
-    }
-}
-
-fn handle_event(relay: &Arc<Relay>, session: &Arc<Session>, link: &Arc<Link>, event: Event) {
-    match event {
-        Event::Announce(document) => relay.announced(session, document),
-        Event::GoAway(go_away) => {
-            // Once: what is said again and again would fill the log.
-            if link.is_open() {
-                tracing::info!(
-                    sidecar = &*session.name,
-                    lane = link.number,
-                    reason = shown(&go_away.detail),
-                    "the sidecar takes nothing new on this lane"
-                );
-            }
-            link.leave();
-        }
-        // Exchanges opened by a sidecar are reserved.
-        Event::Opened { key, .. } => link.refuse(key, Reset::new(failure::UNSUPPORTED)),
-        Event::Authenticate(presented) => relay.renew(session, presented.credential),
-        Event::Announced(_) | Event::Authenticated(_) | Event::Rtt(_) | Event::Suspect(_) => {}
-    }
 }

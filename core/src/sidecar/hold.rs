@@ -4,22 +4,24 @@
 //! Knows lanes and their ends; what comes on them is delivered elsewhere.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use sidelane_abi::failure;
-use sidelane_tunnel::{Lane, ProtocolTable, proto};
+use sidelane_tunnel as tunnel;
+use sidelane_tunnel::{FEATURE_RESUME, ProtocolTable, proto};
 use tokio::sync::mpsc;
 
-use super::{Peer, Session, Sidecar, Texts};
+use super::lane::{Lane, WRONG_RELAYS_MAX};
+use super::{Peer, Session, Sidecar};
 use crate::error::chain;
-use crate::plugin::lend::Reset;
 use crate::random;
 use crate::tunnel::backoff::{Backoff, SETTLED, jitter};
 use crate::tunnel::dial::{self, Carrier, DialError};
 use crate::tunnel::session::FEATURE_ANNOUNCE;
 use crate::tunnel::transport::{Movable as _, Transport};
-use crate::tunnel::{LaneEnd, Link, drive};
+use crate::tunnel::{LaneEnd, Link};
 
 /// Further lanes of a new session are dialled within this, so that a relay's restart does not meet
 /// all of them at once.
@@ -35,6 +37,9 @@ const LEAVING_LOOK: Duration = Duration::from_millis(250);
 /// How long after it was told to a relay that nothing new is to come on a lane that may still come, and
 /// is taken.
 const LEAVING_GRACE: Duration = Duration::from_secs(1);
+
+/// Longest time that a lane is dialled for, whatever a relay says: as a file.
+const GRACE_MAX: Duration = Duration::from_secs(300);
 
 /// Ends of lanes that the session's task has not looked at yet: one per lane at most.
 const LANE_ENDS_MAX: usize = 64;
@@ -113,13 +118,30 @@ impl Sidecar {
 
     async fn begin_session(&self, peer: &Peer) -> Result<(Session, NewLane), DialError> {
         let protocols = self.protocols();
-        let (lane, welcome) = self.dial(peer, &protocols, proto::Hello::default()).await?;
+        let hello = proto::Hello::default();
+        let (lane, welcome) = self.dial(peer, &peer.target, &protocols, hello).await?;
+        let mut config =
+            self.settings.lane.clone().with_peer(welcome.window, welcome.message_bytes_max);
+        let comes_back = welcome.features & FEATURE_RESUME != 0 && config.replay_bytes_max > 0;
+        let grace = if comes_back { welcome.grace_ms } else { 0 };
+        if grace == 0 {
+            config.replay_bytes_max = 0;
+        }
         let session = Session {
             id: welcome.session,
             secret: welcome.secret,
             protocols,
-            lane: self.settings.lane.clone().with_peer(welcome.window, welcome.message_bytes_max),
+            lane: config,
             lanes_max: welcome.lanes_max,
+            relay_instance: welcome.relay_instance.clone(),
+            // It is for those who dial by TCP: what leads elsewhere by HTTP leads to the relay still.
+            advertised: if lane.carrier.begins_by_tcp() {
+                welcome.advertise_address
+            } else {
+                String::new()
+            },
+            is_elsewhere: AtomicBool::new(false),
+            grace: Duration::from_millis(grace.into()).min(GRACE_MAX),
         };
         self.metrics.session_begun();
         let (relay, epoch, tls) = (&*peer.name, welcome.epoch, lane.transport.is_tls());
@@ -139,15 +161,22 @@ impl Sidecar {
         let of_session = proto::Hello {
             session: session.id.clone(),
             secret: session.secret.clone(),
+            relay_instance: session.relay_instance.clone(),
             ..proto::Hello::default()
         };
-        Ok(self.dial(peer, &session.protocols, of_session).await?.0)
+        let (target, _) = session.target(peer);
+        let dialled = self.dial(peer, target, &session.protocols, of_session).await;
+        if dialled.as_ref().is_err_and(|error| error.refusal().is_none()) {
+            session.not_reached();
+        }
+        Ok(dialled?.0)
     }
 
     /// Dials a relay as it is to be dialled now, with the credential as it is now.
     async fn dial(
         &self,
         peer: &Peer,
+        target: &str,
         protocols: &ProtocolTable,
         of_session: proto::Hello,
     ) -> Result<(NewLane, proto::Welcome), DialError> {
@@ -159,22 +188,22 @@ impl Sidecar {
             Some(known) => known,
             None => self.credential().await,
         };
+        let replay = self.settings.lane.replay_bytes_max;
         let hello = proto::Hello {
             version: sidelane_tunnel::VERSION,
-            features: FEATURE_ANNOUNCE,
+            features: FEATURE_ANNOUNCE | if replay > 0 { FEATURE_RESUME } else { 0 },
             instance: self.instance.to_vec().into(),
             name: self.settings.name.clone(),
             credential: credential.to_vec().into(),
             protocols: protocols.to_wire(),
             window: self.settings.lane.receive_window,
             message_bytes_max: self.settings.lane.message_bytes_max,
+            replay_bytes_max: replay,
             ..of_session
         };
         let timeouts = self.settings.timeouts;
-        let dialled = dial::dial(&peer.name, &peer.target, &carrier, &hello, timeouts).await;
+        let dialled = dial::dial(&peer.name, target, &carrier, &hello, timeouts).await;
         let (transport, welcome, input) = dialled?;
-        let up = self.metrics.carrier_up("sidecar", transport.kind());
-        let transport = transport.counted(up);
         if is_newest {
             peer.known_by(&credential);
             self.count_refused_credentials();
@@ -211,6 +240,7 @@ impl Sidecar {
         self.announce(peer);
         document.mark_unchanged();
         let mut wait = jitter(LANE_STAGGER, random::number());
+        let mut wrong_relays = 0;
         // One dial at a time; it begins anew when it is done.
         let mut dial = Box::pin(self.join_session(peer, &session, wait));
         while !held.lanes.is_empty() {
@@ -230,6 +260,7 @@ impl Sidecar {
                             let link = self.start_lane(peer, &session, lane, ended.clone());
                             held.add(carrier, link);
                             backoff.reset();
+                            wrong_relays = 0;
                             wait = jitter(LANE_STAGGER, random::number());
                         }
                         Err(error) if error.is_unknown_session() => {
@@ -239,7 +270,14 @@ impl Sidecar {
                             }
                             wait = backoff.next(random::number());
                         }
+                        Err(error) if error.is_wrong_relay() && wrong_relays < WRONG_RELAYS_MAX => {
+                            // One name, or one virtual address, leads to several.
+                            wrong_relays += 1;
+                            tracing::debug!(relay = peer.name, "another relay was reached for a further lane");
+                            wait = jitter(LANE_STAGGER, random::number());
+                        }
                         Err(error) => {
+                            wrong_relays = 0;
                             tracing::warn!(relay = peer.name, error = chain(&error), "no further lane");
                             let asked = error.retry_after().unwrap_or_default();
                             wait = backoff.next(random::number()).max(asked);
@@ -283,20 +321,23 @@ impl Sidecar {
         if let Err(error) = lane.transport.detach() {
             tracing::warn!(relay = peer.name, %error, "a lane's connection is lost between threads");
         }
-        let link =
-            Link::new(lane.number, shard.index, Lane::new(session.lane.clone(), Instant::now()));
+        let link = Link::new(
+            lane.number,
+            shard.index,
+            tunnel::Lane::new(session.lane.clone(), Instant::now()),
+        );
+        // The relay's welcome came.
+        link.known();
         if self.is_stopping() {
             link.leave();
         }
         peer.with(|state| state.lanes.push(Arc::clone(&link)));
-        let sidecar = Arc::clone(self);
-        let (task_peer, session) = (Arc::clone(peer), Arc::clone(session));
-        let driven = Arc::clone(&link);
+        let task = Lane::new(self, peer, session, &link);
+        let (sidecar, task_peer, driven) = (Arc::clone(self), Arc::clone(peer), Arc::clone(&link));
         let task = async move {
             let (peer, number) = (task_peer, driven.number);
-            let _up = sidecar.metrics.lane_up("sidecar");
-            let end = sidecar.drive_lane(&peer, &session, lane, Arc::clone(&driven)).await;
-            let is_ours = matches!(end, LaneEnd::Local);
+            let end = task.run(lane).await;
+            let is_ours = matches!(end, LaneEnd::Local) || driven.is_leaving_for_good();
             if is_ours || sidecar.is_stopping() {
                 tracing::debug!(relay = peer.name, lane = number, "lane closed");
             } else {
@@ -312,34 +353,13 @@ impl Sidecar {
         peer.with(|state| state.lanes.retain(|other| !Arc::ptr_eq(other, &link)));
         None
     }
-
-    async fn drive_lane(
-        self: &Arc<Self>,
-        peer: &Arc<Peer>,
-        session: &Arc<Session>,
-        lane: NewLane,
-        link: Arc<Link>,
-    ) -> LaneEnd {
-        let mut transport = lane.transport;
-        if let Err(error) = transport.attach() {
-            return LaneEnd::Io(error);
-        }
-        let carrier = transport.kind().label();
-        tracing::info!(relay = peer.name, lane = lane.number, carrier, "lane up");
-        let lost = Reset::new(failure::TUNNEL_LOST);
-        let mut texts = Texts::default();
-        drive(link, transport, lane.input, lost, |link: &Arc<Link>, event| {
-            self.handle_event(peer, session, link, event, &mut texts);
-        })
-        .await
-    }
 }
 
 /// A lane that was let in, not driven yet.
-struct NewLane {
-    transport: Transport,
+pub(super) struct NewLane {
+    pub(super) transport: Transport,
     carrier: Arc<Carrier>,
-    input: BytesMut,
+    pub(super) input: BytesMut,
     number: u32,
 }
 
@@ -415,7 +435,10 @@ mod tests {
     }
 
     fn link(number: u32) -> Arc<Link> {
-        Link::new(number, 0, Lane::new(LaneConfig::new(Side::Sidecar), Instant::now()))
+        let lane = tunnel::Lane::new(LaneConfig::new(Side::Sidecar), Instant::now());
+        let link = Link::new(number, 0, lane);
+        link.pretend_open();
+        link
     }
 
     fn open(held: &Held) -> Vec<u32> {

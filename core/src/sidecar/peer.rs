@@ -341,9 +341,7 @@ impl Peer {
                 "epoch": state.session.as_ref().map(|session| session.epoch),
                 "leaving": state.session.as_ref().map(|session| session.leaving),
                 "connected_for_seconds": state.session.as_ref().map(|s| s.since.elapsed().as_secs()),
-                "lanes": state.lanes.iter().map(|link| serde_json::json!({
-                    "lane": link.number, "thread": link.shard, "exchanges": link.load(), "open": link.is_open(),
-                })).collect::<Vec<_>>(),
+                "lanes": state.lanes.iter().map(|link| link.describe()).collect::<Vec<_>>(),
                 "announcement_accepted": state.accepted,
                 "announcement_refused": state.refused,
                 "announcement_waits": state.waiting,

@@ -60,6 +60,18 @@ pub async fn send_welcome<S: AsyncWrite + Unpin>(
     stream.flush().await
 }
 
+/// Writes the answer by which a lane comes back.
+///
+/// # Errors
+/// The transport's.
+pub async fn send_resumed<S: AsyncWrite + Unpin>(
+    stream: &mut S,
+    resumed: &proto::Resumed,
+) -> io::Result<()> {
+    stream.write_all(&Acceptor::new().encode_resumed(resumed)).await?;
+    stream.flush().await
+}
+
 /// Writes the answer that turns the dialler away, and closes.
 ///
 /// # Errors

@@ -33,6 +33,32 @@ impl Backoff {
     }
 }
 
+/// Upper bound of the first delay of a lane's return.
+const RETURN_BASE: Duration = Duration::from_millis(50);
+
+/// Upper bound of every such delay: a lane has only so much time.
+const RETURN_CAP: Duration = Duration::from_secs(1);
+
+/// The schedule by which a lane that has lost its connection is dialled.
+#[derive(Debug, Default)]
+pub struct ReturnBackoff {
+    failures: u32,
+}
+
+impl ReturnBackoff {
+    /// Returns the time to wait before the next dial. Grows from at most 50 ms to at most 1 s.
+    pub fn next(&mut self, random: u64) -> Duration {
+        let bound = RETURN_BASE.saturating_mul(1 << self.failures.min(16)).min(RETURN_CAP);
+        self.failures = self.failures.saturating_add(1);
+        jitter(bound, random)
+    }
+
+    /// Begins anew: the last connection has brought the lane further.
+    pub fn reset(&mut self) {
+        self.failures = 0;
+    }
+}
+
 /// Returns a duration of at most `bound`, uniform where `random` is.
 #[must_use]
 pub fn jitter(bound: Duration, random: u64) -> Duration {
@@ -64,6 +90,15 @@ mod tests {
         backoff.next(0);
         backoff.reset();
         assert!(backoff.next(u64::MAX) <= BASE);
+    }
+
+    #[test]
+    fn a_lane_is_dialled_soon_and_often() {
+        let mut backoff = ReturnBackoff::default();
+        let bounds: Vec<u128> = (0..7).map(|_| backoff.next(u64::MAX).as_millis()).collect();
+        assert_eq!(bounds, [50, 100, 200, 400, 800, 1000, 1000]);
+        backoff.reset();
+        assert!(backoff.next(u64::MAX) <= RETURN_BASE);
     }
 
     #[test]

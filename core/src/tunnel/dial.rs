@@ -91,6 +91,12 @@ impl Carrier {
         Self { ways: vec![Way { over: Over::Tcp, address: None, security, proxy: None }] }
     }
 
+    /// Whether the relay is dialled by TCP, as far as that works.
+    #[must_use]
+    pub fn begins_by_tcp(&self) -> bool {
+        self.ways.first().is_some_and(|way| way.over == Over::Tcp)
+    }
+
     /// Whether the relay's name is for a proxy to look up.
     #[must_use]
     pub fn is_by_proxy(&self) -> bool {
@@ -121,7 +127,7 @@ impl Way {
 pub struct Timeouts {
     /// For the connection to come up.
     pub connect: Duration,
-    /// For TLS and the answer to a hello.
+    /// For TLS, and for the answer to a hello.
     pub answer: Duration,
 }
 
@@ -271,6 +277,21 @@ impl DialError {
             if refuse.reason() == proto::RefuseReason::Credential)
     }
 
+    /// Whether another relay was reached than the one that has the session.
+    #[must_use]
+    pub fn is_wrong_relay(&self) -> bool {
+        self.refusal() == Some(proto::RefuseReason::WrongRelay)
+    }
+
+    /// Why the relay refuses; `None`: it was not reached, or did not answer.
+    #[must_use]
+    pub fn refusal(&self) -> Option<proto::RefuseReason> {
+        match self {
+            Self::Refused { refuse, .. } => Some(refuse.reason()),
+            _ => None,
+        }
+    }
+
     /// Whether the relay has forgotten the session that a further lane was dialled for.
     #[must_use]
     pub fn is_unknown_session(&self) -> bool {
@@ -279,9 +300,8 @@ impl DialError {
     }
 }
 
-/// Dials `target`, an address of `relay`, and sends `hello`; where that fails and the relay itself has not
-/// refused, by the carrier's other ways in turn. Returns the connection, the answer, and the bytes that
-/// came after it.
+/// Dials `target`, an address of `relay`, and sends `hello`; where the relay does not answer, by the
+/// carrier's other ways in turn. Returns the connection, the answer, and the bytes that came after it.
 ///
 /// # Errors
 /// As [`DialError`] says.
@@ -295,10 +315,86 @@ pub async fn dial(
     let mut failed = Failed::new(relay);
     for (index, way) in carrier.ways.iter().enumerate() {
         let target = way_target(way, index, target);
-        let dialled = Box::pin(dial_by(relay, &target, way, hello, timeouts)).await;
-        match dialled {
-            Err(error) if failed.goes_on(&error) => failed.note(way.shown(&target), error),
+        match Box::pin(dial_by(relay, &target, way, hello, timeouts)).await {
+            Err(error) if error.refusal().is_none() => failed.note(way.shown(&target), error),
             dialled => return dialled,
+        }
+    }
+    Err(failed.into_error())
+}
+
+async fn dial_by(
+    relay: &str,
+    target: &str,
+    way: &Way,
+    hello: &proto::Hello,
+    timeouts: Timeouts,
+) -> Result<(Transport, proto::Welcome, BytesMut), DialError> {
+    let is_bare = hello.credential.is_empty();
+    let mut transport = open_by(relay, target, way, is_bare, timeouts).await?;
+    let mut dialler = Dialler::new();
+    let malformed = |source| DialError::Malformed { relay: relay.to_owned(), source };
+    let hello = dialler.hello(hello).map_err(malformed)?;
+    let answer = ask(relay, &mut transport, &mut dialler, &hello, timeouts.answer).await;
+    let (reply, input) = answer.map_err(|error| by(error, || way.shown(target)))?;
+    match reply {
+        Reply::Welcome(welcome) => Ok((transport, welcome, input)),
+        Reply::Resumed(_) => {
+            let expected = "33 (welcome) or 34 (refuse)";
+            Err(malformed(HandshakeError::Unexpected { found: 36, expected }))
+        }
+        Reply::Refuse(refuse) => Err(DialError::Refused { relay: relay.to_owned(), refuse }),
+    }
+}
+
+/// Asks a relay that was reached by [`open`] to go on with a lane. Returns the answer, and the bytes that
+/// came after it.
+///
+/// # Errors
+/// As [`DialError`] says.
+pub async fn resume(
+    relay: &str,
+    transport: &mut Transport,
+    resume: &proto::Resume,
+    limit: Duration,
+) -> Result<(proto::Resumed, BytesMut), DialError> {
+    let mut dialler = Dialler::new();
+    let malformed = |source| DialError::Malformed { relay: relay.to_owned(), source };
+    let question = dialler.resume(resume).map_err(malformed)?;
+    let (reply, input) = ask(relay, transport, &mut dialler, &question, limit).await?;
+    match reply {
+        Reply::Resumed(resumed) if resumed.attempt == resume.attempt => Ok((resumed, input)),
+        Reply::Resumed(resumed) => Err(malformed(HandshakeError::Range {
+            field: "resumed.attempt",
+            found: resumed.attempt,
+            accepted: "that of the resume",
+        })),
+        Reply::Welcome(_) => {
+            let expected = "36 (resumed) or 34 (refuse)";
+            Err(malformed(HandshakeError::Unexpected { found: 33, expected }))
+        }
+        Reply::Refuse(refuse) => Err(DialError::Refused { relay: relay.to_owned(), refuse }),
+    }
+}
+
+/// Connects to `target`, an address of `relay`, as far as a lane's bytes can be sent; where that fails, by
+/// the carrier's other ways in turn. `is_bare`: nothing is to be presented.
+///
+/// # Errors
+/// As [`DialError`] says.
+pub async fn open(
+    relay: &str,
+    target: &str,
+    carrier: &Carrier,
+    is_bare: bool,
+    timeouts: Timeouts,
+) -> Result<Transport, DialError> {
+    let mut failed = Failed::new(relay);
+    for (index, way) in carrier.ways.iter().enumerate() {
+        let target = way_target(way, index, target);
+        match Box::pin(open_by(relay, &target, way, is_bare, timeouts)).await {
+            Ok(transport) => return Ok(transport),
+            Err(error) => failed.note(way.shown(&target), error),
         }
     }
     Err(failed.into_error())
@@ -321,11 +417,6 @@ struct Failed {
 impl Failed {
     fn new(relay: &str) -> Self {
         Self { relay: relay.to_owned(), errors: Vec::new() }
-    }
-
-    /// Whether another way may do better: not where the relay has answered.
-    fn goes_on(&self, error: &DialError) -> bool {
-        !matches!(error, DialError::Refused { .. })
     }
 
     fn note(&mut self, way: String, error: DialError) {
@@ -351,34 +442,27 @@ impl Failed {
     }
 }
 
-async fn dial_by(
+async fn open_by(
     relay: &str,
     target: &str,
     way: &Way,
-    hello: &proto::Hello,
+    is_bare: bool,
     timeouts: Timeouts,
-) -> Result<(Transport, proto::Welcome, BytesMut), DialError> {
+) -> Result<Transport, DialError> {
     if let Security::Unusable(reason) = &way.security {
         return Err(DialError::Tls { relay: relay.to_owned(), reason: reason.clone() });
     }
-    let socket = reach(relay, target, way, hello.credential.is_empty(), timeouts).await?;
-    let mut input = BytesMut::with_capacity(4096);
-    let shown = || way.shown(target);
-    let answer = timeout(timeouts.answer, async {
+    let socket = reach(relay, target, way, is_bare, timeouts).await?;
+    let carried = timeout(timeouts.answer, async {
         let transport = secure(relay, socket, way).await?;
-        let mut transport = carry(transport, &way.authority(target), way)
-            .await
-            .map_err(|source| by(io_error(relay, source), shown))?;
-        let welcome = exchange_hello(relay, &mut transport, hello, &mut input)
-            .await
-            .map_err(|error| by(error, shown))?;
-        Ok((transport, welcome))
+        let carried = carry(transport, &way.authority(target), way).await;
+        carried.map_err(|source| by(io_error(relay, source), || way.shown(target)))
     });
-    let (mut transport, welcome) = answer
+    let mut transport = carried
         .await
         .map_err(|_| DialError::Timeout { relay: relay.to_owned(), after: timeouts.answer })??;
     transport.forget_peer_chain();
-    Ok((transport, welcome, input))
+    Ok(transport)
 }
 
 /// Says by which way something answered that is no tunnel.
@@ -495,7 +579,8 @@ async fn carry(transport: Transport, authority: &str, way: &Way) -> io::Result<T
         }
         Over::Grpc => {
             let is_tls = transport.is_tls();
-            let stream = GrpcStream::dial(transport, authority, is_tls).await?;
+            let mut stream = GrpcStream::dial(transport, authority, is_tls).await?;
+            stream.answered().await?;
             Ok(Transport::grpc(stream, is_tls, Vec::new()))
         }
     }
@@ -529,34 +614,35 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
     socket.set_tcp_notsent_lowat(NOTSENT_LOWAT_BYTES)
 }
 
-async fn exchange_hello(
+/// Says `question`, and waits for the answer. What comes after it is returned too.
+async fn ask(
     relay: &str,
     stream: &mut Transport,
-    hello: &proto::Hello,
-    input: &mut BytesMut,
-) -> Result<proto::Welcome, DialError> {
-    let malformed = |source| DialError::Malformed { relay: relay.to_owned(), source };
-    let mut dialler = Dialler::new();
-    let hello = dialler.hello(hello).map_err(malformed)?;
-    stream.write_all(&hello).await.map_err(|source| io_error(relay, source))?;
-    stream.flush().await.map_err(|source| io_error(relay, source))?;
-    loop {
-        let reply = dialler.handle_input(input).map_err(malformed)?;
-        match reply {
-            Some(Reply::Welcome(welcome)) => return Ok(welcome),
-            Some(Reply::Resumed(_)) => {
-                let expected = "33 (welcome) or 34 (refuse)";
-                return Err(malformed(HandshakeError::Unexpected { found: 36, expected }));
+    dialler: &mut Dialler,
+    question: &[u8],
+    limit: Duration,
+) -> Result<(Reply, BytesMut), DialError> {
+    let failed = |source| io_error(relay, source);
+    let mut input = BytesMut::with_capacity(4096);
+    let answer = timeout(limit, async {
+        stream.write_all(question).await.map_err(failed)?;
+        stream.flush().await.map_err(failed)?;
+        loop {
+            let reply = dialler.handle_input(&mut input);
+            let reply =
+                reply.map_err(|source| DialError::Malformed { relay: relay.to_owned(), source })?;
+            if let Some(reply) = reply {
+                return Ok(reply);
             }
-            Some(Reply::Refuse(refuse)) => {
-                return Err(DialError::Refused { relay: relay.to_owned(), refuse });
+            if stream.read_buf(&mut input).await.map_err(failed)? == 0 {
+                return Err(failed(io::ErrorKind::UnexpectedEof.into()));
             }
-            None => {}
         }
-        if stream.read_buf(input).await.map_err(|source| io_error(relay, source))? == 0 {
-            return Err(io_error(relay, io::ErrorKind::UnexpectedEof.into()));
-        }
-    }
+    });
+    let reply = answer
+        .await
+        .map_err(|_| DialError::Timeout { relay: relay.to_owned(), after: limit })??;
+    Ok((reply, input))
 }
 
 /// A relay may refuse a certificate after this end took the handshake for done (TLS 1.3).

@@ -1,4 +1,4 @@
-//! Moves bytes between a lane and its transport, in one task.
+//! Moves bytes between a lane and one connection of it, in one task.
 //!
 //! A poll reads what is there, lets the tasks it woke run once, then writes what they queued in one
 //! vectored write: batching is what makes a lane cheaper than a connection per exchange.
@@ -18,6 +18,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 use tokio::time::Sleep;
 
 use super::Link;
+use super::link::CLOSE_LINGER;
 
 /// Read buffer of a busy lane: large, so that a bulk transfer costs few system calls. An idle lane
 /// holds none.
@@ -43,7 +44,7 @@ thread_local! {
     static SPARE: RefCell<Option<BytesMut>> = const { RefCell::new(None) };
 }
 
-/// Why a lane ended.
+/// Why a lane's connection is not driven any more.
 #[derive(Debug, Error)]
 pub enum LaneEnd {
     /// The peer closed its connection.
@@ -58,10 +59,14 @@ pub enum LaneEnd {
     /// We closed it.
     #[error("closed by this end")]
     Local,
+    /// Another connection takes this one's place.
+    #[error("another connection has taken its place")]
+    Replaced,
 }
 
-/// Drives `link` over `stream` until either ends; `on_event` gets the lane's events in order. All
-/// exchanges of the lane have ended when it returns, with `lost` where they were not done.
+/// Drives `link` over `stream` until either ends; `on_event` gets the lane's events in order. When it
+/// returns the lane waits for another connection ([`Link::is_detached`]), or has ended: then all its
+/// exchanges have, with `lost` where they were not done. Dropped before, it has ended.
 pub fn drive<S, F>(
     link: Arc<Link>,
     stream: S,
@@ -73,6 +78,7 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
     F: FnMut(&Arc<Link>, Event) + Unpin,
 {
+    link.attach();
     Drive {
         link,
         stream,
@@ -83,6 +89,8 @@ where
         timer: Box::pin(tokio::time::sleep_until(far_future())),
         deadline: None,
         yielded: false,
+        linger: None,
+        is_over: false,
         lost,
         on_event,
     }
@@ -101,6 +109,9 @@ pub struct Drive<S, F> {
     deadline: Option<Instant>,
     /// The tasks that wait for this thread had their turn since something was queued.
     yielded: bool,
+    /// While the lane is closed: how long the peer has.
+    linger: Option<Pin<Box<Sleep>>>,
+    is_over: bool,
     lost: Reset,
     on_event: F,
 }
@@ -118,15 +129,20 @@ where
             Poll::Pending => return Poll::Pending,
             Poll::Ready(end) => end,
         };
-        this.link.leave();
+        this.is_over = true;
+        // What was read and not taken, and what was to be written, belongs to this connection.
+        this.input.clear();
+        this.transmit = Transmit::default();
+        this.link.detach(Some(&end), this.lost);
         Poll::Ready(end)
     }
 }
 
 impl<S, F> Drop for Drive<S, F> {
     fn drop(&mut self) {
-        self.link.leave();
-        self.link.with(|lane| lane.close(self.lost));
+        if !self.is_over {
+            self.link.detach(None, self.lost);
+        }
     }
 }
 
@@ -136,8 +152,8 @@ where
     F: FnMut(&Arc<Link>, Event) + Unpin,
 {
     fn poll_lane(&mut self, cx: &mut Context<'_>) -> Poll<LaneEnd> {
-        if self.link.is_severed() {
-            return Poll::Ready(LaneEnd::Local);
+        if let Some(end) = self.link.interruption() {
+            return Poll::Ready(end);
         }
         let more_to_read = match self.read(cx) {
             Ok(more) => more,
@@ -145,6 +161,9 @@ where
         };
         if let Err(end) = self.check_time(cx) {
             return Poll::Ready(end);
+        }
+        if self.link.is_hurried() && self.poll_linger(cx).is_ready() {
+            return Poll::Ready(LaneEnd::Local);
         }
         let written = self.poll_write(cx);
         self.return_spare();
@@ -178,6 +197,7 @@ where
     }
 
     fn handle_input(&mut self) -> Result<(), LaneEnd> {
+        self.link.hear();
         let now = Instant::now();
         self.handle(|lane, input| lane.handle_input(now, input))
     }
@@ -197,6 +217,11 @@ where
             result
         });
         for event in self.events.drain(..) {
+            match &event {
+                Event::Suspect(is_suspect) => self.link.suspect(*is_suspect),
+                Event::GoAway(go_away) if go_away.last => self.link.ends(),
+                _ => {}
+            }
             (self.on_event)(&self.link, event);
         }
         result.map_err(LaneEnd::Lane)
@@ -274,7 +299,11 @@ where
                 let mut slices = [IoSlice::new(&[]); WRITE_SLICES];
                 let count = self.transmit.chunks(&mut slices);
                 let stream = Pin::new(&mut self.stream);
-                match ready!(stream.poll_write_vectored(cx, &slices[..count])) {
+                let Poll::Ready(written) = stream.poll_write_vectored(cx, &slices[..count]) else {
+                    self.link.wait_blocked(cx.waker());
+                    return self.poll_interruption();
+                };
+                match written {
                     Ok(0) => return Poll::Ready(LaneEnd::Closed),
                     Ok(n) => self.transmit.advance(n),
                     Err(error) => return Poll::Ready(LaneEnd::Io(error)),
@@ -290,13 +319,31 @@ where
         if let Err(error) = ready!(Pin::new(&mut self.stream).poll_flush(cx)) {
             return Poll::Ready(LaneEnd::Io(error));
         }
+        if !self.link.is_closing() {
+            return self.poll_interruption();
+        }
         // What a full ring holds back is sent once the peer has acknowledged what came before.
-        if !self.link.is_closing() || !self.link.with(|lane| lane.is_drained()) {
-            return Poll::Pending;
+        let (is_drained, is_acknowledged) =
+            self.link.with(|lane| (lane.is_drained(), lane.stats().replay_bytes == 0));
+        if !is_drained || (!is_acknowledged && self.poll_linger(cx).is_pending()) {
+            return self.poll_interruption();
         }
         // The peer learns of the end either way; an error here changes nothing.
         let _ = ready!(Pin::new(&mut self.stream).poll_shutdown(cx));
         Poll::Ready(LaneEnd::Local)
+    }
+}
+
+impl<S, F> Drive<S, F> {
+    /// Looks once more, after the waker is known: whoever interrupts before finds none to wake.
+    fn poll_interruption(&self) -> Poll<LaneEnd> {
+        self.link.interruption().map_or(Poll::Pending, Poll::Ready)
+    }
+
+    /// The time that the peer of a closed lane has.
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let linger = self.linger.get_or_insert_with(|| Box::pin(tokio::time::sleep(CLOSE_LINGER)));
+        linger.as_mut().poll(cx)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use sidelane_tunnel::Key;
+use sidelane_tunnel::{Fate, Key};
 
 use super::Link;
 use crate::metrics::Flow;
@@ -19,6 +19,13 @@ pub struct SendHalf {
 impl SendHalf {
     pub(super) fn new(link: Arc<Link>, key: Key, flow: Arc<Flow>) -> Self {
         Self { link, key, flow }
+    }
+}
+
+impl SendHalf {
+    /// How the exchange stands; `None`: its lane knows it no more.
+    pub fn fate(&self) -> Option<Fate> {
+        self.link.with(|lane| lane.fate(self.key))
     }
 }
 
@@ -74,6 +81,13 @@ pub struct RecvHalf {
 impl RecvHalf {
     pub(super) fn new(link: Arc<Link>, key: Key, flow: Arc<Flow>) -> Self {
         Self { link, key, flow }
+    }
+}
+
+impl RecvHalf {
+    /// As [`SendHalf::fate`].
+    pub fn fate(&self) -> Option<Fate> {
+        self.link.with(|lane| lane.fate(self.key))
     }
 }
 

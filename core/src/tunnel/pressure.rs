@@ -1,4 +1,4 @@
-//! The bound on bytes queued over all lanes of a role. Each lane knows its own bytes alone; their
+//! The bound on bytes queued, and kept for replay, over all lanes of a role. Each lane knows its own bytes alone; their
 //! sum is looked at now and then, so that no message pays for it.
 
 use std::sync::Arc;
@@ -12,16 +12,34 @@ use super::Link;
 /// already.
 pub const PRESSURE_TICK: Duration = Duration::from_millis(100);
 
-/// Tells all `links` how much room is left of `max` bytes.
-pub fn balance(links: &[Arc<Link>], max: u64) {
-    let queued = links.iter().map(|link| {
+/// What all lanes of a role hold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Held {
+    /// Bytes queued in either direction.
+    pub queued: u64,
+    /// Bytes kept for replay.
+    pub replay: u64,
+    /// Lanes that have no connection.
+    pub detached: usize,
+    /// Lanes whose peer is silent for longer than the round trip explains.
+    pub suspect: usize,
+}
+
+/// Tells all `links` how much room is left of `max` bytes. Returns what they hold.
+pub fn balance(links: &[Arc<Link>], max: u64) -> Held {
+    let mut held = Held::default();
+    for link in links {
         let stats = link.with(|lane| lane.stats());
-        stats.send_queued_bytes + stats.receive_queued_bytes
-    });
-    let pressure = of(queued.sum(), max);
+        held.queued += stats.send_queued_bytes + stats.receive_queued_bytes;
+        held.replay += stats.replay_bytes;
+        held.detached += usize::from(!link.is_attached());
+        held.suspect += usize::from(link.is_suspect());
+    }
+    let pressure = of(held.queued + held.replay, max);
     for link in links {
         link.with(|lane| lane.set_pressure(pressure));
     }
+    held
 }
 
 const fn of(queued: u64, max: u64) -> Pressure {

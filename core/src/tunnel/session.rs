@@ -2,18 +2,21 @@
 //!
 //! Knows bounds and who was let in; what an announcement means is the relay's business.
 
+use std::cmp::Reverse;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 use sidelane_abi::failure;
-use sidelane_tunnel::{Lane, LaneConfig, OpenError, ProtocolTable, RequestId, Reset, proto};
+use sidelane_tunnel::{
+    FEATURE_RESUME, Lane, LaneConfig, OpenError, ProtocolTable, RequestId, Reset, proto,
+};
 use subtle::ConstantTimeEq as _;
 
 use super::{Link, RecvHalf, SendHalf};
@@ -48,6 +51,10 @@ pub struct Settings {
     pub lanes_max: u32,
     /// How each lane is set up, but for what the peer's hello says.
     pub lane: LaneConfig,
+    /// How long a lane that has lost its connection is waited for; zero: not at all.
+    pub grace: Duration,
+    /// Where further lanes and those that come back dial; `None`: where the session was dialled.
+    pub advertise: Option<Arc<str>>,
     /// Protocol types this relay carries.
     pub protocols: Vec<Arc<str>>,
 }
@@ -77,6 +84,8 @@ pub struct Session {
     pub protocols: ProtocolTable,
     secret: [u8; 32],
     lane: LaneConfig,
+    /// How long a lane that has lost its connection is waited for; zero: not at all.
+    pub grace: Duration,
     lanes: ArcSwap<Vec<Arc<Link>>>,
     /// Its last lane has ended: it takes no other.
     over: AtomicBool,
@@ -161,8 +170,17 @@ impl Session {
     /// Ends every lane for good: its exchanges end here and now, and the sidecar is told why as far as it
     /// listens.
     pub fn revoke_lanes(&self, detail: &str) {
+        self.end_lanes(failure::FORBIDDEN, detail);
+    }
+
+    /// The same where a newer session of the instance has taken its place.
+    pub fn give_way(&self) {
+        self.end_lanes(failure::DRAINING, "a newer session of this sidecar has taken its place");
+    }
+
+    fn end_lanes(&self, code: u32, detail: &str) {
         for link in self.lanes.load().iter() {
-            link.revoke(failure::FORBIDDEN, detail, Reset::new(failure::TUNNEL_LOST));
+            link.revoke(code, detail, Reset::new(failure::TUNNEL_LOST));
         }
     }
 
@@ -189,8 +207,14 @@ impl Session {
         self.lanes.load().iter().any(|link| link.is_open())
     }
 
-    /// Opens an exchange on the lane of thread `shard`, or on the least busy one. The boolean says
-    /// that it crosses threads.
+    /// Whether its lanes have lost their connections, and may take new exchanges once they have others.
+    #[must_use]
+    pub fn is_suspended(&self) -> bool {
+        !self.is_open() && self.lanes.load().iter().any(|link| link.is_suspended())
+    }
+
+    /// Opens an exchange on the lane of thread `shard`, or on the least busy one; on one whose peer is
+    /// silent only where there is no other. The boolean says that it crosses threads.
     ///
     /// # Errors
     /// Where no lane can take it.
@@ -208,7 +232,9 @@ impl Session {
         {
             return Err(OpenError::Overloaded);
         }
-        let open_lanes = || lanes.iter().filter(|link| link.is_open());
+        let is_any_sure = lanes.iter().any(|link| link.is_open() && !link.is_suspect());
+        let open_lanes =
+            || lanes.iter().filter(|link| link.is_open() && !(is_any_sure && link.is_suspect()));
         let turn = self.turn.fetch_add(1, Ordering::Relaxed);
         // At most once per lane: one that is leaving is not open any more.
         loop {
@@ -237,14 +263,14 @@ impl Session {
 
     /// Sends the answer to an announcement on any lane.
     pub fn answer(&self, announced: proto::Announced) {
-        if let Some(link) = self.lanes.load().first() {
+        if let Some(link) = surest(&self.lanes.load()) {
             link.with(|lane| lane.announced(announced));
         }
     }
 
     /// Sends the answer to a credential on any lane.
     pub fn answer_credential(&self, authenticated: proto::Authenticated) {
-        if let Some(link) = self.lanes.load().first() {
+        if let Some(link) = surest(&self.lanes.load()) {
             link.with(|lane| lane.authenticated(authenticated));
         }
     }
@@ -285,6 +311,15 @@ impl Session {
         self.lanes.store(Arc::new(lanes));
         count
     }
+}
+
+/// Returns the lane on which a word is likeliest to arrive soon: one with a connection, if any.
+#[must_use]
+pub fn surest(lanes: &[Arc<Link>]) -> Option<&Arc<Link>> {
+    lanes.iter().max_by_key(|link| {
+        // Of equal ones the last is taken.
+        (link.is_attached() && !link.is_suspect(), link.is_attached(), Reverse(link.number))
+    })
 }
 
 /// Credentials that a session presents while it runs: one at a time is looked at, of further ones the
@@ -439,6 +474,12 @@ impl Sessions {
             ));
         }
         let id: SessionId = random::bytes();
+        let mut lane = settings.lane.clone().with_peer(hello.window, hello.message_bytes_max);
+        let comes_back = hello.features & FEATURE_RESUME != 0 && lane.replay_bytes_max > 0;
+        let grace = if comes_back { settings.grace } else { Duration::ZERO };
+        if grace.is_zero() {
+            lane.replay_bytes_max = 0;
+        }
         let session = Arc::new(Session {
             id,
             instance,
@@ -453,7 +494,8 @@ impl Sessions {
             protocols: ProtocolTable::parse(&hello.protocols)
                 .map_err(|error| refuse(proto::RefuseReason::Malformed, error.to_string(), 0))?,
             secret: random::bytes(),
-            lane: settings.lane.clone().with_peer(hello.window, hello.message_bytes_max),
+            lane,
+            grace,
             lanes: ArcSwap::default(),
             over: AtomicBool::new(false),
             lanes_change: Mutex::new(()),
@@ -502,12 +544,9 @@ impl Sessions {
         authenticated: Authenticated,
         shard_of: impl FnOnce(&SessionId, u32) -> usize,
     ) -> Result<Admitted, proto::Refuse> {
-        let id: SessionId = hello.session.as_ref().try_into().map_err(|_| unknown())?;
-        let session =
-            self.by_id.get(&id).map(|session| Arc::clone(&session)).ok_or_else(unknown)?;
-        let is_same_principal = session.grant().principal == authenticated.grant.principal;
-        let is_its = same_secret(&session.secret, &hello.secret) && is_same_principal;
-        if !is_its || session.is_revoked() {
+        self.is_ours(&hello.relay_instance)?;
+        let session = self.find(&hello.session, &hello.secret)?;
+        if session.grant().principal != authenticated.grant.principal {
             return Err(unknown());
         }
         let before = session.authenticated();
@@ -521,6 +560,44 @@ impl Sessions {
         let link = self.add_lane(settings, &session, shard_of)?;
         let welcome = self.welcome(settings, &session, &link, &protocols);
         Ok(Admitted { session, link, welcome, replaced: None, is_first: false })
+    }
+
+    /// Whether a dialler means this relay; where it does not say, it does.
+    fn is_ours(&self, instance: &[u8]) -> Result<(), proto::Refuse> {
+        if instance.is_empty() || *instance == self.instance {
+            return Ok(());
+        }
+        Err(refuse(
+            proto::RefuseReason::WrongRelay,
+            "the session is another relay's; dial that one, or begin a new session".to_owned(),
+            0,
+        ))
+    }
+
+    /// The session that this secret is of.
+    fn find(&self, id: &[u8], secret: &[u8]) -> Result<Arc<Session>, proto::Refuse> {
+        let id: SessionId = id.try_into().map_err(|_| unknown())?;
+        let session = self.by_id.get(&id).map(|session| Arc::clone(&session));
+        let is_its = |session: &Arc<Session>| {
+            same_secret(&session.secret, secret) && !session.is_revoked() && !session.is_over()
+        };
+        session.filter(is_its).ok_or_else(unknown)
+    }
+
+    /// Returns the session and the lane that are to come back.
+    ///
+    /// # Errors
+    /// The refusal to send.
+    pub fn find_lane(
+        &self,
+        resume: &proto::Resume,
+    ) -> Result<(Arc<Session>, Arc<Link>), proto::Refuse> {
+        self.is_ours(&resume.relay_instance)?;
+        let session = self.find(&resume.session, &resume.secret)?;
+        let lanes = session.lanes();
+        let link = lanes.iter().find(|link| link.number == resume.lane).ok_or_else(unknown_lane)?;
+        let link = Arc::clone(link);
+        Ok((session, link))
     }
 
     fn add_lane(
@@ -564,19 +641,19 @@ impl Sessions {
     ) -> proto::Welcome {
         proto::Welcome {
             version: sidelane_tunnel::VERSION,
-            features: FEATURE_ANNOUNCE,
+            features: FEATURE_ANNOUNCE | if session.grace.is_zero() { 0 } else { FEATURE_RESUME },
             session: session.id.to_vec().into(),
             secret: session.secret.to_vec().into(),
             epoch: session.epoch,
             lane: link.number,
-            grace_ms: 0,
+            grace_ms: u32::try_from(session.grace.as_millis()).unwrap_or(u32::MAX),
             relay_instance: self.instance.to_vec().into(),
-            advertise_address: String::new(),
+            advertise_address: settings.advertise.as_deref().unwrap_or_default().to_owned(),
             peers: Vec::new(),
             protocols: protocols.to_wire(),
             window: settings.lane.receive_window,
             message_bytes_max: settings.lane.message_bytes_max,
-            replay_bytes_max: 0,
+            replay_bytes_max: session.lane.replay_bytes_max,
             lanes_max: settings.lanes_max,
         }
     }
@@ -608,6 +685,32 @@ pub fn unknown() -> proto::Refuse {
         "this relay does not know the session; begin a new one".to_owned(),
         0,
     )
+}
+
+/// What a dialler is told whose lane has ended here.
+#[must_use]
+pub fn unknown_lane() -> proto::Refuse {
+    refuse(
+        proto::RefuseReason::UnknownLane,
+        "the session has no such lane any more; dial a new one".to_owned(),
+        0,
+    )
+}
+
+/// What a dialler is told that a newer one of the same lane has overtaken.
+#[must_use]
+pub fn stale() -> proto::Refuse {
+    refuse(
+        proto::RefuseReason::Stale,
+        "a newer attempt of the lane came before; each attempt needs a greater number".to_owned(),
+        0,
+    )
+}
+
+/// What a dialler is told whose lane cannot come back.
+#[must_use]
+pub fn gap(detail: String) -> proto::Refuse {
+    refuse(proto::RefuseReason::Gap, detail, 0)
 }
 
 fn answer_protocols(

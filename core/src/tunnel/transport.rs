@@ -21,7 +21,6 @@ use tokio_rustls::{client, server};
 use super::carrier::Kind;
 use super::carrier::grpc::GrpcStream;
 use super::carrier::websocket::WebSocketStream;
-use crate::metrics::Up;
 use crate::tls::{H2_ALPN, HTTP1_ALPN, TUNNEL_ALPN};
 
 /// What rustls may hold of one direction: a batch of the lane's (`drive`), so that it is taken and
@@ -268,8 +267,6 @@ pub struct Transport {
     agreed: Agreed,
     /// The data-path thread on which its connection is driven, where that is another task's.
     home: Option<usize>,
-    /// Counts it for as long as it lives.
-    _up: Option<Up>,
 }
 
 enum Io {
@@ -298,7 +295,6 @@ impl Transport {
             chain: Vec::new(),
             agreed: Agreed::Tunnel,
             home: None,
-            _up: None,
         }
     }
 
@@ -330,7 +326,6 @@ impl Transport {
             chain,
             agreed,
             home: None,
-            _up: None,
         }
     }
 
@@ -362,7 +357,6 @@ impl Transport {
             chain,
             agreed: Agreed::Tunnel,
             home: None,
-            _up: None,
         }
     }
 
@@ -400,12 +394,6 @@ impl Transport {
     #[must_use]
     pub fn at_home(self, thread: usize) -> Self {
         Self { home: Some(thread), ..self }
-    }
-
-    /// The same, counted for as long as it lives.
-    #[must_use]
-    pub fn counted(self, up: Up) -> Self {
-        Self { _up: Some(up), ..self }
     }
 
     /// The other end's certificates, its own first; empty: it has shown none.

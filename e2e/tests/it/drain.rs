@@ -235,16 +235,6 @@ fn sigterm_gives_balancers_their_time_and_interrupt_does_not() {
     }
 }
 
-#[test]
-fn a_relay_that_was_withdrawn_waits_for_no_balancer() {
-    let service = Service::ok();
-    let text = Setup::of(service.address()).both() + "withdraw_timeout: 1h\n";
-    let mut sidelane = Sidelane::start("sidelane", &text);
-    post(&sidelane, "/-/drain");
-    sidelane.signal("TERM");
-    assert_eq!(sidelane.ended().code(), Some(0));
-}
-
 /// A deadline is no end: what is cut looks cut, in each protocol's words.
 #[test]
 fn an_answer_that_is_cut_at_the_deadline_looks_cut() {

@@ -27,6 +27,8 @@ mod reload_files;
 mod reload_listeners;
 mod reload_soak;
 mod residue;
+mod resume;
+mod rolling;
 mod secrets;
 mod service;
 mod service_double;

@@ -713,6 +713,13 @@ fn refused_says_that_the_exchange_may_go_elsewhere() {
     pair.run();
     assert_eq!(pair.relay.closed(relay), Poll::Ready(reset(failure::SERVICE_UNREACHABLE)));
     assert!(pair.relay.lane.is_refused(relay));
+    let fate = crate::Fate {
+        closed: Some(reset(failure::SERVICE_UNREACHABLE)),
+        refused: true,
+        dispatched: false,
+        answered: false,
+    };
+    assert_eq!(pair.relay.lane.fate(relay), Some(fate));
     pair.relay.drop_handles(relay);
     pair.sidecar.drop_handles(sidecar);
     pair.assert_empty();

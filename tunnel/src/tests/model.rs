@@ -1,6 +1,11 @@
 //! Any sequence of operations at both ends against a small model: messages arrive in order, none
-//! lost, none doubled, credit never exceeded, and nothing is left at the end.
+//! lost, none doubled, credit and buffers never exceeded, and nothing is left at the end; with connections
+//! that are cut anywhere, too.
+//!
+//! A failure prints the operations. `PROPTEST_CASES=10000` looks longer; the seed of a failure is written to
+//! `tunnel/proptest-regressions/tests/model.txt`, and tried first from then on.
 
+use std::sync::Arc;
 use std::task::Poll;
 
 use bytes::Bytes;
@@ -8,7 +13,13 @@ use proptest::prelude::*;
 use sidelane_abi::{OPEN_BYTES_MAX, failure};
 
 use super::pair::{End, Pair};
-use crate::{Event, Key, LaneConfig, OpenError, Payload, Received, RequestId, Reset, Side, proto};
+use crate::{
+    ACK_DELAY, Budget, Event, Key, LaneConfig, OPEN_RECORD_BYTES_MAX, OpenError, Payload, Received,
+    RequestId, Reset, Side, proto,
+};
+
+/// The longest message's cost in a ring.
+const MESSAGE_COST_MAX: u64 = (OPEN_BYTES_MAX + OPEN_RECORD_BYTES_MAX + 128) as u64;
 
 #[derive(Clone, Copy, Debug)]
 enum Op {
@@ -57,13 +68,36 @@ enum Op {
     },
     /// Moves bytes until nothing is on its way.
     Run,
+    /// Loses what is on its way but for so many permille of it, in each direction, and the connection.
+    Cut {
+        to_relay: usize,
+        to_sidecar: usize,
+    },
+    /// Dials, though the connection before may stand.
+    Dial,
+    /// A dial of before arrives again.
+    DialStale,
+    /// Lets so many milliseconds pass.
+    Pass {
+        ms: u64,
+    },
 }
 
-fn ops() -> impl Strategy<Value = Vec<Op>> {
+fn cuts() -> impl Strategy<Value = Op> {
+    let keep = || prop_oneof![2 => Just(0), 1 => Just(1000), 4 => 0..1000_usize];
+    prop_oneof![
+        6 => (keep(), keep()).prop_map(|(to_relay, to_sidecar)| Op::Cut { to_relay, to_sidecar }),
+        4 => Just(Op::Dial),
+        1 => Just(Op::DialStale),
+        4 => (1..100_u64).prop_map(|ms| Op::Pass { ms }),
+    ]
+}
+
+fn op() -> impl Strategy<Value = Op> {
     let side = || prop_oneof![Just(Side::Relay), Just(Side::Sidecar)];
     let exchange = || 0..6_usize;
     let len = prop_oneof![4 => 4..200_usize, 2 => 4..5000_usize, 1 => 20_000..33_792_usize];
-    let op = prop_oneof![
+    prop_oneof![
         6 => side().prop_map(|at| Op::Open { at }),
         30 => (side(), exchange(), len, prop::bool::weighted(0.05))
             .prop_map(|(at, exchange, len, end)| Op::Send { at, exchange, len, end }),
@@ -77,8 +111,7 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
         2 => (side(), exchange()).prop_map(|(at, exchange)| Op::DropRecv { at, exchange }),
         20 => (1..8_usize).prop_map(|count| Op::Step { count }),
         4 => Just(Op::Run),
-    ];
-    prop::collection::vec(op, 1..300)
+    ]
 }
 
 /// One end's view of an exchange.
@@ -105,7 +138,19 @@ struct Exchange {
 struct Model {
     pair: Pair,
     exchanges: Vec<Exchange>,
+    keeps: bool,
 }
+
+/// What is kept for replay.
+#[derive(Clone, Copy)]
+struct Ring<'a> {
+    min: u64,
+    max: u64,
+    budget: &'a Arc<Budget>,
+}
+
+const EXCHANGES_MAX: usize = 5;
+const QUEUED_BYTES_MAX: u64 = 200_000;
 
 const fn index(side: Side) -> usize {
     match side {
@@ -124,18 +169,36 @@ fn message(number: u32, len: usize, end: bool) -> Payload {
 }
 
 impl Model {
-    fn new(chop: usize, capacity: usize, latency_ms: u64) -> Self {
+    fn new(chop: usize, capacity: usize, latency_ms: u64, ring: Option<Ring<'_>>) -> Self {
         let small = |config: &mut LaneConfig| {
             config.receive_window = 64 * 1024;
             config.send_window = 64 * 1024;
-            config.exchanges_max = 5;
-            config.queued_bytes_max = 200_000;
+            config.exchanges_max = EXCHANGES_MAX;
+            config.queued_bytes_max = QUEUED_BYTES_MAX;
+            if let Some(Ring { min, max, budget }) = ring {
+                config.replay_bytes_min = min;
+                config.replay_bytes_max = max;
+                config.replay_budget = Some(Arc::clone(budget));
+            }
         };
         let pair = Pair::with(small)
             .chop(chop)
             .capacity(capacity)
             .latency(std::time::Duration::from_millis(latency_ms));
-        Self { pair, exchanges: Vec::new() }
+        Self { pair, exchanges: Vec::new(), keeps: ring.is_some() }
+    }
+
+    fn assert_bounds(&self) {
+        for end in [&self.pair.relay, &self.pair.sidecar] {
+            let stats = end.stats();
+            assert!(stats.exchanges <= EXCHANGES_MAX);
+            assert!(stats.replay_bytes < stats.replay_limit + MESSAGE_COST_MAX, "{stats:?}");
+            assert!(stats.send_queued_bytes < QUEUED_BYTES_MAX + MESSAGE_COST_MAX, "{stats:?}");
+            let received_max = EXCHANGES_MAX as u64 * (7 * 4096 * 1024 / 2 + MESSAGE_COST_MAX);
+            assert!(stats.receive_queued_bytes <= received_max, "{stats:?}");
+            assert!(stats.control_queued <= 3 * EXCHANGES_MAX + 256, "{stats:?}");
+            assert!(stats.acknowledged <= stats.sent, "{stats:?}");
+        }
     }
 
     fn end(&mut self, side: Side) -> &mut End {
@@ -190,8 +253,21 @@ impl Model {
                 }
             }
             Op::Run => self.pair.run(),
+            Op::Cut { to_relay, to_sidecar } => {
+                let (flying_to_relay, flying_to_sidecar) = self.pair.flying();
+                let part = |of: usize, permille: usize| of * permille / 1000;
+                let to_relay = part(flying_to_relay, to_relay);
+                self.pair.cut_at(to_relay, part(flying_to_sidecar, to_sidecar));
+            }
+            Op::Dial => self.pair.dial(),
+            Op::DialStale => self.pair.dial_stale(),
+            Op::Pass { ms } => {
+                let time = std::time::Duration::from_millis(ms);
+                self.pair.pass(time).expect("neither end breaks a rule");
+            }
         }
         self.take_opened();
+        self.assert_bounds();
     }
 
     fn open(&mut self, at: Side) {
@@ -328,7 +404,13 @@ impl Model {
     }
 
     /// Ends what runs, takes all there is, and looks whether all is there and nothing is left.
-    fn settle(mut self) {
+    fn settle(&mut self) {
+        if self.keeps {
+            self.pair.redials = true;
+            if !self.pair.is_joined() {
+                self.pair.dial();
+            }
+        }
         self.drain();
         self.assert_nobody_is_stuck();
         for exchange in 0..self.exchanges.len() {
@@ -355,9 +437,14 @@ impl Model {
                 }
             }
         }
-        self.pair.run();
+        self.move_all();
         self.take_opened();
         self.pair.assert_empty();
+        for end in [&self.pair.relay, &self.pair.sidecar] {
+            let stats = end.stats();
+            assert_eq!(stats.replay_bytes, 0, "all is acknowledged");
+            assert!(!self.keeps || stats.acknowledged == stats.sent);
+        }
         assert_eq!(self.pair.relay.stats().violations, 0);
         assert_eq!(self.pair.sidecar.stats().violations, 0);
     }
@@ -366,9 +453,11 @@ impl Model {
     fn drain(&mut self) {
         let mut moved = true;
         while moved {
-            self.pair.run();
+            let before = (self.pair.at_relay.arrived, self.pair.at_sidecar.arrived);
+            self.move_all();
             self.take_opened();
-            moved = false;
+            self.assert_bounds();
+            moved = before != (self.pair.at_relay.arrived, self.pair.at_sidecar.arrived);
             for exchange in 0..self.exchanges.len() {
                 for at in [Side::Relay, Side::Sidecar] {
                     while self.recv(at, exchange) {
@@ -376,6 +465,15 @@ impl Model {
                     }
                 }
             }
+        }
+    }
+
+    fn move_all(&mut self) {
+        if self.keeps {
+            // A full ring waits for what the peer acknowledges.
+            self.pair.pass(3 * ACK_DELAY).expect("neither end breaks a rule");
+        } else {
+            self.pair.run();
         }
     }
 
@@ -411,20 +509,65 @@ impl Model {
     }
 }
 
+/// So many cases, unless `PROPTEST_CASES` says otherwise.
+fn cases(cases: u32) -> ProptestConfig {
+    match std::env::var_os("PROPTEST_CASES") {
+        Some(_) => ProptestConfig::default(),
+        None => ProptestConfig { cases, ..ProptestConfig::default() },
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
+    #![proptest_config(cases(256))]
 
     #[test]
     fn any_operations_keep_the_promises(
-        ops in ops(),
+        ops in prop::collection::vec(op(), 1..300),
         chop in prop_oneof![1..64_usize, Just(usize::MAX)],
         capacity in prop_oneof![100..5000_usize, Just(1 << 20)],
         latency_ms in 0..3_u64,
     ) {
-        let mut model = Model::new(chop, capacity, latency_ms);
+        let mut model = Model::new(chop, capacity, latency_ms, None);
         for op in ops {
             model.apply(op);
         }
         model.settle();
+    }
+
+}
+
+proptest! {
+    #![proptest_config(cases(128))]
+
+    /// Two lanes with small rings share a small budget, and lose their connections again and again.
+    #[test]
+    fn any_operations_and_cuts_keep_the_promises(
+        ops in prop::collection::vec(
+            (any::<bool>(), prop_oneof![9 => op(), 1 => cuts()]),
+            1..300,
+        ),
+        chop in prop_oneof![1 => 1..64_usize, 4 => Just(usize::MAX)],
+        capacity in prop_oneof![1000..10_000_usize, Just(1 << 20)],
+        latency_ms in 0..3_u64,
+        min in 1..8192_u64,
+        max in 4096..64 * 1024_u64,
+        budget in prop_oneof![Just(0), Just(64 * 1024), Just(300_000), Just(1 << 30)],
+        redials in any::<bool>(),
+    ) {
+        let budget = Arc::new(Budget::new(budget));
+        let ring = Ring { min, max, budget: &budget };
+        let mut models = [(); 2].map(|()| Model::new(chop, capacity, latency_ms, Some(ring)));
+        for model in &mut models {
+            model.pair.redials = redials;
+        }
+        for (second, op) in ops {
+            models[usize::from(second)].apply(op);
+            // Each of four ends one message above, in granules of 64 KiB.
+            prop_assert!(budget.used() <= budget.max() + 4 * 192 * 1024);
+        }
+        for model in &mut models {
+            model.settle();
+        }
+        prop_assert_eq!(budget.used(), 0);
     }
 }

@@ -1,5 +1,5 @@
-//! Two lanes joined by pipes of bounded size and given latency, on a virtual clock, with bytes cut
-//! anywhere.
+//! Two lanes joined by connections of bounded size, given latency and rate, on a virtual clock, with bytes
+//! cut anywhere.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 
+use super::connection::{Connection, Phase};
+use super::pipe::{Meter, Road};
 use crate::{
     Event, Key, Lane, LaneConfig, LaneError, LaneStats, Payload, Received, RequestId, Reset, Side,
     Transmit, proto,
@@ -36,18 +38,10 @@ impl Wake for Bell {
     }
 }
 
-/// Bytes on their way.
-struct Pipe {
-    /// Arrival and bytes, in order.
-    flying: VecDeque<(Instant, Vec<u8>)>,
-    held: usize,
-    capacity: usize,
-}
-
 pub(super) struct End {
     pub(super) lane: Lane,
-    out: Transmit,
-    input: BytesMut,
+    pub(super) out: Transmit,
+    pub(super) input: BytesMut,
     pub(super) events: VecDeque<Event>,
 }
 
@@ -59,6 +53,15 @@ impl End {
             input: BytesMut::new(),
             events: VecDeque::new(),
         }
+    }
+
+    /// Takes bytes that came on the lane's connection.
+    pub(super) fn takes(&mut self, bytes: &[u8], now: Instant) -> Result<(), LaneError> {
+        self.input.extend_from_slice(bytes);
+        self.lane.handle_input(now, &mut self.input)?;
+        self.events.extend(std::iter::from_fn(|| self.lane.poll_event()));
+        self.lane.take_wakes().wake();
+        Ok(())
     }
 
     pub(super) fn opened(&mut self) -> (Key, RequestId, u32, proto::Open) {
@@ -99,11 +102,19 @@ pub(super) struct Pair {
     pub(super) relay: End,
     pub(super) sidecar: End,
     pub(super) now: Instant,
-    latency: Duration,
-    to_sidecar: Pipe,
-    to_relay: Pipe,
-    /// Largest piece in which bytes arrive; small ones cut messages anywhere.
-    chop: usize,
+    pub(super) road: Road,
+    /// The one dialled last is the last.
+    pub(super) connections: Vec<Connection>,
+    pub(super) at_relay: Meter,
+    pub(super) at_sidecar: Meter,
+    /// The sidecar dials as soon as it has noticed a loss.
+    pub(super) redials: bool,
+    /// Of the sidecar's last dial.
+    pub(super) attempt: u64,
+    /// The newest that the relay has heard.
+    pub(super) newest: u64,
+    /// Dials that the relay turned away.
+    pub(super) stale: usize,
     next_id: u64,
 }
 
@@ -120,32 +131,40 @@ impl Pair {
             change(&mut config);
             End::new(config, now)
         };
-        let pipe = || Pipe { flying: VecDeque::new(), held: 0, capacity: usize::MAX };
         Self {
             relay: end(Side::Relay),
             sidecar: end(Side::Sidecar),
             now,
-            latency: Duration::ZERO,
-            to_sidecar: pipe(),
-            to_relay: pipe(),
-            chop: usize::MAX,
+            road: Road { latency: Duration::ZERO, rate: 0, capacity: usize::MAX, chop: usize::MAX },
+            connections: vec![Connection::new(0, Phase::Open, now)],
+            at_relay: Meter::default(),
+            at_sidecar: Meter::default(),
+            redials: false,
+            attempt: 0,
+            newest: 0,
+            stale: 0,
             next_id: 1,
         }
     }
 
-    pub(super) fn latency(mut self, latency: Duration) -> Self {
-        self.latency = latency;
+    pub(super) const fn latency(mut self, latency: Duration) -> Self {
+        self.road.latency = latency;
         self
     }
 
-    pub(super) fn capacity(mut self, capacity: usize) -> Self {
-        self.to_sidecar.capacity = capacity;
-        self.to_relay.capacity = capacity;
+    /// Bytes per second, in each direction.
+    pub(super) const fn rate(mut self, rate: u64) -> Self {
+        self.road.rate = rate;
         self
     }
 
-    pub(super) fn chop(mut self, chop: usize) -> Self {
-        self.chop = chop;
+    pub(super) const fn capacity(mut self, capacity: usize) -> Self {
+        self.road.capacity = capacity;
+        self
+    }
+
+    pub(super) const fn chop(mut self, chop: usize) -> Self {
+        self.road.chop = chop;
         self
     }
 
@@ -172,29 +191,53 @@ impl Pair {
     }
 
     pub(super) fn try_run(&mut self) -> Result<(), LaneError> {
+        self.run_until(None)
+    }
+
+    /// Moves bytes and time until nothing is on its way, or until then.
+    fn run_until(&mut self, until: Option<Instant>) -> Result<(), LaneError> {
         loop {
             while self.step()? {}
-            let arrivals = [&self.to_sidecar, &self.to_relay];
-            let next = arrivals.iter().filter_map(|pipe| pipe.flying.front()).map(|&(at, _)| at);
-            match next.min() {
-                Some(at) => self.now = self.now.max(at),
-                None => return Ok(()),
+            match self.next_move() {
+                Some(at) if until.is_none_or(|until| at <= until) => self.now = self.now.max(at),
+                _ => return Ok(()),
             }
         }
+    }
+
+    /// Returns when something moves again by itself.
+    fn next_move(&mut self) -> Option<Instant> {
+        let Self { relay, sidecar, connections, now, road, .. } = self;
+        let moves = connections.iter().flat_map(|connection| {
+            let writable = (!connection.is_cut).then(|| {
+                let relay = (connection.relay == Phase::Open)
+                    .then(|| connection.to_sidecar.writable(relay, *now, *road));
+                let sidecar = (connection.sidecar == Phase::Open)
+                    .then(|| connection.to_relay.writable(sidecar, *now, *road));
+                [relay.flatten(), sidecar.flatten()]
+            });
+            let arrivals = [connection.to_relay.arrival(), connection.to_sidecar.arrival()];
+            writable.into_iter().flatten().chain(arrivals).flatten()
+        });
+        moves.min()
     }
 
     /// Lets time pass, with both ends' timers.
     pub(super) fn pass(&mut self, duration: Duration) -> Result<(), LaneError> {
         let until = self.now + duration;
         loop {
-            self.try_run()?;
             let timeouts = [self.relay.lane.poll_timeout(), self.sidecar.lane.poll_timeout()];
-            let next = timeouts.into_iter().flatten().min().unwrap_or(until);
-            if next > until {
-                self.now = until;
-                return Ok(());
+            let next = timeouts.into_iter().flatten().min().unwrap_or(until).min(until);
+            self.run_until(Some(next))?;
+            let timeouts = [self.relay.lane.poll_timeout(), self.sidecar.lane.poll_timeout()];
+            let due = timeouts.into_iter().flatten().min();
+            if due.is_some_and(|due| due < next) {
+                continue;
             }
             self.now = self.now.max(next);
+            if due.is_none_or(|due| due > until) && next == until {
+                return Ok(());
+            }
             self.relay.lane.handle_timeout(self.now)?;
             self.sidecar.lane.handle_timeout(self.now)?;
         }
@@ -202,29 +245,26 @@ impl Pair {
 
     /// Moves what can move at this instant; false: nothing could.
     pub(super) fn step(&mut self) -> Result<bool, LaneError> {
-        let Self { relay, sidecar, now, latency, to_sidecar, to_relay, chop, .. } = self;
-        let mut moved = to_sidecar.fill(relay, *now, *latency, *chop);
-        moved |= to_relay.fill(sidecar, *now, *latency, *chop);
-        moved |= to_sidecar.drain(sidecar, *now)?;
-        moved |= to_relay.drain(relay, *now)?;
+        let mut moved = false;
+        for at in 0..self.connections.len() {
+            moved |= self.step_connection(at)?;
+        }
+        let over = |connection: &Connection| {
+            connection.relay == Phase::Gone && connection.sidecar == Phase::Gone
+        };
+        self.connections.retain(|connection| !over(connection));
         Ok(moved)
     }
 
     /// Cuts the connection: what is on its way is lost, and what the ends had read in part.
     pub(super) fn cut(&mut self) {
-        for end in [&mut self.relay, &mut self.sidecar] {
-            end.lane.detach();
-            end.out.clear();
-            end.input.clear();
-        }
-        for pipe in [&mut self.to_sidecar, &mut self.to_relay] {
-            pipe.flying.clear();
-            pipe.held = 0;
-        }
+        self.cut_at(0, 0);
+        self.step().expect("nothing more comes");
     }
 
     /// Joins the ends again.
     pub(super) fn resume(&mut self) -> Result<(), LaneError> {
+        self.connections = vec![Connection::new(self.attempt, Phase::Open, self.now)];
         let (relay, sidecar) = (self.relay.lane.received(), self.sidecar.lane.received());
         self.relay.lane.resume(self.now, sidecar)?;
         self.sidecar.lane.resume(self.now, relay)
@@ -256,42 +296,10 @@ impl Pair {
         let (relay, sidecar) = (self.relay.stats(), self.sidecar.stats());
         assert_eq!(relay.sent, sidecar.received);
         assert_eq!(sidecar.sent, relay.received);
-        assert_eq!(relay.messages_out, sidecar.messages_in);
-        assert_eq!(sidecar.bytes_out, relay.bytes_in);
-    }
-}
-
-impl Pipe {
-    fn fill(&mut self, from: &mut End, now: Instant, latency: Duration, chop: usize) -> bool {
-        let mut moved = false;
-        while self.held < self.capacity {
-            if from.out.is_empty() && !from.lane.poll_transmit(now, &mut from.out, 128 * 1024) {
-                break;
-            }
-            let mut chunks = [std::io::IoSlice::new(&[]); 1];
-            from.out.chunks(&mut chunks);
-            let count = chunks[0].len().min(self.capacity - self.held).min(chop);
-            let bytes = chunks[0][..count].to_vec();
-            from.out.advance(count);
-            self.held += count;
-            self.flying.push_back((now + latency, bytes));
-            moved = true;
+        if relay.resumes == 0 {
+            assert_eq!(relay.messages_out, sidecar.messages_in);
+            assert_eq!(sidecar.bytes_out, relay.bytes_in);
         }
-        moved
-    }
-
-    fn drain(&mut self, to: &mut End, now: Instant) -> Result<bool, LaneError> {
-        let mut moved = false;
-        while self.flying.front().is_some_and(|&(at, _)| at <= now) {
-            let (_, bytes) = self.flying.pop_front().expect("looked at above");
-            self.held -= bytes.len();
-            to.input.extend_from_slice(&bytes);
-            to.lane.handle_input(now, &mut to.input)?;
-            to.events.extend(std::iter::from_fn(|| to.lane.poll_event()));
-            moved = true;
-        }
-        to.lane.take_wakes().wake();
-        Ok(moved)
     }
 }
 

@@ -4,16 +4,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{
-    LANES_MAX, LISTENER_KEYS, PROXIES_MAX, RELAY_KEYS, RELAY_LIMITS_KEYS, RELAY_TIMEOUTS_KEYS,
-    RELAY_TUNNEL_KEYS, Reader, THREADS_MAX, TUNNEL_ADDRESS, WARMUP_KEYS, WEB_ADDRESS, arcs, items,
-    networks, size, timeout, twice, unique,
+    GRACE, GRACE_MAX, LANES_MAX, LISTENER_KEYS, PROXIES_MAX, RELAY_KEYS, RELAY_LIMITS_KEYS,
+    RELAY_TIMEOUTS_KEYS, RELAY_TUNNEL_KEYS, REPLAY_BYTES_MAX, REPLAY_BYTES_MIN, Reader,
+    THREADS_MAX, TUNNEL_ADDRESS, WARMUP_KEYS, WEB_ADDRESS, arcs, duration_within, items, networks,
+    size, timeout, twice, unique,
 };
 use crate::config::credentials::Credentials;
 use crate::config::error::list;
 use crate::config::raw::{Field, Section};
 use crate::config::{
-    Balance, Carries, HostPort, Listener, Relay, RelayLimits, RelayTimeouts, RelayTunnel, Warmup,
-    value,
+    Balance, Carries, HostPort, Listener, REPLAY_BYTES, Relay, RelayLimits, RelayTimeouts,
+    RelayTunnel, Warmup, value,
 };
 
 /// Most relays that a sidecar is told of: more than it dials.
@@ -48,6 +49,9 @@ impl Reader<'_> {
                 insecure: false,
                 token: None,
                 peers: Vec::new(),
+                advertise: None,
+                grace: GRACE,
+                replay: REPLAY_BYTES,
             },
             credentials: Credentials::default(),
             acme: None,
@@ -125,6 +129,9 @@ impl Reader<'_> {
         }
         section.set("insecure", &mut tunnel.insecure, Field::boolean);
         section.set("peers", &mut tunnel.peers, peers);
+        section.set("advertise", &mut tunnel.advertise, |f| f.parse(value::host_port).map(Some));
+        section.set("grace", &mut tunnel.grace, |f| duration_within(f, Duration::ZERO, GRACE_MAX));
+        section.set("replay", &mut tunnel.replay, |f| size(f, REPLAY_BYTES_MIN, REPLAY_BYTES_MAX));
         let as_written = self.token(section, &mut tunnel.token).is_some();
         as_written && tunnel.token.is_none()
     }

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use super::tls::RELAY_TLS_KEYS;
 use super::{
-    LANES, LANES_MAX, RELAY_ADDRESS_KEYS, RESOLVE_INTERVAL, Reader, SIDECAR_KEYS,
-    SIDECAR_LIMITS_KEYS, SIDECAR_TIMEOUTS_KEYS, THREADS_MAX, host_name, size, timeout,
+    LANES, LANES_MAX, RELAY_ADDRESS_KEYS, REPLAY_BYTES_MAX, REPLAY_BYTES_MIN, RESOLVE_INTERVAL,
+    Reader, SIDECAR_KEYS, SIDECAR_LIMITS_KEYS, SIDECAR_TIMEOUTS_KEYS, THREADS_MAX, host_name, size,
+    timeout,
 };
 use crate::config::raw::{Field, Section, Value};
 use crate::config::way::{self, Says};
@@ -73,6 +74,8 @@ impl Reader<'_> {
             });
             section.set("queued", &mut limits.queued, |f| size(f, 1 << 20, 1 << 40));
             section.set("window", &mut limits.window, |f| size(f, 64 << 10, 64 << 20));
+            section
+                .set("replay", &mut limits.replay, |f| size(f, REPLAY_BYTES_MIN, REPLAY_BYTES_MAX));
         }
         if let Some(field) = section.field("timeouts")
             && let Some(section) = field.section(SIDECAR_TIMEOUTS_KEYS)

@@ -11,6 +11,7 @@ use http::header::{CONTENT_LENGTH, STRICT_TRANSPORT_SECURITY, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderValue, StatusCode};
 use sidelane_abi::failure;
 
+use super::super::affinity::Sticky;
 use super::compress::{self, Choice, Gzip};
 use super::{Refusal, RouteState, change};
 use crate::metrics::Record;
@@ -33,6 +34,8 @@ pub(in crate::relay) struct Shaping {
     takes_gzip: Option<bool>,
     /// Said with a 401 of ours.
     challenge: Option<HeaderValue>,
+    /// Which sidecar it was given.
+    sticky: Option<Arc<Sticky>>,
     /// The client came by `https`, to this relay or to a proxy that it trusts.
     is_https: bool,
     gzip: Option<Gzip>,
@@ -62,6 +65,7 @@ impl Shaping {
             is_head: head.method == http::Method::HEAD,
             takes_gzip: may_compress.then(|| compress::accepts_gzip(&head.headers)),
             challenge: None,
+            sticky: None,
             is_https: scheme == "https",
             gzip: None,
             waiting: None,
@@ -77,6 +81,12 @@ impl Shaping {
         self
     }
 
+    /// Tells the client which sidecar has it, where the route asks for that.
+    pub(in crate::relay) fn sticky(mut self: Box<Self>, sticky: Option<Arc<Sticky>>) -> Box<Self> {
+        self.sticky = sticky;
+        self
+    }
+
     fn head(&mut self, head: &mut ResponseHead, first: &mut Option<Bytes>, end: bool) {
         if head.status == StatusCode::UNAUTHORIZED
             && let Some(challenge) = self.challenge.take()
@@ -85,6 +95,10 @@ impl Shaping {
         }
         self.compress(head, first, end);
         change(&mut head.headers, &self.state.policies.response_headers);
+        if let (Some(sticky), Some(affinity)) = (&self.sticky, &self.state.policies.affinity) {
+            let path = &self.state.route.matches.path_prefix;
+            sticky.tell(affinity, path, self.is_https, &mut head.headers);
+        }
         if let Some(hsts) = &self.state.hsts {
             // RFC 6797 §7.2: not a word of it without TLS, the service's own included.
             if self.is_https {

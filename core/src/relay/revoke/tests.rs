@@ -11,7 +11,7 @@ use crate::credentials::Authenticated;
 use crate::metrics::{Flows, Metrics};
 use crate::plugin::lend::{Received, RecvHalf as _};
 use crate::plugin::{HostContext, Limits, Plugins};
-use crate::relay::tunnels;
+use crate::relay::lanes;
 use crate::router::{self, Query};
 use crate::tunnel::RecvHalf;
 use crate::tunnel::session::Admitted;
@@ -57,7 +57,9 @@ fn hello(instance: u8) -> proto::Hello {
 
 fn admit_by(relay: &Relay, hello: &proto::Hello, known: Authenticated) -> Admitted {
     let peer = SocketAddr::from(([127, 0, 0, 1], 4711));
-    relay.sessions.admit(hello, known, peer, |_, _| 0).expect("let in")
+    let admitted = relay.sessions.admit(hello, known, peer, |_, _| 0).expect("let in");
+    admitted.link.pretend_open();
+    admitted
 }
 
 fn admit(relay: &Relay, instance: u8, known: Authenticated) -> Arc<Session> {
@@ -93,7 +95,7 @@ fn is_routed(relay: &Relay, name: &str) -> bool {
     let query = Query { host: Some(&host), path: "/", listener: "web", protocol_type: "HTTP" };
     let routing = relay.routing.load();
     let granted =
-        routing.tunnel(name).is_some_and(|tunnel| tunnel.in_turn().any(|s| s.is_granted()));
+        routing.tunnel(name).is_some_and(|tunnel| tunnel.all().iter().any(|s| s.is_granted()));
     assert_eq!(router::find(&routing.table, &query).is_some(), granted);
     granted
 }
@@ -125,7 +127,7 @@ async fn a_session_whose_last_lane_is_never_driven_leaves_no_routes_in_force() {
     let second = admit_by(&relay, &further, by().await);
     // Its other lanes end while the welcome is on its way, which then cannot be written.
     assert!(!relay.sessions.lane_ended(&first.session, &first.link));
-    tunnels::not_driven(&relay, &second.session, &second.link, second.is_first);
+    lanes::not_driven(&relay, &second.session, &second.link, second.is_first);
     assert_eq!(relay.sessions(), 0);
     let sources = relay.lock_sources();
     assert_eq!((sources.documents.len(), sources.lost.len()), (0, 1));

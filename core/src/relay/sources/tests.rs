@@ -40,6 +40,8 @@ impl Stage {
             sessions_of_principal_max: 4096,
             lanes_max: 2,
             lane: LaneConfig::default(),
+            grace: std::time::Duration::ZERO,
+            advertise: None,
             protocols: vec!["HTTP".into()],
         });
         let sources = Sources { base_domains: vec![BASE.into()], ..Sources::default() };

@@ -9,6 +9,7 @@
 //! another thread, and what waits between the two is bounded by the windows and by [`SEND_BUFFER_BYTES`].
 
 use std::fmt;
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -125,6 +126,35 @@ impl GrpcStream {
         let (answer, send) = requests.send_request(request, false).map_err(io_error)?;
         let engine = Engine { under, connection, end: None };
         Ok(Self::new(send, Receive::Answer(answer), Some(engine)))
+    }
+
+    /// Waits until the RPC is answered by a tunnel, which needs no word of ours for that.
+    ///
+    /// # Errors
+    /// [`CarrierError`] where what answers is none, else the connection's. The time is the caller's to
+    /// bound.
+    pub async fn answered(&mut self) -> io::Result<()> {
+        poll_fn(|cx| {
+            let driven = self.drive(cx);
+            let told = match &mut self.receive {
+                Receive::Answer(answer) => match Pin::new(answer).poll(cx) {
+                    Poll::Pending => Poll::Pending,
+                    Poll::Ready(answer) => {
+                        self.receive = take_answer(answer.map_err(io_error)?)?;
+                        Poll::Ready(())
+                    }
+                },
+                _ => Poll::Ready(()),
+            };
+            match (told, &self.receive) {
+                (Poll::Ready(()), Receive::Refused(_)) => self.poll_frame(cx).map_ok(drop),
+                (Poll::Ready(()), _) => Poll::Ready(Ok(())),
+                (Poll::Pending, _) => {
+                    driven.map_or_else(|e| Poll::Ready(Err(e)), |()| Poll::Pending)
+                }
+            }
+        })
+        .await
     }
 
     /// Returns the acceptor's end of an RPC that was answered; `stands` is told when a lane has it.

@@ -12,6 +12,8 @@ fn settings() -> Settings {
         sessions_of_principal_max: 2,
         lanes_max: 2,
         lane: LaneConfig::default(),
+        grace: Duration::ZERO,
+        advertise: None,
         protocols: vec!["HTTP".into()],
     }
 }
@@ -37,7 +39,10 @@ fn admit(
     peer: IpAddr,
 ) -> Result<Admitted, proto::Refuse> {
     let known = authenticated("p");
-    sessions.admit(hello, known, SocketAddr::new(peer, 4711), |_, lane| lane as usize)
+    let shard_of = |_: &SessionId, lane| lane as usize;
+    let admitted = sessions.admit(hello, known, SocketAddr::new(peer, 4711), shard_of)?;
+    admitted.link.pretend_open();
+    Ok(admitted)
 }
 
 fn reason(result: Result<Admitted, proto::Refuse>) -> proto::RefuseReason {

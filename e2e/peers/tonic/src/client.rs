@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use bytes::Bytes;
 use http::uri::PathAndQuery;
 use serde_json::{Value, json};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{Stream, StreamExt};
@@ -38,6 +38,7 @@ pub(crate) async fn run(case: &str, address: &str) -> Result<Value> {
         "deadline" => deadline(peer).await,
         "cancel" => cancel(peer).await,
         "held" => held(peer).await,
+        "numbers" => numbers(peer).await,
         "large" => large(peer).await,
         "limit" => limit(peer).await,
         "huge" => huge(peer).await,
@@ -335,6 +336,69 @@ async fn many(mut peer: Peer) -> Result<Value> {
         ended += usize::from(replies.next().await.is_none());
     }
     Ok(json!({ "same": same, "ended": ended }))
+}
+
+/// Numbered messages both ways, a bounded number in flight, until a line comes in.
+async fn numbers(mut peer: Peer) -> Result<Value> {
+    let (requests, mut replies) = peer.both("Chat").await?;
+    let slots = Arc::new(Semaphore::new(IN_FLIGHT));
+    let (told, mut ended) = oneshot::channel();
+    // Blocks until there is one; the process does not wait for it.
+    std::thread::spawn(move || {
+        let line = std::io::stdin().read_line(&mut String::new());
+        // Whoever waits for it is there until the end.
+        let _ = told.send(line);
+    });
+    let sender = tokio::spawn({
+        let slots = Arc::clone(&slots);
+        async move {
+            let mut sent = 0_u32;
+            loop {
+                tokio::select! {
+                    biased;
+                    _ = &mut ended => return sent,
+                    slot = slots.acquire() => match slot {
+                        Ok(slot) => slot.forget(),
+                        Err(_) => return sent,
+                    },
+                }
+                if requests.send(numbered(sent)).await.is_err() {
+                    return sent;
+                }
+                sent += 1;
+            }
+        }
+    });
+    let (mut received, mut wrong) = (0_u32, Vec::new());
+    let status = loop {
+        match replies.message().await {
+            Ok(Some(reply)) => {
+                if reply != numbered(received) {
+                    wrong.push(received);
+                }
+                if received == 0 {
+                    println!("{}", json!({ "begun": true }));
+                }
+                received += 1;
+                slots.add_permits(1);
+            }
+            Ok(None) => break json!({ "code": 0 }),
+            Err(status) => break shown_status(&status, 0),
+        }
+    };
+    slots.close();
+    let sent = sender.await?;
+    let (code, message) = (&status["code"], &status["message"]);
+    Ok(
+        json!({ "code": code, "message": message, "received": received, "wrong": wrong, "sent": sent }),
+    )
+}
+
+/// A message that no other is equal to, of 4 to 3,003 bytes.
+fn numbered(number: u32) -> Bytes {
+    let mut message = number.to_be_bytes().to_vec();
+    message.resize(4 + number as usize * 37 % 3000, 0);
+    message.into()
 }
 
 async fn stalled(mut peer: Peer) -> Result<Value> {

@@ -66,7 +66,7 @@ async fn each_answer_that_is_no_tunnels_says_what_it_is() {
         let mut send = respond.send_response(head(200, &[GRPC]), false).unwrap();
         send.send_data(Bytes::from_static(&[1, 0, 0, 0, 0]), false).unwrap();
         // Until the dialler has gone.
-        let _ = std::future::poll_fn(|cx| send.poll_reset(cx)).await;
+        let _ = poll_fn(|cx| send.poll_reset(cx)).await;
     });
     assert!(text.await.starts_with("a compressed message"));
 }

@@ -1,0 +1,150 @@
+//! Large bodies over lanes that are cut five times a second: every byte arrives once, in its place.
+//!
+//! `SIDELANE_TORN_MIB` says how many MiB each way (`cargo soak` has its like); a quarter of a GiB by
+//! default, so that CI stays short.
+
+use std::io::{self, Read as _, Write as _};
+use std::net::{Shutdown, TcpStream};
+use std::time::{Duration, Instant};
+
+use sidelane_e2e::client::head_end;
+use sidelane_e2e::fault::Fault;
+use sidelane_e2e::pattern::Pattern;
+use sidelane_e2e::process::Setup;
+use sidelane_e2e::service::{Connection, Service};
+use sidelane_e2e::stage::get;
+
+use super::Torn;
+
+/// Each body by default.
+const BODY_MIB: u64 = 256;
+/// Between two cuts. Each is to every lane that is well; cuts and resets take turns.
+const PERIOD: Duration = Duration::from_millis(200);
+/// How long a client waits for a byte: above the grace, so that a broken end shows as what it is.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+fn body_bytes() -> u64 {
+    let mib = std::env::var("SIDELANE_TORN_MIB")
+        .map_or(BODY_MIB, |text| text.parse().expect("SIDELANE_TORN_MIB is a number"));
+    mib * 1024 * 1024
+}
+
+/// Sends a body, or takes one and says where it went wrong.
+pub(super) fn serve(connection: &mut Connection) -> io::Result<()> {
+    connection.stop_recording();
+    while let Some(request) = connection.request()? {
+        let length = request.first("content-length").and_then(|text| text.parse().ok());
+        let mut pattern = Pattern::default();
+        if let Some(length) = length {
+            let mut outcome = "whole".to_owned();
+            let mut left: u64 = length;
+            while left > 0 {
+                let bytes = connection.some()?;
+                if bytes.is_empty() {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                if outcome == "whole"
+                    && let Err(offset) = pattern.check(&bytes)
+                {
+                    outcome = format!("other at {offset}");
+                }
+                left -= bytes.len() as u64;
+            }
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", outcome.len());
+            connection.write(head + &outcome)?;
+        } else {
+            let length = body_bytes();
+            connection.write(format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n"))?;
+            while pattern.offset() < length {
+                connection.write(pattern.next(length - pattern.offset()))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Reads a head, and returns what came behind it.
+fn read_head(stream: &mut TcpStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    loop {
+        if let Some(end) = head_end(&bytes) {
+            assert!(bytes.starts_with(b"HTTP/1.1 200 "), "{:?}", String::from_utf8_lossy(&bytes));
+            return bytes.split_off(end);
+        }
+        let mut space = [0; 4096];
+        let length = stream.read(&mut space).expect("a head");
+        assert_ne!(length, 0, "the connection ended before the head: {bytes:?}");
+        bytes.extend_from_slice(&space[..length]);
+    }
+}
+
+fn connect(torn: &Torn) -> TcpStream {
+    let stream = TcpStream::connect(torn.relay.web()).expect("the relay listens");
+    stream.set_read_timeout(Some(SILENCE_MAX)).expect("a fresh socket takes options");
+    stream.set_write_timeout(Some(SILENCE_MAX)).expect("a fresh socket takes options");
+    stream
+}
+
+pub(super) fn download(torn: &Torn) {
+    let mut stream = connect(torn);
+    stream.write_all(&get("/")).expect("the relay reads");
+    let mut pattern = Pattern::default();
+    pattern.check(&read_head(&mut stream)).expect("the body's beginning");
+    let mut space = vec![0; 256 * 1024];
+    while pattern.offset() < body_bytes() {
+        let length = stream
+            .read(&mut space)
+            .unwrap_or_else(|error| panic!("{error} at {} of {}", pattern.offset(), body_bytes()));
+        assert_ne!(length, 0, "it ended at {} of {}", pattern.offset(), body_bytes());
+        pattern.check(&space[..length]).expect("the bytes that were sent");
+    }
+    assert_eq!(pattern.offset(), body_bytes(), "nothing follows");
+}
+
+pub(super) fn upload(torn: &Torn) {
+    let mut stream = connect(torn);
+    let length = body_bytes();
+    write!(stream, "POST / HTTP/1.1\r\nHost: api.localhost\r\nContent-Length: {length}\r\n\r\n")
+        .expect("the relay reads");
+    let mut pattern = Pattern::default();
+    while pattern.offset() < length {
+        let at = pattern.offset();
+        let written = stream.write_all(pattern.next(length - at));
+        written.unwrap_or_else(|error| panic!("{error} at {at} of {length}"));
+    }
+    let mut outcome = read_head(&mut stream);
+    stream.shutdown(Shutdown::Write).expect("it is open");
+    stream.read_to_end(&mut outcome).expect("the answer's end");
+    assert_eq!(String::from_utf8_lossy(&outcome), "whole");
+}
+
+/// Runs a transfer while lanes are cut, and says what it took.
+pub(super) fn under_cuts(name: &str, torn: &Torn, transfer: fn(&Torn)) {
+    let before = torn.resumed();
+    let storm = torn.wire.every(PERIOD, &[Fault::Cut, Fault::Reset]);
+    let begun = Instant::now();
+    transfer(torn);
+    let (elapsed, cuts) = (begun.elapsed(), storm.end());
+    println!(
+        "{name}: {} MiB in {elapsed:.1?} with {cuts} connections cut, {} lanes resumed",
+        body_bytes() / 1024 / 1024,
+        torn.resumed() - before,
+    );
+    assert!(cuts >= 4, "{cuts} cuts in {elapsed:?}");
+    torn.until_lanes(super::LANES);
+    torn.lost_nothing();
+    torn.is_one_session();
+    assert!(torn.resumed() >= before + 4.0);
+}
+
+#[test]
+fn download_cut_five_times_a_second_arrives_whole() {
+    let service = Service::start(serve);
+    under_cuts("download", &Torn::of(&Setup::of(service.address())), download);
+}
+
+#[test]
+fn upload_cut_five_times_a_second_arrives_whole() {
+    let service = Service::start(serve);
+    under_cuts("upload", &Torn::of(&Setup::of(service.address())), upload);
+}
