@@ -14,7 +14,7 @@ use crate::tools::skip;
 /// Where Debian's package puts the module for TCP, and others build it in.
 const STREAM_MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 
-/// A running nginx. Killed when it is dropped.
+/// A running nginx. Ended when it is dropped.
 #[derive(Debug)]
 pub struct Nginx {
     child: Child,
@@ -66,7 +66,7 @@ impl Nginx {
             Ingress::Http(files) => http(address, relay, files, directory.path()),
         };
         let text = format!(
-            "{load}daemon off; master_process off; pid {root}/nginx.pid; error_log {root}/error.log info;\n\
+            "{load}daemon off; worker_processes 1; user root; pid {root}/nginx.pid; error_log {root}/error.log info;\n\
              events {{ worker_connections 256; }}\n{served}"
         );
         let file = directory.path().join("nginx.conf");
@@ -144,7 +144,8 @@ impl Drop for Nginx {
         if std::thread::panicking() {
             eprintln!("nginx said:\n{}", self.log());
         }
-        let _ = self.child.kill();
+        // Its worker goes with it, which a killed one would leave behind.
+        let _ = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status();
         let _ = self.child.wait();
     }
 }

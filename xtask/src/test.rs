@@ -153,7 +153,7 @@ fn prepare_node() -> Result<PathBuf> {
     Ok(directory)
 }
 
-fn make_venv(venv: &std::path::Path, python: &std::path::Path) -> Result<()> {
+fn make_venv(venv: &Path, python: &Path) -> Result<()> {
     if venv.exists() {
         fs::remove_dir_all(venv).with_context(|| format!("cannot remove {}", venv.display()))?;
     }

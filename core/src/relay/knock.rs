@@ -177,8 +177,7 @@ impl Knock {
             async move { Ok::<_, Infallible>(answer) }
         });
         http1::Builder::new()
-            // One request, and what it becomes.
-            .keep_alive(false)
+            // One request, and what it becomes: all other answers say that they close.
             .max_buf_size(HEAD_BYTES_MAX)
             .serve_connection(TokioIo::new(transport), service)
             .with_upgrades()
