@@ -100,7 +100,7 @@ impl Nginx {
     }
 }
 
-/// The lines that `docs/carriers.md` gives an operator.
+/// The lines that `docs/operations.md` gives an operator.
 fn http(address: SocketAddr, relay: SocketAddr, files: &Files, directory: &Path) -> String {
     let (cert, key, root) = (files.cert.display(), files.key.display(), directory.display());
     format!(

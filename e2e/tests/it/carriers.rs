@@ -8,6 +8,7 @@ use serde_json::json;
 use sidelane_e2e::authority::{Authority, Files};
 use sidelane_e2e::client::{Answer, Client, request};
 use sidelane_e2e::connect::ConnectProxy;
+use sidelane_e2e::fault::{Fault, Wire};
 use sidelane_e2e::nginx::{Ingress, Nginx};
 use sidelane_e2e::peer::Peer;
 use sidelane_e2e::process::{Route, Setup, Sidelane};
@@ -232,7 +233,7 @@ fn who_is_passed_on_by_a_proxy_is_not_taken_for_this_machine() {
     let yaml = sidecar_yaml(&setup, &relays(&url, Some(&authority.ca()), ""));
     let sidecar = Sidelane::spawn("sidecar", &yaml);
     until_logged(&relay, &["sidecar refused", "loopback"]);
-    until_logged(&sidecar, &["no session", "refused"]);
+    until_logged(&sidecar, &["refuses this sidecar's credential", "over loopback only"]);
 }
 
 #[test]
@@ -357,4 +358,95 @@ fn who_asks_the_tunnels_port_by_http_is_told_what_it_is() {
     let sidecar = Sidelane::start("sidecar", &setup.sidecar(relay.tunnel()));
     until_served(&relay);
     drop(sidecar);
+}
+
+#[test]
+fn a_peer_of_tonics_is_as_good_as_ours_at_either_end() {
+    let service = service();
+    let (setup, _grpc) = with_grpc(setup(&service));
+    for (case, scheme, carrier) in [("to-grpc", "tcp", "grpc"), ("to-tcp", "grpc", "tcp")] {
+        let relay = Sidelane::spawn("relay", &relay_yaml(&setup, "", ""));
+        let mut command = tonic();
+        let tunnel = relay.tunnel();
+        command.args([case, &tunnel.ip().to_string(), &tunnel.port().to_string()]);
+        let (_bridge, address) = Peer::service(case, command);
+        let url = format!("relays: [\"{scheme}://{address}\"]");
+        let _sidecar = Sidelane::start("sidecar", &sidecar_yaml(&setup, &url));
+        until_served(&relay);
+        let labels = ["role=\"relay\"", &format!("carrier=\"{carrier}\"")];
+        relay.until_metric("sidelane_lane_connections", &labels, |lanes| lanes == 2.0);
+        everything_passes(&relay);
+    }
+}
+
+#[test]
+fn a_download_goes_on_over_each_carrier_when_its_connections_are_cut() {
+    let service = service();
+    let setup = setup(&service);
+    for scheme in ["tcp", "ws", "grpc"] {
+        let relay = Sidelane::spawn("relay", &relay_yaml(&setup, "", ""));
+        let wire = Wire::to(relay.tunnel());
+        let url = format!("relays: [\"{scheme}://{}\"]", wire.address());
+        let sidecar = Sidelane::start("sidecar", &sidecar_yaml(&setup, &url));
+        until_served(&relay);
+        let carrier = sidecar.admin_page("/tunnels");
+        let carrier =
+            carrier["relays"][0]["lanes"][0]["carrier"].as_str().expect("a carrier").to_owned();
+        let mut client = Client::connect(relay.web());
+        client.send(get("/bulk"));
+        assert_eq!(client.head().status, 200);
+        let piece = bulk_piece(0).len();
+        for (number, at) in (0..BULK_BYTES).step_by(piece).enumerate() {
+            if number % 150 == 50 {
+                assert!(wire.harm(Fault::Cut) > 0, "{scheme}");
+            }
+            let expected = bulk_piece(at);
+            assert!(client.exactly(piece).expect("it goes on") == expected, "{scheme} at {at}");
+        }
+        until_logged(&relay, &["lane is back", &carrier]);
+        runs_on(&relay, &sidecar, &carrier);
+    }
+}
+
+#[test]
+fn a_lane_comes_back_by_another_carrier_where_the_first_ones_port_is_closed() {
+    let service = service();
+    let setup = setup(&service);
+    let relay = Sidelane::spawn("relay", &relay_yaml(&setup, "", ""));
+    let (first, second) = (Wire::to(relay.tunnel()), Wire::to(relay.tunnel()));
+    let fallback =
+        format!(", fallback: [\"ws://{}\", \"grpc://{}\"]", second.address(), relay.tunnel());
+    let yaml = sidecar_yaml(&setup, &relays(&first.address().to_string(), None, &fallback));
+    let sidecar = Sidelane::start("sidecar", &yaml);
+    until_served(&relay);
+    runs_on(&relay, &sidecar, "tcp");
+    let mut client = Client::connect(relay.web());
+    client.send(get("/bulk"));
+    assert_eq!(client.head().status, 200);
+    let piece = bulk_piece(0).len();
+    for (number, at) in (0..BULK_BYTES).step_by(piece).enumerate() {
+        match number {
+            100 => {
+                first.down();
+                first.harm(Fault::Cut);
+            }
+            300 => {
+                runs_on(&relay, &sidecar, "websocket");
+                second.down();
+                second.harm(Fault::Cut);
+            }
+            500 => {
+                runs_on(&relay, &sidecar, "grpc");
+                first.up();
+                // The first way is tried first again.
+                assert!(sidecar.log().contains("a way to the relay fails"));
+            }
+            _ => {}
+        }
+        let expected = bulk_piece(at);
+        assert!(client.exactly(piece).expect("it goes on") == expected, "at {at}");
+    }
+    for carrier in ["websocket", "grpc"] {
+        until_logged(&sidecar, &["lane is back", carrier]);
+    }
 }

@@ -24,7 +24,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
-use self::message::{HEAD_BYTES_MAX, Reader, write_head};
+use self::message::{HEAD_BYTES_MAX, PREFIX_BYTES, Reader, write_head};
 use super::{CarrierError, GRPC_PATH, USER_AGENT, first_line, gather, total};
 use crate::tunnel::drive::WRITE_BYTES;
 use crate::tunnel::transport::{Movable, Transport};
@@ -123,7 +123,10 @@ impl GrpcStream {
             .header(AGENT, HeaderValue::from_static(USER_AGENT))
             .body(())
             .map_err(io::Error::other)?;
-        let (answer, send) = requests.send_request(request, false).map_err(io_error)?;
+        let (answer, mut send) = requests.send_request(request, false).map_err(io_error)?;
+        // An empty message, which is nothing to the stream: some ingresses pass on no answer before they
+        // have seen a part of the request's body.
+        send.send_data(Bytes::from_static(&[0; PREFIX_BYTES]), false).map_err(io_error)?;
         let engine = Engine { under, connection, end: None };
         Ok(Self::new(send, Receive::Answer(answer), Some(engine)))
     }

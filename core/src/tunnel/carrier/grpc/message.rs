@@ -6,7 +6,7 @@
 use bytes::{Buf as _, BufMut as _, Bytes, BytesMut};
 
 /// gRPC's prefix: compressed or not, and the message's length in four bytes.
-const PREFIX_BYTES: usize = 5;
+pub const PREFIX_BYTES: usize = 5;
 
 /// Key of `data`: field 1, length-delimited.
 const DATA_KEY: u64 = 1 << 3 | LENGTH_DELIMITED;
