@@ -54,6 +54,10 @@ const ROOM_BYTES: usize = 4 * 1024;
 static GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 static GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
 
+/// A message without bytes, with which each end begins: it is nothing to the stream, but some ingresses
+/// (nginx) pass on a head only with a part of the body.
+const NOTHING: Bytes = Bytes::from_static(&[0; PREFIX_BYTES]);
+
 /// Content type of gRPC.
 pub const CONTENT: HeaderValue = HeaderValue::from_static("application/grpc");
 
@@ -124,9 +128,7 @@ impl GrpcStream {
             .body(())
             .map_err(io::Error::other)?;
         let (answer, mut send) = requests.send_request(request, false).map_err(io_error)?;
-        // An empty message, which is nothing to the stream: some ingresses pass on no answer before they
-        // have seen a part of the request's body.
-        send.send_data(Bytes::from_static(&[0; PREFIX_BYTES]), false).map_err(io_error)?;
+        send.send_data(NOTHING, false).map_err(io_error)?;
         let engine = Engine { under, connection, end: None };
         Ok(Self::new(send, Receive::Answer(answer), Some(engine)))
     }
@@ -162,7 +164,9 @@ impl GrpcStream {
 
     /// Returns the acceptor's end of an RPC that was answered; `stands` is told when a lane has it.
     #[must_use]
-    pub fn accepted(send: SendStream<Bytes>, receive: RecvStream, stands: Arc<Notify>) -> Self {
+    pub fn accepted(mut send: SendStream<Bytes>, receive: RecvStream, stands: Arc<Notify>) -> Self {
+        // An error comes again with what is written next.
+        let _ = send.send_data(NOTHING, false);
         Self { stands: Some(stands), ..Self::new(send, Receive::Open(receive), None) }
     }
 
