@@ -5,6 +5,7 @@
 
 pub mod accept;
 pub mod backoff;
+pub mod carrier;
 pub mod dedicated;
 pub mod dial;
 mod drive;
@@ -13,6 +14,7 @@ pub mod fault;
 pub mod gate;
 mod link;
 pub mod pressure;
+pub mod proxy;
 pub mod returning;
 pub mod session;
 pub mod transport;
