@@ -172,6 +172,13 @@ impl DialError {
         }
     }
 
+    /// Whether nobody listens where the relay is to be.
+    #[must_use]
+    pub fn is_connection_refused(&self) -> bool {
+        matches!(self, Self::Connect { source, .. }
+            if source.kind() == io::ErrorKind::ConnectionRefused)
+    }
+
     /// Whether the relay refuses who this sidecar says that it is.
     #[must_use]
     pub fn is_credential(&self) -> bool {
