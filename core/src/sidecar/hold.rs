@@ -107,7 +107,7 @@ impl Sidecar {
     }
 
     /// Takes a peer that is not wanted off the list; false: it is wanted.
-    fn let_go(&self, peer: &Arc<Peer>) -> bool {
+    fn let_go(self: &Arc<Self>, peer: &Arc<Peer>) -> bool {
         let mut is_gone = false;
         if !peer.is_wanted() {
             self.change_peers(|peers| {
@@ -119,12 +119,13 @@ impl Sidecar {
             });
         }
         if is_gone {
+            self.told_no_more(peer);
             tracing::info!(relay = peer.name, "the address is dialled no more");
         }
         is_gone
     }
 
-    async fn begin_session(&self, peer: &Peer) -> Result<(Session, NewLane), DialError> {
+    async fn begin_session(self: &Arc<Self>, peer: &Peer) -> Result<(Session, NewLane), DialError> {
         let protocols = self.protocols();
         let hello = proto::Hello::default();
         let (lane, welcome) = self.dial(peer, &peer.target, &protocols, hello).await?;
@@ -142,6 +143,7 @@ impl Sidecar {
             lane: config,
             lanes_max: welcome.lanes_max,
             relay_instance: welcome.relay_instance.clone(),
+            claims: self.claims(welcome.features),
             advertised: welcome.advertise_address,
             is_elsewhere: AtomicBool::new(false),
             grace: Duration::from_millis(grace.into()).min(GRACE_MAX),
@@ -150,6 +152,7 @@ impl Sidecar {
         let (relay, epoch, tls) = (&*peer.name, welcome.epoch, lane.transport.is_tls());
         tracing::info!(relay, epoch, tls, "session begun");
         peer.session_begun(welcome.epoch, welcome.relay_instance, tls);
+        self.told(peer, &welcome.peers);
         Ok((session, lane))
     }
 
@@ -175,7 +178,7 @@ impl Sidecar {
     }
 
     /// Dials a relay as it is to be dialled now, with the credential as it is now.
-    async fn dial(
+    pub(super) async fn dial(
         &self,
         peer: &Peer,
         target: &str,
@@ -193,7 +196,9 @@ impl Sidecar {
         let replay = self.settings.lane.replay_bytes_max;
         let hello = proto::Hello {
             version: sidelane_tunnel::VERSION,
-            features: FEATURE_ANNOUNCE | if replay > 0 { FEATURE_RESUME } else { 0 },
+            features: FEATURE_ANNOUNCE
+                | self.dedicated_feature()
+                | if replay > 0 { FEATURE_RESUME } else { 0 },
             instance: self.instance.to_vec().into(),
             name: self.settings.name.clone(),
             credential: credential.to_vec().into(),
@@ -245,6 +250,7 @@ impl Sidecar {
         held.add(carrier, self.start_lane(peer, &session, first, ended.clone()));
         peer.connected();
         let _up = self.metrics.session_up("sidecar");
+        let _dedicated = self.keep_dedicated(peer, &session);
         self.announce(peer);
         document.mark_unchanged();
         let mut wait = jitter(stagger, random::number());
@@ -339,6 +345,7 @@ impl Sidecar {
         if self.is_stopping() {
             link.leave();
         }
+        session.dedicates(&link);
         peer.with(|state| state.lanes.push(Arc::clone(&link)));
         let task = Lane::new(self, peer, session, &link);
         let (sidecar, task_peer, driven) = (Arc::clone(self), Arc::clone(peer), Arc::clone(&link));
@@ -366,9 +373,9 @@ impl Sidecar {
 /// A lane that was let in, not driven yet.
 pub(super) struct NewLane {
     pub(super) transport: Transport,
-    carrier: Arc<Carrier>,
+    pub(super) carrier: Arc<Carrier>,
     pub(super) input: BytesMut,
-    number: u32,
+    pub(super) number: u32,
 }
 
 /// The lanes of a session.
