@@ -58,15 +58,13 @@ impl Sidecar {
         // The relay has had too many at its door: it is not to meet all lanes of all sessions at once.
         let mut is_crowded = false;
         while !self.is_stopping() && !self.let_go(&peer) {
-            let mut asked = Duration::ZERO;
             let wait = if self.is_reached_otherwise(&peer) {
                 REACHED_LOOK
             } else {
-                match self.begin_session(&peer).await {
+                let asked = match self.begin_session(&peer).await {
                     Ok((session, lane)) => {
                         let began = Instant::now();
                         let stagger = if is_crowded { CROWDED_STAGGER } else { LANE_STAGGER };
-                        is_crowded = false;
                         self.hold_session(&peer, session, lane, stagger).await;
                         if began.elapsed() >= SETTLED {
                             backoff.reset();
@@ -74,6 +72,8 @@ impl Sidecar {
                         if !self.is_stopping() {
                             tracing::warn!(relay = peer.name, "session lost; dialling again");
                         }
+                        is_crowded = false;
+                        peer.stays_away()
                     }
                     Err(error) => {
                         let cause = chain(&error);
@@ -90,10 +90,10 @@ impl Sidecar {
                         }
                         peer.failed(&cause);
                         self.answers.send_replace(());
-                        asked = error.retry_after().unwrap_or_default();
-                        is_crowded |= !asked.is_zero();
+                        error.retry_after().unwrap_or_default()
                     }
-                }
+                };
+                is_crowded |= !asked.is_zero();
                 backoff.next_after(asked, random::number())
             };
             tokio::select! {

@@ -240,6 +240,13 @@ impl Lane {
             let asked = error.retry_after().unwrap_or_default();
             wait = self.backoff.next_after(asked, random::number());
             has_ended |= error.is_connection_refused();
+            let by = error.refused_by();
+            if has_ended && !by.is_empty() && *by != *self.session.relay_instance {
+                // It is too busy to say more, and need not.
+                self.peer.is_busy_for(asked);
+                self.session_is_gone();
+                return Err(GivenUp::Refused(last));
+            }
             match error.refusal() {
                 None => self.session.not_reached(),
                 Some(RefuseReason::WrongRelay)

@@ -172,6 +172,15 @@ impl DialError {
         }
     }
 
+    /// The instance that turned this sidecar away, where it said so; empty: it did not.
+    #[must_use]
+    pub fn refused_by(&self) -> &[u8] {
+        match self {
+            Self::Refused { refuse, .. } => &refuse.relay_instance,
+            _ => &[],
+        }
+    }
+
     /// Whether nobody listens where the relay is to be.
     #[must_use]
     pub fn is_connection_refused(&self) -> bool {
