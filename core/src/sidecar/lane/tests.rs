@@ -68,6 +68,7 @@ impl Stage {
             advertised,
             is_elsewhere: AtomicBool::new(false),
             grace,
+            claims: None,
         };
         let link = Link::new(3, 0, lane(Side::Sidecar));
         link.known();
