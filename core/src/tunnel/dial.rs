@@ -270,6 +270,22 @@ impl DialError {
         }
     }
 
+    /// The instance that turned this sidecar away, where it said so; empty: it did not.
+    #[must_use]
+    pub fn refused_by(&self) -> &[u8] {
+        match self {
+            Self::Refused { refuse, .. } => &refuse.relay_instance,
+            _ => &[],
+        }
+    }
+
+    /// Whether nobody listens where the relay is to be.
+    #[must_use]
+    pub fn is_connection_refused(&self) -> bool {
+        matches!(self, Self::Connect { source, .. }
+            if source.kind() == io::ErrorKind::ConnectionRefused)
+    }
+
     /// Whether the relay refuses who this sidecar says that it is.
     #[must_use]
     pub fn is_credential(&self) -> bool {
