@@ -35,6 +35,7 @@ mod proxy_header;
 mod relays;
 mod retry;
 mod service;
+mod told;
 mod withdraw;
 
 use access::Presented;
@@ -46,6 +47,7 @@ use relays::NamedRelay;
 pub use relays::{Resolve, ResolveFuture, system_resolver};
 pub use retry::{Allowance, Budget, Budgets};
 pub use service::{Asked, Retries, ServiceHandle, Services};
+use told::Told;
 
 /// Relays of which readiness says why there is no session.
 const FAILURES_TOLD_MAX: usize = 3;
@@ -92,6 +94,8 @@ pub struct Sidecar {
     /// Serialises changes of `peers`; readers never take it.
     peers_change: Mutex<()>,
     names: Vec<Arc<NamedRelay>>,
+    /// Relays that relays tell of.
+    told: Told,
     stopping: watch::Sender<bool>,
     /// Nothing new is to come here.
     withdrawn: AtomicBool,
@@ -165,6 +169,7 @@ impl Sidecar {
             peers: ArcSwap::from_pointee(peers),
             peers_change: Mutex::new(()),
             names,
+            told: Told::default(),
             stopping: watch::Sender::new(false),
             withdrawn: AtomicBool::new(false),
             answers: watch::Sender::new(()),
@@ -275,13 +280,15 @@ impl Sidecar {
 
     /// What the admin page says of relays that are configured by name.
     pub fn describe_names(&self) -> serde_json::Value {
-        self.names.iter().map(|named| named.describe()).collect()
+        let told = self.told.names();
+        self.names.iter().chain(&told).map(|named| named.describe()).collect()
     }
 
     /// Returns what each relay has said.
     #[must_use]
     pub fn relay_answers(&self) -> Vec<RelayAnswer> {
-        let unresolved = self.names.iter().filter_map(|named| named.answer());
+        let told = self.told.names();
+        let unresolved = self.names.iter().chain(&told).filter_map(|named| named.answer());
         self.peers().iter().map(|peer| peer.answer()).chain(unresolved).collect()
     }
 

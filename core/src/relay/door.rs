@@ -22,8 +22,9 @@ use crate::tls::{self, ACME_ALPN, Issued, Resolver, TUNNEL_ALPN, TlsError};
 use crate::tunnel::accept::HANDSHAKES_MAX;
 use crate::tunnel::gate::{Bounds, Gate, TurnedAway};
 
-/// Diallers at once that are told to come back; further ones are closed unanswered.
-const TURNED_AWAY_MAX: usize = 64;
+/// Diallers at once that are told to come back; further ones are closed unanswered, and come back too soon. As
+/// many as a herd brings in the moment that telling one takes; each is a socket and a small task.
+const TURNED_AWAY_MAX: usize = 512;
 
 /// No listener is called so: their names begin with a letter or digit.
 const OWN_ADDRESS: &str = "_tunnel";
@@ -155,7 +156,7 @@ impl Door {
         let counted = self.counted(peer);
         self.gate.enter(&self.bounds(), counted, Instant::now())?;
         let bounds = Under { all_max: HANDSHAKES_MAX, per_address_max: HANDSHAKES_OF_ADDRESS_MAX };
-        self.handshakes.try_enter(bounds, counted).map_err(|_over| TurnedAway::Rate)
+        self.handshakes.try_enter(bounds, counted).map_err(|_over| TurnedAway::BUSY)
     }
 
     /// Whether an address has failed too often to be listened to.

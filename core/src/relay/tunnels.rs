@@ -230,7 +230,7 @@ async fn greet(relay: Arc<Relay>, stream: TcpStream, peer: SocketAddr, place: Pl
         }
         (Way::Tls(config), true) => {
             let Some(permit) = tls_permit(&relay, peer) else {
-                door::note(&relay.metrics, peer, TurnedAway::Rate);
+                door::note(&relay.metrics, peer, TurnedAway::BUSY);
                 return;
             };
             let acceptor = TlsAcceptor::from(Arc::clone(config));

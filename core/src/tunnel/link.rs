@@ -7,7 +7,7 @@
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::Waker;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sidelane_abi::failure;
 use sidelane_tunnel::{Key, Lane, LaneError, OpenError, RequestId, Reset, proto};
@@ -376,7 +376,8 @@ impl Link {
     /// # Errors
     /// What the peer lacks is not kept any more.
     pub fn resume(&self, received: u64) -> Result<(), LaneError> {
-        self.with(|lane| lane.resume(Instant::now(), received))?;
+        let now = tokio::time::Instant::now().into_std();
+        self.with(|lane| lane.resume(now, received))?;
         self.set(KNOWN);
         Ok(())
     }
@@ -529,3 +530,6 @@ impl Link {
         self.exchanges.fetch_sub(1, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests;

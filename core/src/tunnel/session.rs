@@ -62,6 +62,8 @@ pub struct Settings {
     pub advertise: Option<Arc<str>>,
     /// Protocol types this relay carries.
     pub protocols: Vec<Arc<str>>,
+    /// Other relays that sidecars are told of.
+    pub peers: Vec<String>,
 }
 
 /// One sidecar instance connected to this relay.
@@ -664,7 +666,13 @@ impl Sessions {
             grace_ms: u32::try_from(session.grace.as_millis()).unwrap_or(u32::MAX),
             relay_instance: self.instance.to_vec().into(),
             advertise_address: settings.advertise.as_deref().unwrap_or_default().to_owned(),
-            peers: Vec::new(),
+            // The relay itself is reached already.
+            peers: settings
+                .peers
+                .iter()
+                .filter(|peer| Some(&***peer) != settings.advertise.as_deref())
+                .cloned()
+                .collect(),
             protocols: protocols.to_wire(),
             window: settings.lane.receive_window,
             message_bytes_max: settings.lane.message_bytes_max,

@@ -322,6 +322,29 @@ impl Transport {
     }
 }
 
+#[cfg(test)]
+impl Transport {
+    /// Returns what a test has in place of a connection.
+    pub(crate) fn scripted(stream: tokio::io::DuplexStream) -> Self {
+        Self { io: Io::Tls(Box::new(stream)), chain: Vec::new(), speaks_tunnel: true }
+    }
+}
+
+#[cfg(test)]
+impl Movable for tokio::io::DuplexStream {
+    fn detach(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn attach(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn tcp(&self) -> Option<&TcpStream> {
+        None
+    }
+}
+
 fn facts(session: &CommonState) -> (Vec<CertificateDer<'static>>, bool) {
     let chain = session.peer_certificates().unwrap_or_default().to_vec();
     (chain, session.alpn_protocol() == Some(TUNNEL_ALPN))

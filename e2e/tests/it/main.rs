@@ -32,6 +32,7 @@ mod rolling;
 mod secrets;
 mod service;
 mod service_double;
+mod several;
 mod several_files;
 mod shutdown;
 mod start;
