@@ -77,6 +77,10 @@ impl Part {
 impl Replay {
     /// Returns an empty ring; with `bytes_max` 0 it keeps nothing.
     pub(crate) fn new(bytes_min: u64, bytes_max: u64, budget: Option<Arc<Budget>>) -> Self {
+        let budget = budget.filter(|_| bytes_max > 0);
+        if let Some(budget) = &budget {
+            budget.enter();
+        }
         Self {
             size: Size::new(bytes_min, bytes_max),
             budget,
@@ -265,7 +269,13 @@ impl Replay {
             match next {
                 Part::Joined { len, .. } => {
                     let len = *len as usize;
-                    out.join_with(|out| out.extend(self.joined.range(joined..joined + len)));
+                    let (front, back) = self.joined.as_slices();
+                    let split = front.len();
+                    out.join_with(|out| {
+                        out.extend_from_slice(&front[joined.min(split)..(joined + len).min(split)]);
+                        let from = joined.max(split) - split;
+                        out.extend_from_slice(&back[from..(joined + len).max(split) - split]);
+                    });
                     joined += len;
                 }
                 Part::Shared { bytes, .. } => out.push(bytes.clone()),
@@ -300,6 +310,7 @@ impl Drop for Replay {
     fn drop(&mut self) {
         if let Some(budget) = &self.budget {
             budget.give(self.reserved);
+            budget.leave();
         }
     }
 }

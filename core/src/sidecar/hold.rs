@@ -99,7 +99,7 @@ impl Sidecar {
     }
 
     /// Takes a peer that is not wanted off the list; false: it is wanted.
-    fn let_go(&self, peer: &Arc<Peer>) -> bool {
+    fn let_go(self: &Arc<Self>, peer: &Arc<Peer>) -> bool {
         let mut is_gone = false;
         if !peer.is_wanted() {
             self.change_peers(|peers| {
@@ -111,12 +111,13 @@ impl Sidecar {
             });
         }
         if is_gone {
+            self.told_no_more(peer);
             tracing::info!(relay = peer.name, "the address is dialled no more");
         }
         is_gone
     }
 
-    async fn begin_session(&self, peer: &Peer) -> Result<(Session, NewLane), DialError> {
+    async fn begin_session(self: &Arc<Self>, peer: &Peer) -> Result<(Session, NewLane), DialError> {
         let protocols = self.protocols();
         let hello = proto::Hello::default();
         let (lane, welcome) = self.dial(peer, &peer.target, &protocols, hello).await?;
@@ -134,6 +135,7 @@ impl Sidecar {
             lane: config,
             lanes_max: welcome.lanes_max,
             relay_instance: welcome.relay_instance.clone(),
+            claims: self.claims(welcome.features),
             advertised: welcome.advertise_address,
             is_elsewhere: AtomicBool::new(false),
             grace: Duration::from_millis(grace.into()).min(GRACE_MAX),
@@ -142,6 +144,7 @@ impl Sidecar {
         let (relay, epoch, tls) = (&*peer.name, welcome.epoch, lane.transport.is_tls());
         tracing::info!(relay, epoch, tls, "session begun");
         peer.session_begun(welcome.epoch, welcome.relay_instance, tls);
+        self.told(peer, &welcome.peers);
         Ok((session, lane))
     }
 
@@ -167,7 +170,7 @@ impl Sidecar {
     }
 
     /// Dials a relay as it is to be dialled now, with the credential as it is now.
-    async fn dial(
+    pub(super) async fn dial(
         &self,
         peer: &Peer,
         target: &str,
@@ -185,7 +188,9 @@ impl Sidecar {
         let replay = self.settings.lane.replay_bytes_max;
         let hello = proto::Hello {
             version: sidelane_tunnel::VERSION,
-            features: FEATURE_ANNOUNCE | if replay > 0 { FEATURE_RESUME } else { 0 },
+            features: FEATURE_ANNOUNCE
+                | self.dedicated_feature()
+                | if replay > 0 { FEATURE_RESUME } else { 0 },
             instance: self.instance.to_vec().into(),
             name: self.settings.name.clone(),
             credential: credential.to_vec().into(),
@@ -231,6 +236,7 @@ impl Sidecar {
         held.add(carrier, self.start_lane(peer, &session, first, ended.clone()));
         peer.connected();
         let _up = self.metrics.session_up("sidecar");
+        let _dedicated = self.keep_dedicated(peer, &session);
         self.announce(peer);
         document.mark_unchanged();
         let mut wait = jitter(LANE_STAGGER, random::number());
@@ -325,6 +331,7 @@ impl Sidecar {
         if self.is_stopping() {
             link.leave();
         }
+        session.dedicates(&link);
         peer.with(|state| state.lanes.push(Arc::clone(&link)));
         let task = Lane::new(self, peer, session, &link);
         let (sidecar, task_peer, driven) = (Arc::clone(self), Arc::clone(peer), Arc::clone(&link));
