@@ -26,6 +26,7 @@ mod acme;
 mod balance;
 mod cell;
 mod credentials;
+mod dedicated;
 mod ended;
 mod lanes;
 mod plugins;
@@ -37,6 +38,7 @@ mod tls;
 pub use acme::AcmeMetrics;
 pub use balance::{BalanceMetrics, MoveReason};
 pub use credentials::CredentialMetrics;
+pub use dedicated::DedicatedMetrics;
 pub use ended::Ended;
 pub use lanes::LaneMetrics;
 
@@ -186,6 +188,8 @@ pub struct Metrics {
     pub sidecar: SidecarMetrics,
     /// What is counted of TLS.
     pub tls: TlsMetrics,
+    /// What is counted of dedicated connections.
+    pub dedicated: DedicatedMetrics,
     /// Certificates by ACME.
     pub acme: AcmeMetrics,
     /// Set where somebody follows what ends.
@@ -246,6 +250,7 @@ impl Metrics {
             credentials: CredentialMetrics::default(),
             lanes: LaneMetrics::default(),
             sidecar: SidecarMetrics::default(),
+            dedicated: DedicatedMetrics::default(),
             tls: TlsMetrics::default(),
             acme: AcmeMetrics::default(),
             followed: OnceLock::new(),
@@ -369,6 +374,7 @@ impl Metrics {
         self.lanes.register(r);
         self.sidecar.register(r);
         self.tls.register(r);
+        self.dedicated.register(r);
         self.acme.register(r);
     }
 
@@ -387,6 +393,7 @@ impl Metrics {
         drop(self.sessions.get_or_create(&RoleLabel { role }));
         drop(self.lanes_up.get_or_create(&RoleLabel { role }));
         drop(self.lanes_lost.get_or_create(&RoleLabel { role }));
+        self.dedicated.role(role);
         self.lanes.begin(role);
         if role == "relay" {
             self.credentials.begin();
@@ -862,6 +869,17 @@ impl Flow {
         self.bytes_received.add(bytes as u64);
         if let Some(tally) = &self.tally {
             tally.received(bytes as u64);
+        }
+    }
+}
+
+impl Flow {
+    /// Bytes passed beside the messages: the exchange has a connection of its own.
+    pub fn passed(&self, sent: u64, received: u64) {
+        self.bytes_sent.add(sent);
+        self.bytes_received.add(received);
+        if let Some(tally) = &self.tally {
+            tally.passed(sent, received);
         }
     }
 }

@@ -25,6 +25,7 @@ mod affinity;
 mod aim;
 mod announce;
 mod bounds;
+mod dedicated;
 mod document;
 mod door;
 mod eject;
@@ -111,10 +112,12 @@ impl Relay {
         let authenticator = Arc::new(Authenticator::new(rules, Arc::clone(&metrics)));
         let issued = Arc::default();
         let door = Door::new(section, &issued, &metrics);
+        let sessions = Sessions::new(settings);
+        sessions.dedicate(&metrics, section.timeouts.open_wait);
         Arc::new(Self {
             plugins,
             metrics,
-            sessions: Sessions::new(settings),
+            sessions,
             budget,
             routing: ArcSwap::default(),
             sources: Mutex::new(Sources {
@@ -161,6 +164,7 @@ impl Relay {
         self.listeners.set_tunnel(&section.tunnel, &self.issued);
         self.budget.set_max(section.limits.queued);
         self.sessions.set(session_settings(section, &self.plugins, &self.budget));
+        self.sessions.dedicate(&self.metrics, section.timeouts.open_wait);
         self.door.set(section, &self.issued, &self.metrics);
         self.authenticator.set(credential_rules(section));
         self.recheck();

@@ -20,11 +20,13 @@ use crate::plugin::lend::{Meta, Reset, Text};
 use crate::random;
 use crate::shard::Shard;
 use crate::tunnel::Link;
+use crate::tunnel::dedicated::Claims;
 use crate::tunnel::dial;
 use crate::tunnel::pressure;
 use crate::tunnel::session::surest;
 
 mod access;
+mod dedicated;
 mod health;
 mod hold;
 mod lane;
@@ -38,6 +40,7 @@ mod withdraw;
 
 use access::Presented;
 pub use access::{Access, Own};
+use dedicated::Ahead;
 use health::Health;
 pub use peer::{Peer, RelayAnswer};
 use relays::NamedRelay;
@@ -102,6 +105,8 @@ pub struct Sidecar {
     budgets: Budgets,
     health: Health,
     turn: AtomicUsize,
+    /// Connections to have dialled ahead of exchanges that will want one.
+    ahead: watch::Sender<Ahead>,
 }
 
 /// What a lane's handshake settled, kept for the session's further lanes.
@@ -111,6 +116,8 @@ struct Session {
     protocols: ProtocolTable,
     lane: LaneConfig,
     lanes_max: u32,
+    /// Exchanges that wait for a connection of their own; `None`: one of the two ends has none.
+    claims: Option<Arc<Claims>>,
     /// Of the relay that has it.
     relay_instance: bytes::Bytes,
     /// Where the relay wants further lanes and those that come back; empty: where the session was dialled.
@@ -170,11 +177,13 @@ impl Sidecar {
             budgets: Budgets::default(),
             health: Health::default(),
             turn: AtomicUsize::new(0),
+            ahead: watch::Sender::default(),
         })
     }
 
     /// Takes tunnels and routes of a configuration: for new exchanges, and announced to all relays.
     pub fn configure(self: &Arc<Self>, config: &config::Config) {
+        self.set_ahead(config);
         let before = self.services.load_full();
         self.services.store(Arc::new(before.updated(&config.tunnels)));
         let is_start = self.document.borrow().version == 0;

@@ -5,6 +5,7 @@
 
 pub mod accept;
 pub mod backoff;
+pub mod dedicated;
 pub mod dial;
 mod drive;
 mod exchange;

@@ -15,6 +15,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 
 use super::Relay;
+use super::dedicated;
 use super::door::{self, Place, Told, Way};
 use super::lanes;
 use super::tls::{Bounds, Over, Permit};
@@ -344,6 +345,9 @@ async fn shake_hands(
             retry_after_ms: 0,
         }),
     };
+    if hello.dedicated {
+        return dedicated::enter(&relay, transport, &hello, authenticated, peer, place).await;
+    }
     let admitted = authenticated.and_then(|authenticated| {
         let shard_index = |id: &SessionId, lane| shards[shard_of(id, lane)].index;
         relay.sessions.admit(&hello, authenticated, peer, shard_index)
@@ -387,7 +391,7 @@ async fn shake_hands(
     }
 }
 
-async fn welcome(
+pub(super) async fn welcome(
     transport: &mut Transport,
     welcome: &proto::Welcome,
     limit: Duration,

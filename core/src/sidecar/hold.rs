@@ -135,6 +135,7 @@ impl Sidecar {
             lane: config,
             lanes_max: welcome.lanes_max,
             relay_instance: welcome.relay_instance.clone(),
+            claims: self.claims(welcome.features),
             advertised: welcome.advertise_address,
             is_elsewhere: AtomicBool::new(false),
             grace: Duration::from_millis(grace.into()).min(GRACE_MAX),
@@ -169,7 +170,7 @@ impl Sidecar {
     }
 
     /// Dials a relay as it is to be dialled now, with the credential as it is now.
-    async fn dial(
+    pub(super) async fn dial(
         &self,
         peer: &Peer,
         target: &str,
@@ -187,7 +188,9 @@ impl Sidecar {
         let replay = self.settings.lane.replay_bytes_max;
         let hello = proto::Hello {
             version: sidelane_tunnel::VERSION,
-            features: FEATURE_ANNOUNCE | if replay > 0 { FEATURE_RESUME } else { 0 },
+            features: FEATURE_ANNOUNCE
+                | self.dedicated_feature()
+                | if replay > 0 { FEATURE_RESUME } else { 0 },
             instance: self.instance.to_vec().into(),
             name: self.settings.name.clone(),
             credential: credential.to_vec().into(),
@@ -233,6 +236,7 @@ impl Sidecar {
         held.add(carrier, self.start_lane(peer, &session, first, ended.clone()));
         peer.connected();
         let _up = self.metrics.session_up("sidecar");
+        let _dedicated = self.keep_dedicated(peer, &session);
         self.announce(peer);
         document.mark_unchanged();
         let mut wait = jitter(LANE_STAGGER, random::number());
@@ -327,6 +331,7 @@ impl Sidecar {
         if self.is_stopping() {
             link.leave();
         }
+        session.dedicates(&link);
         peer.with(|state| state.lanes.push(Arc::clone(&link)));
         let task = Lane::new(self, peer, session, &link);
         let (sidecar, task_peer, driven) = (Arc::clone(self), Arc::clone(peer), Arc::clone(&link));
@@ -354,9 +359,9 @@ impl Sidecar {
 /// A lane that was let in, not driven yet.
 pub(super) struct NewLane {
     pub(super) transport: Transport,
-    carrier: Arc<Carrier>,
+    pub(super) carrier: Arc<Carrier>,
     pub(super) input: BytesMut,
-    number: u32,
+    pub(super) number: u32,
 }
 
 /// The lanes of a session.

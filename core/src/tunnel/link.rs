@@ -5,7 +5,7 @@
 //! became of a connection, and whether the lane waits for the next one.
 
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::Waker;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use sidelane_tunnel::{Key, Lane, LaneError, OpenError, RequestId, Reset, proto};
 use tokio::sync::Notify;
 
 use super::LaneEnd;
+use super::dedicated::Dedication;
 use super::exchange::{RecvHalf, SendHalf};
 use super::returning::{NotTaken, Return, Returns};
 use crate::metrics::Flow;
@@ -61,6 +62,8 @@ pub struct Link {
     lane: Mutex<Lane>,
     state: AtomicU32,
     exchanges: AtomicUsize,
+    /// How its exchanges get connections of their own; unset: not at all.
+    dedication: OnceLock<Dedication>,
     /// Exchanges that ended with the lane.
     lost: AtomicUsize,
     returns: Returns,
@@ -106,7 +109,18 @@ impl Link {
             returns: Returns::default(),
             changed: Notify::new(),
             blocked: Mutex::new(None),
+            dedication: OnceLock::new(),
         })
+    }
+
+    /// Says how its exchanges get connections of their own. Once, before the first exchange.
+    pub fn dedicates(&self, by: Dedication) {
+        // A second one says the same.
+        let _ = self.dedication.set(by);
+    }
+
+    pub(super) fn dedication(&self) -> Option<&Dedication> {
+        self.dedication.get()
     }
 
     fn has_any(&self, bits: u32) -> bool {

@@ -17,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::{client, server};
 
+use crate::plugin::lend::{Plain, Stream};
 use crate::tls::TUNNEL_ALPN;
 
 /// What rustls may hold of one direction: a batch of the lane's (`drive`), so that it is taken and
@@ -130,6 +131,15 @@ impl Socket {
             if buffer.try_reclaim(READ_AHEAD_BYTES) {
                 SPARE.with_borrow_mut(|spare| *spare = Some(buffer));
             }
+        }
+    }
+}
+
+impl Stream for Socket {
+    fn plain(&self) -> Option<Plain<'_>> {
+        match &self.state {
+            State::Attached(stream) if self.ahead.is_empty() => Some(Plain::Tcp(stream)),
+            _ => None,
         }
     }
 }
@@ -338,6 +348,15 @@ impl Movable for tokio::io::DuplexStream {
 fn facts(session: &CommonState) -> (Vec<CertificateDer<'static>>, bool) {
     let chain = session.peer_certificates().unwrap_or_default().to_vec();
     (chain, session.alpn_protocol() == Some(TUNNEL_ALPN))
+}
+
+impl Stream for Transport {
+    fn plain(&self) -> Option<Plain<'_>> {
+        match &self.io {
+            Io::Plain(socket) => socket.plain(),
+            Io::Tls(_) => None,
+        }
+    }
 }
 
 impl Movable for Transport {

@@ -6,6 +6,7 @@ mod browser;
 mod commands;
 mod credentials;
 mod crowd;
+mod dedicated;
 mod drain;
 mod entry;
 mod examples;
