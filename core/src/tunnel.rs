@@ -11,6 +11,7 @@ mod exchange;
 pub mod fault;
 pub mod gate;
 mod link;
+mod pace;
 pub mod pressure;
 pub mod returning;
 pub mod session;
