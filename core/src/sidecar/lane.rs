@@ -148,7 +148,8 @@ impl Lane {
         let mut beside_at = self.beside_at;
         let on_event =
             |link: &Arc<Link>, event| sidecar.handle_event(peer, session, link, event, &mut texts);
-        let driven = drive(Arc::clone(link), transport, input, LOST, on_event);
+        let driven = drive(Arc::clone(link), transport, input, LOST, on_event)
+            .paced_by(Transport::limit_unsent);
         let (end, beside) = {
             let mut driven = pin!(driven);
             loop {
