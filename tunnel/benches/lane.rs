@@ -15,6 +15,10 @@ use sidelane_tunnel::{
     Budget, Event, Key, Lane, LaneConfig, Payload, Received, RequestId, Side, Transmit, proto,
 };
 
+/// The program's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const SIZES: [usize; 4] = [0, 125, 4096, 32 * 1024];
 
 /// Messages per iteration of the lanes' benches: what one write of a busy lane holds, about.

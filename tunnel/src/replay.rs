@@ -16,8 +16,9 @@ use size::Size;
 
 mod size;
 
-/// What a message costs beside its bytes: about what its place takes.
-const MESSAGE_COST: u64 = 64;
+/// What a message costs beside its bytes: about what its place takes. The same is counted until an
+/// acknowledgement is due, so that small messages do not fill a ring before one is.
+pub(crate) const MESSAGE_COST: u64 = 64;
 
 /// Parts below this are kept as copies: a part by reference pins all of the buffer that it was cut from,
 /// 256 KiB of a busy connection's, so that a ring pins sixteen times its size at most. Larger ones are

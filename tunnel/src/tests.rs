@@ -4,6 +4,7 @@ mod codec;
 mod connection;
 mod cuts;
 mod decode;
+mod flow;
 mod generated;
 mod handshake;
 mod hostile;

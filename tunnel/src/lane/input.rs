@@ -16,6 +16,7 @@ use crate::id::RequestId;
 use crate::outbox;
 use crate::payload::{Payload, Reset};
 use crate::proto;
+use crate::replay::MESSAGE_COST;
 
 impl Lane {
     /// Takes all whole messages from `buffer`. To be called whenever bytes have come: it notes that
@@ -44,7 +45,8 @@ impl Lane {
             self.bytes_in += bytes;
             self.messages_in += 1;
             self.handle(envelope)?;
-            if self.received != received && self.acknowledge.received(self.now, bytes) {
+            let cost = bytes + MESSAGE_COST;
+            if self.received != received && self.acknowledge.received(self.now, cost) {
                 self.push_control(Control::Ack);
             }
             self.check_control()?;

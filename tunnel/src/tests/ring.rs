@@ -75,6 +75,19 @@ fn a_short_road_needs_a_small_ring() {
     assert!(limit <= MIB, "{limit}");
 }
 
+/// Their places cost more than their bytes: acknowledgements come for both.
+#[test]
+fn small_messages_do_not_wait_for_the_acknowledgements_timer() {
+    let mut pair = Pair::with(keeping);
+    let (relay, sidecar) = pair.opened();
+    for number in 0..20_000 {
+        assert!(pair.relay.send(relay, data(&[1])).is_ready(), "after {number}");
+        pair.run();
+        assert!(pair.sidecar.recv(sidecar).is_ready());
+    }
+    assert!(pair.relay.stats().replay_bytes <= 64 * 1024 + 128, "{:?}", pair.relay.stats());
+}
+
 #[test]
 fn a_ring_shrinks_when_the_road_is_empty_again() {
     let mut pair = Pair::with(keeping).latency(ms(25)).rate(100_000_000);

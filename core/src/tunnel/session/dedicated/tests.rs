@@ -18,6 +18,9 @@ fn sessions() -> Sessions {
         sessions_of_principal_max: 2,
         lanes_max: 2,
         lane: LaneConfig::default(),
+        grace: Duration::ZERO,
+        advertise: None,
+        peers: Vec::new(),
         protocols: vec!["HTTP".into()],
     });
     sessions.dedicate(&Arc::new(Metrics::new()), Duration::from_secs(1));
