@@ -237,6 +237,8 @@ impl Draw {
         }
         let is_in = |place: usize| is_able(place) && !standing(place).is_ejected(now);
         let mut first = None;
+        // Drawn, and passed over for their share: where all have just come they have it to themselves.
+        let mut passed_over: [Option<usize>; 2] = [None; 2];
         for _ in 0..DRAWS_MAX {
             let Some(place) = self.place(random()).filter(|place| Some(*place) != first) else {
                 continue;
@@ -246,16 +248,28 @@ impl Draw {
             }
             let share = standing(place).share(now);
             if share < WHOLE && random() % WHOLE >= share {
+                match passed_over {
+                    [None, _] => passed_over[0] = Some(place),
+                    [Some(other), None] if other != place => passed_over[1] = Some(place),
+                    _ => {}
+                }
                 continue;
             }
             match first {
                 None => first = Some(place),
-                Some(other) => return Some(self.freer(other, place, now, standing)),
+                Some(other) => return Some(self.freer(other, place, now, &standing)),
             }
+        }
+        let first = first.or(match passed_over {
+            [Some(a), Some(b)] => Some(self.freer(a, b, now, &standing)),
+            [only, _] => only,
+        });
+        if first.is_some() {
+            return first;
         }
         let start = usize::try_from(random() % count as u64).unwrap_or_default();
         let all = || (start..count).chain(0..start);
-        first.or_else(|| all().find(|place| is_in(*place))).or_else(|| all().find(|p| is_able(*p)))
+        all().find(|place| is_in(*place)).or_else(|| all().find(|place| is_able(*place)))
     }
 
     /// Which of two has fewer in flight for its weight and share; the first where both have as many.

@@ -380,6 +380,9 @@ pub struct Sidecar {
     pub token_file: Option<PathBuf>,
     /// Connections per session.
     pub lanes: usize,
+    /// Connections per session that are dialled ahead, each for one exchange's bytes; `None`: as routes
+    /// ask. 0: none at all.
+    pub dedicated: Option<usize>,
     /// Data-path threads; 0: one per core.
     pub threads: usize,
     /// Limits.

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use ipnet::IpNet;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt};
 
 use crate::plugin::CallEnd;
 use crate::plugin::lend;
@@ -199,7 +199,7 @@ pub async fn serve<S, D>(
     shutdown: impl Future<Output = ()> + Send,
 ) -> Result<(), ConnectionError>
 where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: lend::Stream,
     D: Dispatch,
 {
     let mut shutdown = pin!(shutdown);

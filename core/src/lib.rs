@@ -14,6 +14,7 @@ pub mod error;
 pub mod explain;
 pub mod front;
 mod https;
+pub mod join;
 pub mod metrics;
 pub mod plugin;
 pub mod random;

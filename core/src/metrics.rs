@@ -27,6 +27,7 @@ mod acme;
 mod balance;
 mod cell;
 mod credentials;
+mod dedicated;
 mod ended;
 mod lanes;
 mod plugins;
@@ -38,6 +39,7 @@ mod tls;
 pub use acme::AcmeMetrics;
 pub use balance::{BalanceMetrics, MoveReason};
 pub use credentials::CredentialMetrics;
+pub use dedicated::DedicatedMetrics;
 pub use ended::Ended;
 pub use lanes::LaneMetrics;
 
@@ -195,6 +197,8 @@ pub struct Metrics {
     pub sidecar: SidecarMetrics,
     /// What is counted of TLS.
     pub tls: TlsMetrics,
+    /// What is counted of dedicated connections.
+    pub dedicated: DedicatedMetrics,
     /// Certificates by ACME.
     pub acme: AcmeMetrics,
     /// Set where somebody follows what ends.
@@ -256,6 +260,7 @@ impl Metrics {
             credentials: CredentialMetrics::default(),
             lanes: LaneMetrics::default(),
             sidecar: SidecarMetrics::default(),
+            dedicated: DedicatedMetrics::default(),
             tls: TlsMetrics::default(),
             acme: AcmeMetrics::default(),
             followed: OnceLock::new(),
@@ -384,6 +389,7 @@ impl Metrics {
         self.lanes.register(r);
         self.sidecar.register(r);
         self.tls.register(r);
+        self.dedicated.register(r);
         self.acme.register(r);
     }
 
@@ -405,6 +411,7 @@ impl Metrics {
         for carrier in Kind::ALL.map(Kind::label) {
             drop(self.lane_connections.get_or_create(&CarrierLabel { role, carrier }));
         }
+        self.dedicated.role(role);
         self.lanes.begin(role);
         if role == "relay" {
             self.credentials.begin();
@@ -889,6 +896,17 @@ impl Flow {
         self.bytes_received.add(bytes as u64);
         if let Some(tally) = &self.tally {
             tally.received(bytes as u64);
+        }
+    }
+}
+
+impl Flow {
+    /// Bytes passed beside the messages: the exchange has a connection of its own.
+    pub fn passed(&self, sent: u64, received: u64) {
+        self.bytes_sent.add(sent);
+        self.bytes_received.add(received);
+        if let Some(tally) = &self.tally {
+            tally.passed(sent, received);
         }
     }
 }

@@ -539,6 +539,7 @@ impl AdminState for Process {
         if let Some(refusal) = self.sidecar.as_ref().and_then(|sidecar| sidecar.refused_by_all()) {
             reasons.push(format!("every relay refuses what this sidecar announces: {refusal}"));
         }
+        reasons.extend(self.relay.as_ref().and_then(|relay| relay.warming()));
         if self.relay.as_ref().is_some_and(|relay| !relay.is_served()) {
             reasons.push("no sidecar has announced a tunnel".to_owned());
         }

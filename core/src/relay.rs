@@ -25,6 +25,7 @@ mod affinity;
 mod aim;
 mod announce;
 mod bounds;
+mod dedicated;
 mod document;
 mod door;
 mod eject;
@@ -47,6 +48,7 @@ mod stream;
 mod summary;
 mod tls;
 mod tunnels;
+mod warmup;
 
 pub use listen::bind;
 pub use listeners::{BindError, Prepared, Settings as EntrySettings};
@@ -57,8 +59,9 @@ use entry::HttpEntry;
 use listeners::Listeners;
 use moving::KeptBytes;
 use routing::Routing;
-use sources::Sources;
+use sources::{Settled, Sources};
 use tls::Handshakes;
+use warmup::Warmup;
 
 /// How long a name that a lost sidecar announced answers 503 (come back) before it answers 404
 /// (never heard of it). Longer than a rollout of a Deployment with its images to pull.
@@ -93,6 +96,7 @@ pub struct Relay {
     tls_handshakes: Arc<Handshakes>,
     /// Of clients, on all listeners.
     connections: AtomicUsize,
+    warmup: Warmup,
     /// Held while a sidecar is left aside.
     ejecting: Mutex<()>,
     /// Of exchanges that may move.
@@ -109,10 +113,12 @@ impl Relay {
         let authenticator = Arc::new(Authenticator::new(rules, Arc::clone(&metrics)));
         let issued = Arc::default();
         let door = Door::new(section, &issued, &metrics);
+        let sessions = Sessions::new(settings);
+        sessions.dedicate(&metrics, section.timeouts.open_wait);
         Arc::new(Self {
             plugins,
             metrics,
-            sessions: Sessions::new(settings),
+            sessions,
             budget,
             routing: ArcSwap::default(),
             sources: Mutex::new(Sources {
@@ -131,6 +137,7 @@ impl Relay {
             issued,
             tls_handshakes: Arc::default(),
             connections: AtomicUsize::new(0),
+            warmup: Warmup::new(section.warmup, Instant::now()),
             ejecting: Mutex::default(),
             kept_bytes: KeptBytes::default(),
             flows: Flows::new("relay"),
@@ -158,6 +165,7 @@ impl Relay {
         self.listeners.set_tunnel(&section.tunnel, &self.issued);
         self.budget.set_max(section.limits.queued);
         self.sessions.set(session_settings(section, &self.plugins, &self.budget));
+        self.sessions.dedicate(&self.metrics, section.timeouts.open_wait);
         self.door.set(section, &self.issued, &self.metrics);
         self.authenticator.set(credential_rules(section));
         self.recheck();
@@ -391,9 +399,14 @@ impl Relay {
         let mut sources = self.lock_sources();
         let before = sources.lost.len();
         sources.lost.retain(|(since, _)| now.duration_since(*since) < LOST_ROUTES_KEPT);
-        if sources.lost.len() != before {
+        let mut settled = Settled::default();
+        if sources.look_at_silent(now) {
+            settled = sources.settle();
+        }
+        if sources.lost.len() != before || settled.is_changed {
             self.reroute(&sources);
         }
+        self.tell(sources, settled);
     }
 
     /// What is known of an exchange before it is opened.

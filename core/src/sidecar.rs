@@ -20,11 +20,13 @@ use crate::plugin::lend::{Meta, Reset, Text};
 use crate::random;
 use crate::shard::Shard;
 use crate::tunnel::Link;
+use crate::tunnel::dedicated::Claims;
 use crate::tunnel::dial;
 use crate::tunnel::pressure;
 use crate::tunnel::session::surest;
 
 mod access;
+mod dedicated;
 mod health;
 mod hold;
 mod lane;
@@ -33,16 +35,19 @@ mod proxy_header;
 mod relays;
 mod retry;
 mod service;
+mod told;
 mod withdraw;
 
 use access::Presented;
 pub use access::{Access, Own};
+use dedicated::Ahead;
 use health::Health;
 pub use peer::{Peer, RelayAnswer};
 use relays::NamedRelay;
 pub use relays::{Resolve, ResolveFuture, system_resolver};
 pub use retry::{Allowance, Budget, Budgets};
 pub use service::{Asked, Retries, ServiceHandle, Services};
+use told::Told;
 
 /// Relays of which readiness says why there is no session.
 const FAILURES_TOLD_MAX: usize = 3;
@@ -89,6 +94,8 @@ pub struct Sidecar {
     /// Serialises changes of `peers`; readers never take it.
     peers_change: Mutex<()>,
     names: Vec<Arc<NamedRelay>>,
+    /// Relays that relays tell of.
+    told: Told,
     stopping: watch::Sender<bool>,
     /// Nothing new is to come here.
     withdrawn: AtomicBool,
@@ -98,6 +105,8 @@ pub struct Sidecar {
     budgets: Budgets,
     health: Health,
     turn: AtomicUsize,
+    /// Connections to have dialled ahead of exchanges that will want one.
+    ahead: watch::Sender<Ahead>,
 }
 
 /// What a lane's handshake settled, kept for the session's further lanes.
@@ -107,6 +116,8 @@ struct Session {
     protocols: ProtocolTable,
     lane: LaneConfig,
     lanes_max: u32,
+    /// Exchanges that wait for a connection of their own; `None`: one of the two ends has none.
+    claims: Option<Arc<Claims>>,
     /// Of the relay that has it.
     relay_instance: bytes::Bytes,
     /// Where the relay wants further lanes and those that come back; empty: where the session was dialled.
@@ -158,6 +169,7 @@ impl Sidecar {
             peers: ArcSwap::from_pointee(peers),
             peers_change: Mutex::new(()),
             names,
+            told: Told::default(),
             stopping: watch::Sender::new(false),
             withdrawn: AtomicBool::new(false),
             answers: watch::Sender::new(()),
@@ -165,11 +177,13 @@ impl Sidecar {
             budgets: Budgets::default(),
             health: Health::default(),
             turn: AtomicUsize::new(0),
+            ahead: watch::Sender::default(),
         })
     }
 
     /// Takes tunnels and routes of a configuration: for new exchanges, and announced to all relays.
     pub fn configure(self: &Arc<Self>, config: &config::Config) {
+        self.set_ahead(config);
         let before = self.services.load_full();
         self.services.store(Arc::new(before.updated(&config.tunnels)));
         let is_start = self.document.borrow().version == 0;
@@ -266,13 +280,15 @@ impl Sidecar {
 
     /// What the admin page says of relays that are configured by name.
     pub fn describe_names(&self) -> serde_json::Value {
-        self.names.iter().map(|named| named.describe()).collect()
+        let told = self.told.names();
+        self.names.iter().chain(&told).map(|named| named.describe()).collect()
     }
 
     /// Returns what each relay has said.
     #[must_use]
     pub fn relay_answers(&self) -> Vec<RelayAnswer> {
-        let unresolved = self.names.iter().filter_map(|named| named.answer());
+        let told = self.told.names();
+        let unresolved = self.names.iter().chain(&told).filter_map(|named| named.answer());
         self.peers().iter().map(|peer| peer.answer()).chain(unresolved).collect()
     }
 

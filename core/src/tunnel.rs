@@ -6,6 +6,7 @@
 pub mod accept;
 pub mod backoff;
 pub mod carrier;
+pub mod dedicated;
 pub mod dial;
 mod drive;
 mod exchange;

@@ -17,7 +17,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockRef, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 
 use line::Line;
@@ -26,6 +26,9 @@ pub use storm::Storm;
 
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 1024;
+/// What the kernel holds for a wire that loses before the wire reads it: little, so that what waits for
+/// the window waits at its sender, as it would without a wire.
+const RECEIVE_BYTES: usize = 8 * 1024;
 /// How long whoever was cut off may take to close its own end; then it is closed without it.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -155,7 +158,7 @@ impl Wire {
     /// Where loopback does not work.
     #[must_use]
     pub fn shaped(target: SocketAddr, shape: Shape) -> Self {
-        let holder = bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
+        let holder = bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), &shape);
         let address = holder.local_addr().expect("it is bound");
         let address = address.as_socket().expect("an address of IPv4");
         let state = Mutex::new(State { targets: vec![target], ..State::default() });
@@ -163,7 +166,7 @@ impl Wire {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
         let runtime = runtime.expect("a runtime");
         // Before the first dial.
-        let listener = runtime.block_on(async { listen(address) });
+        let listener = runtime.block_on(async { listen(address, &shape) });
         let thread = std::thread::spawn({
             let shared = Arc::clone(&shared);
             move || runtime.block_on(serve(listener, address, shared))
@@ -303,15 +306,24 @@ impl Handle {
 }
 
 /// A socket at an address that others of ours may share.
-fn bind(address: SocketAddr) -> Socket {
-    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+fn bind(address: SocketAddr, shape: &Shape) -> Socket {
+    let socket = socket(shape);
     socket.set_reuse_port(true).expect("a fresh socket takes options");
     socket.bind(&address.into()).expect("a free port");
     socket
 }
 
-fn listen(address: SocketAddr) -> TcpListener {
-    let socket = bind(address);
+fn socket(shape: &Shape) -> Socket {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    if shape.loss > 0.0 {
+        // Before it is connected, or a larger window has been told by then.
+        socket.set_recv_buffer_size(RECEIVE_BYTES).expect("a fresh socket takes options");
+    }
+    socket
+}
+
+fn listen(address: SocketAddr, shape: &Shape) -> TcpListener {
+    let socket = bind(address, shape);
     socket.listen(BACKLOG).expect("a bound socket listens");
     socket.set_nonblocking(true).expect("a fresh socket takes options");
     TcpListener::from_std(socket.into()).expect("a listener")
@@ -327,7 +339,7 @@ async fn serve(listener: TcpListener, address: SocketAddr, shared: Arc<Shared>) 
             Door::Gone => return,
             Door::Shut => listener = None,
             Door::Open | Door::Silent => {
-                listener.get_or_insert_with(|| listen(address));
+                listener.get_or_insert_with(|| listen(address, &shared.shape));
             }
         }
         let accepted = async {
@@ -368,7 +380,7 @@ async fn carry(dialler: TcpStream, silent: bool, shared: Arc<Shared>) {
         (number, state.targets[number % state.targets.len()])
     };
     // Nobody at the target: the dialler sees a connection that ends.
-    if let Ok(target) = TcpStream::connect(target).await {
+    if let Ok(target) = connect(target, &shared.shape).await {
         run(dialler, target, number as u64, &shared.shape, &mut watched, &traffic).await;
     } else {
         let _ = SockRef::from(&dialler).set_linger(Some(Duration::ZERO));
@@ -377,6 +389,12 @@ async fn carry(dialler: TcpStream, silent: bool, shared: Arc<Shared>) {
     let mut state = shared.state();
     state.connections.remove(&number);
     state.carried.push(handle.carried(number));
+}
+
+async fn connect(target: SocketAddr, shape: &Shape) -> std::io::Result<TcpStream> {
+    let socket = socket(shape);
+    socket.set_nonblocking(true)?;
+    TcpSocket::from_std_stream(socket.into()).connect(target).await
 }
 
 async fn run(

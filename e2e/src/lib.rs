@@ -22,6 +22,7 @@ pub mod process;
 pub mod service;
 pub mod signer;
 pub mod stage;
+pub mod tap;
 pub mod tls;
 pub mod tools;
 pub mod wait;

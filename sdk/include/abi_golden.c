@@ -4,7 +4,7 @@
 #include "sidelane_plugin.h"
 
 _Static_assert(SIDELANE_ABI_MAJOR == 0u, "SIDELANE_ABI_MAJOR");
-_Static_assert(SIDELANE_ABI_MINOR == 4u, "SIDELANE_ABI_MINOR");
+_Static_assert(SIDELANE_ABI_MINOR == 5u, "SIDELANE_ABI_MINOR");
 _Static_assert(SIDELANE_ABI_MINOR_OLDEST == 2u, "SIDELANE_ABI_MINOR_OLDEST");
 _Static_assert(SIDELANE_PANIC_STRATEGY_UNWIND == 1u, "SIDELANE_PANIC_STRATEGY_UNWIND");
 _Static_assert(SIDELANE_PANIC_STRATEGY_ABORT == 2u, "SIDELANE_PANIC_STRATEGY_ABORT");
@@ -48,6 +48,9 @@ _Static_assert(SIDELANE_BODY_DATA == 1u, "SIDELANE_BODY_DATA");
 _Static_assert(SIDELANE_BODY_TRAILERS == 3u, "SIDELANE_BODY_TRAILERS");
 _Static_assert(SIDELANE_BODY_END == 4u, "SIDELANE_BODY_END");
 _Static_assert(SIDELANE_FIELD_CUSTOM == 31u, "SIDELANE_FIELD_CUSTOM");
+_Static_assert(SIDELANE_FIELD_DEDICATION == 30u, "SIDELANE_FIELD_DEDICATION");
+_Static_assert(SIDELANE_DEDICATED_ENDED == 0u, "SIDELANE_DEDICATED_ENDED");
+_Static_assert(SIDELANE_DEDICATED_FRAMED == 1u, "SIDELANE_DEDICATED_FRAMED");
 _Static_assert(SIDELANE_MESSAGE_BYTES_MAX == 33792u, "SIDELANE_MESSAGE_BYTES_MAX");
 _Static_assert(SIDELANE_OPEN_BYTES_MAX == 114688u, "SIDELANE_OPEN_BYTES_MAX");
 _Static_assert(SIDELANE_MSG_END == 1u, "SIDELANE_MSG_END");
@@ -374,7 +377,7 @@ _Static_assert(_Generic(((sidelane_owned_send_half_t *)0)->data, void *: 1, defa
 _Static_assert(offsetof(sidelane_owned_send_half_t, vt) == 8, "offset of sidelane_owned_send_half_t.vt");
 _Static_assert(_Generic(((sidelane_owned_send_half_t *)0)->vt, const sidelane_send_vt_t *: 1, default: 0), "type of sidelane_owned_send_half_t.vt");
 
-_Static_assert(sizeof(sidelane_send_vt_t) == 64, "size of sidelane_send_vt_t");
+_Static_assert(sizeof(sidelane_send_vt_t) == 72, "size of sidelane_send_vt_t");
 _Static_assert(_Alignof(sidelane_send_vt_t) == 8, "alignment of sidelane_send_vt_t");
 _Static_assert(offsetof(sidelane_send_vt_t, size) == 0, "offset of sidelane_send_vt_t.size");
 _Static_assert(_Generic(((sidelane_send_vt_t *)0)->size, size_t: 1, default: 0), "type of sidelane_send_vt_t.size");
@@ -392,6 +395,21 @@ _Static_assert(offsetof(sidelane_send_vt_t, refused) == 48, "offset of sidelane_
 _Static_assert(_Generic(((sidelane_send_vt_t *)0)->refused, void (*)(void *, sidelane_reset_t): 1, default: 0), "type of sidelane_send_vt_t.refused");
 _Static_assert(offsetof(sidelane_send_vt_t, drop) == 56, "offset of sidelane_send_vt_t.drop");
 _Static_assert(_Generic(((sidelane_send_vt_t *)0)->drop, void (*)(void *): 1, default: 0), "type of sidelane_send_vt_t.drop");
+_Static_assert(offsetof(sidelane_send_vt_t, dedicate) == 64, "offset of sidelane_send_vt_t.dedicate");
+_Static_assert(_Generic(((sidelane_send_vt_t *)0)->dedicate, sidelane_owned_future_t (*)(void *, sidelane_owned_io_t, sidelane_owned_buf_t): 1, default: 0), "type of sidelane_send_vt_t.dedicate");
+
+_Static_assert(sizeof(sidelane_dedicate_outcome_t) == 48, "size of sidelane_dedicate_outcome_t");
+_Static_assert(_Alignof(sidelane_dedicate_outcome_t) == 8, "alignment of sidelane_dedicate_outcome_t");
+_Static_assert(offsetof(sidelane_dedicate_outcome_t, how) == 0, "offset of sidelane_dedicate_outcome_t.how");
+_Static_assert(_Generic(((sidelane_dedicate_outcome_t *)0)->how, uint32_t: 1, default: 0), "type of sidelane_dedicate_outcome_t.how");
+_Static_assert(offsetof(sidelane_dedicate_outcome_t, reset) == 4, "offset of sidelane_dedicate_outcome_t.reset");
+_Static_assert(_Generic(((sidelane_dedicate_outcome_t *)0)->reset, sidelane_reset_t: 1, default: 0), "type of sidelane_dedicate_outcome_t.reset");
+_Static_assert(offsetof(sidelane_dedicate_outcome_t, io) == 16, "offset of sidelane_dedicate_outcome_t.io");
+_Static_assert(_Generic(((sidelane_dedicate_outcome_t *)0)->io, sidelane_owned_io_t: 1, default: 0), "type of sidelane_dedicate_outcome_t.io");
+_Static_assert(offsetof(sidelane_dedicate_outcome_t, sent) == 32, "offset of sidelane_dedicate_outcome_t.sent");
+_Static_assert(_Generic(((sidelane_dedicate_outcome_t *)0)->sent, uint64_t: 1, default: 0), "type of sidelane_dedicate_outcome_t.sent");
+_Static_assert(offsetof(sidelane_dedicate_outcome_t, received) == 40, "offset of sidelane_dedicate_outcome_t.received");
+_Static_assert(_Generic(((sidelane_dedicate_outcome_t *)0)->received, uint64_t: 1, default: 0), "type of sidelane_dedicate_outcome_t.received");
 
 _Static_assert(sizeof(sidelane_owned_recv_half_t) == 16, "size of sidelane_owned_recv_half_t");
 _Static_assert(_Alignof(sidelane_owned_recv_half_t) == 8, "alignment of sidelane_owned_recv_half_t");

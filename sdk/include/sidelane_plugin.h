@@ -66,6 +66,7 @@ typedef struct sidelane_alpn_outcome sidelane_alpn_outcome_t;
 typedef struct sidelane_owned_msg sidelane_owned_msg_t;
 typedef struct sidelane_owned_send_half sidelane_owned_send_half_t;
 typedef struct sidelane_send_vt sidelane_send_vt_t;
+typedef struct sidelane_dedicate_outcome sidelane_dedicate_outcome_t;
 typedef struct sidelane_owned_recv_half sidelane_owned_recv_half_t;
 typedef struct sidelane_recv_vt sidelane_recv_vt_t;
 typedef struct sidelane_owned_exchange sidelane_owned_exchange_t;
@@ -88,7 +89,7 @@ typedef struct sidelane_plugin_vt sidelane_plugin_vt_t;
 #define SIDELANE_ABI_MAJOR 0u
 
 /* Minor version. A plugin's may not exceed its host's. */
-#define SIDELANE_ABI_MINOR 4u
+#define SIDELANE_ABI_MINOR 5u
 
 /* Oldest minor version that a host of this one takes: what came since was only appended. */
 #define SIDELANE_ABI_MINOR_OLDEST 2u
@@ -508,8 +509,8 @@ struct sidelane_io_outcome {
 
 /* One message of an exchange. */
 struct sidelane_owned_msg {
-    /* Payload field of `TunnelMessage` (`tunnel.proto`): 9 and up; SIDELANE_FIELD_CUSTOM for
-     * any bytes. */
+    /* Payload field of `TunnelMessage` (`tunnel.proto`): 9 and up, but for
+     * SIDELANE_FIELD_DEDICATION; SIDELANE_FIELD_CUSTOM for any bytes. */
     uint32_t field;
     /* Bits of SIDELANE_MSG_*. */
     uint32_t flags;
@@ -521,6 +522,10 @@ struct sidelane_owned_msg {
 
 /* `TunnelMessage.custom`: bytes that only the plugin understands. */
 #define SIDELANE_FIELD_CUSTOM 31u
+
+/* `TunnelMessage.dedication`: the hosts' own, between the two calls of
+ * sidelane_send_vt_t.dedicate. Since 0.5. */
+#define SIDELANE_FIELD_DEDICATION 30u
 
 /* Most bytes of `head` and `body` together in a message of data: 32 KiB of payload and what frames
  * it. A longer message passes, up to SIDELANE_OPEN_BYTES_MAX, and costs as much credit as one of
@@ -567,7 +572,36 @@ struct sidelane_send_vt {
     void (*refused)(void *data, sidelane_reset_t reset);
     /* An unfinished half is reset with SIDELANE_FAILURE_CANCELLED. */
     void (*drop)(void *data);
+    /* Moves the exchange to a connection of its own: from here on it is the bytes of `stream`,
+     * after those of `ahead` (read of it before), both ways, as they are. Resolves to a
+     * sidelane_dedicate_outcome_t: at the end, or at once where the exchange stays as it is. Both
+     * ends call it at the same place of what they say, and have taken all messages before it.
+     * Neither half is used until it has resolved; dropping the future ends the exchange with the
+     * halves. Since 0.5. */
+    sidelane_owned_future_t (*dedicate)(
+        void *data, sidelane_owned_io_t stream, sidelane_owned_buf_t ahead);
 };
+
+/* `out` of sidelane_send_vt_t.dedicate. Since 0.5. */
+struct sidelane_dedicate_outcome {
+    /* One of SIDELANE_DEDICATED_*. */
+    uint32_t how;
+    /* After SIDELANE_DEDICATED_ENDED: why; with SIDELANE_FAILURE_NONE all was said. The peer
+     * knows. */
+    sidelane_reset_t reset;
+    /* After SIDELANE_DEDICATED_FRAMED: the stream that was given, owned by the caller. */
+    sidelane_owned_io_t io;
+    /* Bytes from the stream to the peer. */
+    uint64_t sent;
+    /* Bytes from the peer to the stream. */
+    uint64_t received;
+};
+
+/* Values of sidelane_dedicate_outcome_t.how. Since 0.5. */
+/* The exchange is over. */
+#define SIDELANE_DEDICATED_ENDED 0u
+/* There is no connection for it: it goes on in messages, at both ends. */
+#define SIDELANE_DEDICATED_FRAMED 1u
 
 /* The direction from the peer to here. */
 struct sidelane_owned_recv_half {
@@ -857,8 +891,8 @@ struct sidelane_host_vt {
      * plugin. */
     sidelane_owned_future_t (*splice)(
         const sidelane_host_t *host, sidelane_owned_io_t a, sidelane_owned_io_t b);
-    /* Moves an exchange to a connection of its own and resolves to a sidelane_io_outcome_t;
-     * SIDELANE_FAILURE_UNSUPPORTED where the session has no dedicated lanes. */
+    /* Ends the exchange and resolves to SIDELANE_FAILURE_UNSUPPORTED; sidelane_send_vt_t.dedicate is
+     * what moves one to a connection of its own. */
     sidelane_owned_future_t (*dedicate)(
         const sidelane_host_t *host, sidelane_owned_exchange_t exchange);
 };

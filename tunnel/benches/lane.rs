@@ -3,6 +3,7 @@
 //! `cargo bench -p sidelane-tunnel`
 
 use std::io::IoSlice;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
@@ -11,8 +12,12 @@ use divan::counter::ItemsCount;
 use divan::{Bencher, black_box};
 use sidelane_tunnel::envelope::{self, Envelope, field};
 use sidelane_tunnel::{
-    Event, Key, Lane, LaneConfig, Payload, Received, RequestId, Side, Transmit, proto,
+    Budget, Event, Key, Lane, LaneConfig, Payload, Received, RequestId, Side, Transmit, proto,
 };
+
+/// The program's.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const SIZES: [usize; 4] = [0, 125, 4096, 32 * 1024];
 
@@ -74,11 +79,18 @@ struct Ends {
 }
 
 impl Ends {
-    fn new(exchanges: u64) -> Self {
+    /// `ring`: bytes kept for replay; 0: nothing is kept.
+    fn new(exchanges: u64, ring: u64) -> Self {
         let now = Instant::now();
+        let config = |side| LaneConfig {
+            replay_bytes_min: ring,
+            replay_bytes_max: ring,
+            replay_budget: Some(Arc::new(Budget::new(1 << 30))),
+            ..LaneConfig::new(side)
+        };
         let mut ends = Self {
-            relay: Lane::new(LaneConfig::new(Side::Relay), now),
-            sidecar: Lane::new(LaneConfig::new(Side::Sidecar), now),
+            relay: Lane::new(config(Side::Relay), now),
+            sidecar: Lane::new(config(Side::Sidecar), now),
             out: Transmit::new(),
             input: BytesMut::new(),
             now,
@@ -116,6 +128,19 @@ impl Ends {
         taken
     }
 
+    /// Moves what both have to send, until nothing is left.
+    fn settle(&mut self) {
+        loop {
+            let before = self.relay.stats().messages_out + self.sidecar.stats().messages_out;
+            self.forth();
+            self.back();
+            let after = self.relay.stats().messages_out + self.sidecar.stats().messages_out;
+            if after == before {
+                break;
+            }
+        }
+    }
+
     /// Moves what the relay has to send.
     fn forth(&mut self) {
         while self.relay.poll_transmit(self.now, &mut self.out, 128 * 1024) {
@@ -149,31 +174,41 @@ fn carry(out: &mut Transmit, input: &mut BytesMut) {
     }
 }
 
-/// One message each way of 64 exchanges: queue, write, carry, read, take.
+/// One message of each of 64 exchanges: queue, write, carry, read, take. Nothing is kept for replay.
 #[divan::bench(args = SIZES)]
 fn message_through_two_lanes(bencher: Bencher<'_, '_>, len: usize) {
-    let mut ends = Ends::new(BATCH as u64);
+    messages(bencher, len, 0);
+}
+
+/// The same, and what is sent is kept until the peer acknowledges it: the ring's cost is the difference.
+#[divan::bench(args = SIZES)]
+fn message_through_two_lanes_that_keep(bencher: Bencher<'_, '_>, len: usize) {
+    messages(bencher, len, 256 * 1024);
+}
+
+fn messages(bencher: Bencher<'_, '_>, len: usize, ring: u64) {
+    let mut ends = Ends::new(BATCH as u64, ring);
     let body = Bytes::from(vec![1; len]);
     bencher.counter(ItemsCount::new(BATCH)).bench_local(|| {
         for at in 0..BATCH {
             let (relay, _) = ends.keys[at];
             ends.send(relay, body.clone());
         }
-        ends.forth();
+        ends.settle();
         let mut taken = 0;
         for at in 0..BATCH {
             let (_, sidecar) = ends.keys[at];
             taken += ends.take(sidecar);
         }
         assert_eq!(taken, BATCH);
-        ends.back();
+        ends.settle();
     });
 }
 
 /// An exchange from open to the last trace: a message each way, both with the end.
 #[divan::bench]
 fn exchange_through_two_lanes(bencher: Bencher<'_, '_>) {
-    let mut ends = Ends::new(0);
+    let mut ends = Ends::new(0, 0);
     let mut id = 1;
     let body = Bytes::from(vec![1; 125]);
     bencher.bench_local(|| {

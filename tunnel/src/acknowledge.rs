@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-/// Bytes of counted messages after which the peer is told.
+/// Bytes of counted messages after which the peer is told, each with 64 beside its own.
 pub const ACK_BYTES: u64 = 64 * 1024;
 
 /// How long after a counted message the peer is told at the latest.
@@ -27,12 +27,12 @@ impl Acknowledge {
         Self { is_on, bytes: 0, due_at: None, look_at: None, is_queued: false }
     }
 
-    /// Takes a counted message of so many bytes; true: the peer is to be told now.
-    pub(crate) fn received(&mut self, now: Instant, bytes: u64) -> bool {
+    /// Takes a counted message of such a cost; true: the peer is to be told now.
+    pub(crate) fn received(&mut self, now: Instant, cost: u64) -> bool {
         if !self.is_on || self.is_queued {
             return false;
         }
-        self.bytes += bytes;
+        self.bytes += cost;
         if self.bytes >= ACK_BYTES {
             self.is_queued = true;
             self.due_at = None;

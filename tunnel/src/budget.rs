@@ -11,19 +11,21 @@ const RESERVED_SHARE: u64 = 4;
 
 /// Bytes that the lanes of a process may hold for replay together.
 ///
-/// A lane that holds nothing may always send one message, so that none starves: `used` exceeds `max` by
-/// one message of each lane at most, rounded up to 64 KiB.
+/// A lane that holds nothing may always send one message, so that none starves. 64 KiB of each lane are set
+/// aside for that, which holds all but the longest messages: what those have beyond is all by which `used`
+/// exceeds `max`, unless there are more lanes than it has room for at all.
 #[derive(Debug)]
 pub struct Budget {
     used: AtomicU64,
     max: AtomicU64,
+    lanes: AtomicU64,
 }
 
 impl Budget {
     /// Returns a budget of `max` bytes.
     #[must_use]
     pub const fn new(max: u64) -> Self {
-        Self { used: AtomicU64::new(0), max: AtomicU64::new(max) }
+        Self { used: AtomicU64::new(0), max: AtomicU64::new(max), lanes: AtomicU64::new(0) }
     }
 
     /// Returns what is taken.
@@ -43,10 +45,31 @@ impl Budget {
         self.max.store(max, Ordering::Relaxed);
     }
 
-    /// Takes a granule where there is one. `is_least`: for a ring below its least size.
+    /// A lane comes, which may always have one message.
+    pub(crate) fn enter(&self) {
+        self.lanes.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A lane is gone.
+    pub(crate) fn leave(&self) {
+        self.lanes.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Returns what may be taken. `is_least`: for a ring below its least size.
+    fn max_for(&self, is_least: bool) -> u64 {
+        let set_aside = self.lanes.load(Ordering::Relaxed).saturating_mul(GRANULE_BYTES);
+        let max = self.max().saturating_sub(set_aside);
+        if is_least { max } else { max - max / RESERVED_SHARE }
+    }
+
+    /// Returns whether more is taken than may be.
+    pub(crate) fn is_exceeded(&self, is_least: bool) -> bool {
+        self.used() > self.max_for(is_least)
+    }
+
+    /// Takes a granule where there is one.
     pub(crate) fn try_take_granule(&self, is_least: bool) -> bool {
-        let max = self.max();
-        let max = if is_least { max } else { max - max / RESERVED_SHARE };
+        let max = self.max_for(is_least);
         let used = self.used.fetch_add(GRANULE_BYTES, Ordering::Relaxed);
         let fits = used.saturating_add(GRANULE_BYTES) <= max;
         if !fits {
@@ -78,6 +101,19 @@ mod tests {
         assert_eq!(budget.used(), budget.max());
         budget.give(8 * GRANULE_BYTES);
         assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn room_for_a_message_of_each_lane_is_set_aside() {
+        let budget = Budget::new(4 * GRANULE_BYTES);
+        (0..3).for_each(|_| budget.enter());
+        assert!(budget.try_take_granule(true));
+        assert!(!budget.try_take_granule(true));
+        budget.leave();
+        assert!(budget.try_take_granule(true));
+        (0..100).for_each(|_| budget.enter());
+        assert!(!budget.try_take_granule(true));
+        assert!(budget.is_exceeded(true));
     }
 
     #[test]

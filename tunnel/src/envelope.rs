@@ -64,6 +64,8 @@ pub mod field {
     pub const AUTHENTICATE: u32 = 43;
     /// `authenticated`.
     pub const AUTHENTICATED: u32 = 44;
+    /// `dedicate`: only on a connection that is dedicated.
+    pub const DEDICATE: u32 = 45;
     /// `window`, and the first number of an exchange's control.
     pub const WINDOW: u32 = 48;
     /// `reset`.
@@ -239,7 +241,7 @@ fn parse(message: &[u8]) -> Result<Parts, DecodeError> {
                 let range = cursor.length_delimited()?;
                 parts.open.join(message, range);
             }
-            field::PROTOCOL_FIRST..=field::AUTHENTICATED | field::WINDOW..=field::REFUSED => {
+            field::PROTOCOL_FIRST..=field::DEDICATE | field::WINDOW..=field::REFUSED => {
                 wire.expect_length_delimited(number, at)?;
                 let range = cursor.length_delimited()?;
                 // A oneof: another member replaces, the same embedded message is joined.

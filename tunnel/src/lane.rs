@@ -6,21 +6,19 @@
 //! ([`Lane::take_wakes`]).
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bytes::Bytes;
 use prost::Message;
 use sidelane_abi::{MESSAGE_BYTES_MAX, OPEN_BYTES_MAX, failure};
 
 use crate::acknowledge::Acknowledge;
-use crate::budget::Budget;
 use crate::control::{Control, ControlQueue};
 use crate::credit::{MESSAGE_CHARGE, charge};
-use crate::envelope::{DecodeError, field};
+use crate::envelope::field;
 use crate::exchange::{Exchange, Exchanges, Key, Opening, SendEnd};
-use crate::id::{IdHashes, RequestId, Side};
+use crate::id::{IdHashes, RequestId};
 use crate::liveness::{Due, Liveness};
 use crate::outbox::{self, Outbox};
 use crate::payload::{Payload, Received, Reset};
@@ -28,11 +26,17 @@ use crate::proto;
 use crate::replay::Replay;
 use crate::wakes::{Wakes, register};
 
+mod config;
+mod error;
+mod event;
 mod input;
 mod output;
 mod resume;
 mod suspicion;
 
+pub use config::{LaneConfig, Pressure};
+pub use error::{LaneError, OpenError};
+pub use event::{Event, Fate, LaneStats};
 use suspicion::Suspicion;
 
 /// Bytes that one exchange may have queued before its sender waits: two data messages, so that a slow
@@ -51,284 +55,14 @@ const CONTROL_PER_EXCHANGE: usize = 3;
 /// Room in the control queue beside those.
 const CONTROL_SPARE: usize = 256;
 
+/// Tunnels, routes and what else stands in an announcement, and reasons and notes in an answer: above what
+/// any relay takes.
+const ENTRIES_MAX: usize = 16 * 1024;
+
 /// Room in the event queue beside one event for each exchange.
 const EVENTS_SPARE: usize = 256;
 
-/// How a lane is set up: what the handshake settled, and limits of this end.
-#[derive(Clone, Debug)]
-pub struct LaneConfig {
-    /// Which end this is.
-    pub side: Side,
-    /// Credit that an exchange's peer begins with. Default 256 KiB, at least
-    /// [`crate::credit::WINDOW_MIN`].
-    pub receive_window: u64,
-    /// Credit that we begin with. Default 256 KiB.
-    pub send_window: u64,
-    /// What a receive window may grow to. Default 4 MiB.
-    pub window_max: u64,
-    /// Longest message accepted. Default 1 MiB.
-    pub message_bytes_max: u32,
-    /// Longest message that the peer accepts. Default 1 MiB.
-    pub peer_message_bytes_max: u32,
-    /// Exchanges at once; above it the peer's opens are refused, ours fail. Default 10,000.
-    pub exchanges_max: usize,
-    /// Bytes received and unread, and, apart from them, bytes to be sent. Above it opens are refused
-    /// and senders wait; above half of it windows stop growing. Default 64 MiB.
-    pub queued_bytes_max: u64,
-    /// Between pings. Default 5 s.
-    pub ping_idle: Duration,
-    /// Without any byte from the peer for so long, the lane is dead. Default 10 s.
-    pub dead_after: Duration,
-    /// Bytes kept for replay at first, and at least. Default 256 KiB.
-    pub replay_bytes_min: u64,
-    /// Bytes kept for replay at most; 0: nothing is kept, nothing acknowledged, and the lane does not
-    /// come back. Default 0: the handshake decides.
-    pub replay_bytes_max: u64,
-    /// What the lanes of the process keep together; `None`: no bound but each lane's own.
-    pub replay_budget: Option<Arc<Budget>>,
-}
-
-impl LaneConfig {
-    /// Returns the defaults for one end.
-    #[must_use]
-    pub const fn new(side: Side) -> Self {
-        Self {
-            side,
-            receive_window: 256 * 1024,
-            send_window: 256 * 1024,
-            window_max: 4 * 1024 * 1024,
-            message_bytes_max: 1024 * 1024,
-            peer_message_bytes_max: 1024 * 1024,
-            exchanges_max: 10_000,
-            queued_bytes_max: 64 * 1024 * 1024,
-            ping_idle: Duration::from_secs(5),
-            dead_after: Duration::from_secs(10),
-            replay_bytes_min: 256 * 1024,
-            replay_bytes_max: 0,
-            replay_budget: None,
-        }
-    }
-}
-
-impl LaneConfig {
-    /// Returns the same with what the peer's hello or welcome says.
-    #[must_use]
-    pub fn with_peer(mut self, window: u64, message_bytes_max: u32) -> Self {
-        self.send_window = window;
-        self.peer_message_bytes_max = message_bytes_max;
-        self
-    }
-}
-
-impl Default for LaneConfig {
-    fn default() -> Self {
-        Self::new(Side::Relay)
-    }
-}
-
-/// How much is queued beside this lane, in all that shares a bound with it.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
-pub enum Pressure {
-    /// Little.
-    #[default]
-    None,
-    /// More than half of the bound: windows stop growing.
-    High,
-    /// All of it: opens are refused too.
-    Full,
-}
-
-/// Why an exchange could not be opened.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The lane has ended.
-    #[error("the lane is closed")]
-    Closed,
-    /// One end has said that no new exchanges are to come.
-    #[error("the lane is going away")]
-    GoingAway,
-    /// As many exchanges as the lane takes, or as many bytes queued.
-    #[error("the lane is at its limit of exchanges or queued bytes")]
-    Overloaded,
-    /// What core knows of the exchange is too long.
-    #[error("an open record of {bytes} bytes, at most {OPEN_RECORD_BYTES_MAX} are sent")]
-    TooLarge {
-        /// Its encoded length.
-        bytes: usize,
-    },
-    /// The id is in use, or not of this end's parity: a defect of the caller.
-    #[error("request id {0} is in use or not of this end's parity")]
-    InvalidId(RequestId),
-}
-
-/// Why a lane cannot go on. Its exchanges end; the caller says how by [`Lane::close`].
-#[derive(Clone, PartialEq, Debug, thiserror::Error)]
-pub enum LaneError {
-    /// The peer's bytes are no message.
-    #[error(transparent)]
-    Decode(#[from] DecodeError),
-    /// The peer's control message, or its open record, is no message of its type.
-    #[error("malformed payload in field {field}")]
-    Payload {
-        /// Field's number.
-        field: u32,
-        /// What is wrong with it.
-        #[source]
-        source: prost::DecodeError,
-    },
-    /// A message that has no place on an open lane, or is the wrong end's to send.
-    #[error("field {field} is not expected here")]
-    Unexpected {
-        /// Field's number.
-        field: u32,
-    },
-    /// A peer's id has the parity of ours.
-    #[error("request id {0} is not of the peer's parity")]
-    WrongParity(RequestId),
-    /// A peer opens an exchange that is open.
-    #[error("request id {0} is in use")]
-    IdInUse(RequestId),
-    /// A peer acknowledges what was not sent, or less than before.
-    #[error("{received} messages acknowledged, {sent} were sent and {before} acknowledged before")]
-    Ack {
-        /// Acknowledged.
-        received: u64,
-        /// Counted messages sent.
-        sent: u64,
-        /// Acknowledged before.
-        before: u64,
-    },
-    /// The peer makes us answer faster than it reads.
-    #[error("more than {max} control messages, or too long ones, wait for the peer")]
-    ControlFlood {
-        /// The bound.
-        max: usize,
-    },
-    /// More came at once than the bound on events holds.
-    #[error("more than {max} events wait")]
-    EventFlood {
-        /// The bound.
-        max: usize,
-    },
-    /// No byte came for too long.
-    #[error("no byte from the peer for {0:?}")]
-    Dead(Duration),
-    /// There is nothing to resume: the lane has ended.
-    #[error("the lane is closed")]
-    Closed,
-    /// The lane has a carrier: [`Lane::detach`] comes before [`Lane::resume`], and before the peer is told
-    /// what was received.
-    #[error("the lane has a connection that it was not detached from")]
-    Attached,
-    /// A lane cannot come back: the peer has less than it said before, or more than was sent.
-    #[error(
-        "the peer has {received} messages of this lane; {sent} were sent, and what came before \
-         {acknowledged} is not kept any more"
-    )]
-    Gap {
-        /// What the peer says that it has.
-        received: u64,
-        /// Counted messages sent.
-        sent: u64,
-        /// Acknowledged before.
-        acknowledged: u64,
-    },
-}
-
-/// What happened, beside what the exchanges' handles tell.
-#[derive(Clone, Debug, PartialEq)]
-#[allow(clippy::large_enum_variant, reason = "the large one is the frequent one: no box each")]
-pub enum Event {
-    /// The peer opened an exchange; its two handles are the caller's, who drops each.
-    Opened {
-        /// Names it here.
-        key: Key,
-        /// Names it at both ends.
-        id: RequestId,
-        /// Its protocol's number in the session.
-        protocol_type: u32,
-        /// What the peer's core knows of it.
-        open: proto::Open,
-    },
-    /// What the peer serves.
-    Announce(proto::Announce),
-    /// The answer to what we announced.
-    Announced(proto::Announced),
-    /// The sidecar presents another credential.
-    Authenticate(proto::Authenticate),
-    /// What became of the credential that we presented.
-    Authenticated(proto::Authenticated),
-    /// No new exchanges on this lane.
-    GoAway(proto::GoAway),
-    /// The smoothed round-trip time was measured again.
-    Rtt(Duration),
-    /// True: something is unacknowledged, and no byte came for longer than the round trip explains.
-    /// False: one came after all.
-    Suspect(bool),
-}
-
-/// How an exchange stands: whether another end may be given what this one was sent.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Fate {
-    /// How it ended on the wire; `None`: it goes on.
-    pub closed: Option<Reset>,
-    /// As [`Lane::is_refused`].
-    pub refused: bool,
-    /// As [`Lane::is_dispatched`].
-    pub dispatched: bool,
-    /// Something of the peer's direction came.
-    pub answered: bool,
-}
-
-/// A lane's numbers.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct LaneStats {
-    /// Exchanges whose slots are filled.
-    pub exchanges: usize,
-    /// Exchanges that the peer may still send for.
-    pub exchanges_on_wire: usize,
-    /// Bytes of whole messages taken in.
-    pub bytes_in: u64,
-    /// Bytes handed out.
-    pub bytes_out: u64,
-    /// Counted messages received: what the peer has as `sent`.
-    pub received: u64,
-    /// Counted messages sent: what the peer has, or will have, as `received`.
-    pub sent: u64,
-    /// Counted messages sent that the peer has acknowledged.
-    pub acknowledged: u64,
-    /// All messages received, counted or not.
-    pub messages_in: u64,
-    /// All messages sent, counted or not.
-    pub messages_out: u64,
-    /// Messages for exchanges that were over.
-    pub late: u64,
-    /// Opens refused by this end's limits.
-    pub opens_refused: u64,
-    /// Exchanges reset because the peer broke a rule of its own exchange.
-    pub violations: u64,
-    /// Cost of what exchanges have queued for sending.
-    pub send_queued_bytes: u64,
-    /// Cost of what was received and not taken.
-    pub receive_queued_bytes: u64,
-    /// Control messages that wait.
-    pub control_queued: usize,
-    /// Smoothed round-trip time.
-    pub rtt: Option<Duration>,
-    /// Cost of what is kept for replay.
-    pub replay_bytes: u64,
-    /// What may be kept for replay now.
-    pub replay_limit: u64,
-    /// How often the lane came back.
-    pub resumes: u64,
-    /// Messages sent again.
-    pub replayed: u64,
-    /// Bytes of those.
-    pub replayed_bytes: u64,
-}
-
-/// One end of a lane.
-#[derive(Debug)]
+/// One end of a lane. Shown by its numbers: what it holds are others' bytes, credentials among them.
 pub struct Lane {
     config: LaneConfig,
     exchanges: Exchanges,
@@ -371,6 +105,16 @@ pub struct Lane {
     late: u64,
     opens_refused: u64,
     violations: u64,
+}
+
+impl std::fmt::Debug for Lane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lane")
+            .field("side", &self.config.side)
+            .field("closed", &self.closed)
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Lane {
@@ -469,6 +213,12 @@ impl Lane {
         let key = self.exchanges.insert(exchange);
         self.ids.insert(id, key.index);
         Ok(key)
+    }
+
+    /// The exchange's id; `None`: it is gone.
+    #[must_use]
+    pub fn request_id(&self, key: Key) -> Option<RequestId> {
+        self.exchanges.find(key).map(|exchange| exchange.id)
     }
 
     /// Queues the payload and leaves `None`, or leaves it and returns `Pending` while there is no

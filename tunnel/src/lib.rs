@@ -12,6 +12,7 @@ mod acknowledge;
 mod budget;
 mod control;
 pub mod credit;
+pub mod dedicate;
 pub mod envelope;
 mod exchange;
 pub mod handshake;

@@ -54,6 +54,7 @@ impl Debug for RouteOptions {
 mod tests {
     use super::*;
     use crate::proto::tunnel_message::Payload;
+    use crate::{First, Lane, LaneConfig, Side, Transmit};
 
     #[test]
     fn no_message_shows_a_secret() {
@@ -71,7 +72,28 @@ mod tests {
             Payload::Resume(Resume { secret: secret(), ..Resume::default() }),
             Payload::Authenticate(Authenticate { credential: secret() }),
         );
+        assert_no_secret(&shown);
+    }
+
+    fn assert_no_secret(shown: &str) {
         // As bytes are shown, too.
         assert!(!shown.contains("s3cret") && !shown.contains("115, 51"), "{shown}");
+    }
+
+    /// What waits to be sent, and what is kept for replay.
+    #[test]
+    fn no_lane_shows_a_secret() {
+        let now = std::time::Instant::now();
+        let config = LaneConfig { replay_bytes_max: 1 << 20, ..LaneConfig::new(Side::Sidecar) };
+        let mut lane = Lane::new(config, now);
+        let credential = || b"s3cret".to_vec().into();
+        assert!(lane.authenticate(Authenticate { credential: credential() }));
+        assert_no_secret(&format!("{lane:?}"));
+        let mut out = Transmit::new();
+        assert!(lane.poll_transmit(now, &mut out, usize::MAX));
+        assert_no_secret(&format!("{lane:?} {out:?}"));
+        assert!(lane.stats().replay_bytes > 0);
+        let first = First::Resume(Resume { secret: credential(), ..Resume::default() });
+        assert_no_secret(&format!("{first:?}"));
     }
 }

@@ -16,8 +16,9 @@ use size::Size;
 
 mod size;
 
-/// What a message costs beside its bytes: about what its place takes.
-const MESSAGE_COST: u64 = 64;
+/// What a message costs beside its bytes: about what its place takes. The same is counted until an
+/// acknowledgement is due, so that small messages do not fill a ring before one is.
+pub(crate) const MESSAGE_COST: u64 = 64;
 
 /// Parts below this are kept as copies: a part by reference pins all of the buffer that it was cut from,
 /// 256 KiB of a busy connection's, so that a ring pins sixteen times its size at most. Larger ones are
@@ -77,6 +78,10 @@ impl Part {
 impl Replay {
     /// Returns an empty ring; with `bytes_max` 0 it keeps nothing.
     pub(crate) fn new(bytes_min: u64, bytes_max: u64, budget: Option<Arc<Budget>>) -> Self {
+        let budget = budget.filter(|_| bytes_max > 0);
+        if let Some(budget) = &budget {
+            budget.enter();
+        }
         Self {
             size: Size::new(bytes_min, bytes_max),
             budget,
@@ -122,10 +127,12 @@ impl Replay {
 
     fn reserve(&mut self) -> bool {
         let Some(budget) = &self.budget else { return true };
+        let is_least = self.bytes < self.size.min();
         if self.bytes < self.reserved {
-            return true;
+            // The message may be longer than what is left: it may not be the second one that is.
+            return !budget.is_exceeded(is_least);
         }
-        let is_taken = budget.try_take_granule(self.bytes < self.size.min());
+        let is_taken = budget.try_take_granule(is_least);
         if is_taken {
             self.reserved += GRANULE_BYTES;
         }
@@ -263,7 +270,13 @@ impl Replay {
             match next {
                 Part::Joined { len, .. } => {
                     let len = *len as usize;
-                    out.join_with(|out| out.extend(self.joined.range(joined..joined + len)));
+                    let (front, back) = self.joined.as_slices();
+                    let split = front.len();
+                    out.join_with(|out| {
+                        out.extend_from_slice(&front[joined.min(split)..(joined + len).min(split)]);
+                        let from = joined.max(split) - split;
+                        out.extend_from_slice(&back[from..(joined + len).max(split) - split]);
+                    });
                     joined += len;
                 }
                 Part::Shared { bytes, .. } => out.push(bytes.clone()),
@@ -279,6 +292,12 @@ impl Replay {
         bytes
     }
 
+    /// Returns the bytes of memory held beside shared buffers.
+    #[cfg(test)]
+    pub(crate) fn room(&self) -> usize {
+        self.joined.capacity() + self.parts.capacity() * size_of::<Part>()
+    }
+
     /// Forgets everything.
     pub(crate) fn clear(&mut self) {
         self.cursor = None;
@@ -292,6 +311,7 @@ impl Drop for Replay {
     fn drop(&mut self) {
         if let Some(budget) = &self.budget {
             budget.give(self.reserved);
+            budget.leave();
         }
     }
 }

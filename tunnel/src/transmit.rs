@@ -14,8 +14,8 @@ pub const COPY_BYTES_MAX: usize = 4 * 1024;
 const JOINED_KEPT_BYTES_MAX: usize = 64 * 1024;
 
 /// Buffers that wait for the carrier. Empty, it holds at most 64 KiB; [`Transmit::shrink`] gives
-/// that back too.
-#[derive(Debug, Default)]
+/// that back too. Shown by its length: its bytes are others'.
+#[derive(Default)]
 pub struct Transmit {
     segments: VecDeque<Segment>,
     /// Bytes of the `Joined` segments, in order, from `written` on.
@@ -25,11 +25,16 @@ pub struct Transmit {
     len: usize,
 }
 
-#[derive(Debug)]
 enum Segment {
     /// So many bytes of the joining buffer.
     Joined(usize),
     Shared(Bytes),
+}
+
+impl std::fmt::Debug for Transmit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Transmit").field("len", &self.len).finish_non_exhaustive()
+    }
 }
 
 impl Transmit {

@@ -124,6 +124,12 @@ fn one_that_has_just_come_gets_a_share_that_grows() {
     // Where all have just come they share alike.
     stage.standings[0] = Arc::new(Standing::new(100 * SECOND));
     is_near(&stage.shares(100 * SECOND), &[5_000, 5_000]);
+    // By their weights, and by what they have in flight.
+    let mut stage = Stage::new(&[1, 4]);
+    stage.standings = vec![Arc::new(Standing::new(0)), Arc::new(Standing::new(0))];
+    is_near(&stage.shares(0), &[2_000, 8_000]);
+    let _stuck: Vec<_> = (0..50).map(|_| InFlight::both(&stage.standings[1])).collect();
+    assert!(stage.shares(0)[1] < 4_500, "{:?}", stage.shares(0));
 }
 
 #[test]

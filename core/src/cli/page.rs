@@ -209,7 +209,14 @@ fn tunnels(json: &Json, width: Option<usize>) -> String {
     let mut table =
         Table::new(&["TUNNEL", "SERVICE", "HEALTH", "SIDECARS", "SESSIONS", "LANES", "IN FLIGHT"]);
     for tunnel in items(&json["tunnels"]) {
-        let sidecars: Vec<String> = items(&tunnel["sidecars"]).map(plain).collect();
+        let aside = |name: &str| {
+            items(&tunnel["serving"]).any(|one| one["sidecar"] == name && one["left_aside"] == true)
+        };
+        let sidecar = |name: &Json| match plain(name) {
+            name if aside(&name) => format!("{name} (left aside)"),
+            name => name,
+        };
+        let sidecars: Vec<String> = items(&tunnel["sidecars"]).map(sidecar).collect();
         table.row([
             plain(&tunnel["name"]),
             plain(&tunnel["service"]),
@@ -514,6 +521,7 @@ mod tests {
                 {
                     "name": "web", "service": "127.0.0.1:3000", "sidecars": ["laptop", "ci"],
                     "sessions": 2, "lanes": 4, "in_flight": 7,
+                    "serving": [{ "sidecar": "laptop" }, { "sidecar": "ci", "left_aside": true }],
                 },
                 { "name": "rpc", "service": "unix:/run/rpc.sock" },
                 { "name": "shop", "unavailable": [
@@ -553,10 +561,10 @@ mod tests {
             ],
         });
         insta::assert_snapshot!(render(Page::Tunnels, &json, None), @r#"
-        TUNNEL  SERVICE             HEALTH                                                         SIDECARS    SESSIONS  LANES  IN FLIGHT
-        web     127.0.0.1:3000      unhealthy: connection refused                                  laptop, ci  2         4      7
-        rpc     unix:/run/rpc.sock  healthy                                                        -           -         -      -
-        shop    -                   unavailable at shop: waiting for the service; at ci: HTTP 500  -           -         -      -
+        TUNNEL  SERVICE             HEALTH                                                         SIDECARS                 SESSIONS  LANES  IN FLIGHT
+        web     127.0.0.1:3000      unhealthy: connection refused                                  laptop, ci (left aside)  2         4      7
+        rpc     unix:/run/rpc.sock  healthy                                                        -                        -         -      -
+        shop    -                   unavailable at shop: waiting for the service; at ci: HTTP 500  -                        -         -      -
 
         SIDECAR  PRINCIPAL         CREDENTIAL                                            EXPIRES                        PEER            UP FOR  LANES  IN FLIGHT  TUNNELS  ANNOUNCEMENT
         laptop   shop              token sha256:0e5751c0…                                -                              192.0.2.1:4711  1h1m    2      7          web      3

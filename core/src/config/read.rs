@@ -103,6 +103,9 @@ pub(crate) const THREADS_MAX: usize = 256;
 /// Most lanes of a session (the tunnel's own bound).
 pub(crate) const LANES_MAX: usize = 16;
 
+/// Most connections of a session that wait for an exchange each.
+pub(crate) const DEDICATED_MAX: usize = crate::tunnel::dedicated::WAITING_PER_SESSION_MAX;
+
 /// Longest timeout. Longer ones are a mistaken unit.
 const TIMEOUT_MAX: Duration = Duration::from_secs(24 * 3600);
 
@@ -230,6 +233,7 @@ pub(crate) const SIDECAR_KEYS: &[&str] = &[
     "token_file",
     "token_env",
     "lanes",
+    "dedicated",
     "threads",
     "limits",
     "timeouts",

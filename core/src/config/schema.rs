@@ -14,8 +14,8 @@ use serde_json::{Value as Json, json};
 
 use super::Source;
 use super::read::{
-    ATTEMPTS_MAX, CHECKS_MAX, CONNECTIONS_MAX, COUNT_MAX, LANES_MAX, SIDECAR_WEIGHT_MAX,
-    THREADS_MAX, USERS_MAX, WEIGHT_MAX,
+    ATTEMPTS_MAX, CHECKS_MAX, CONNECTIONS_MAX, COUNT_MAX, DEDICATED_MAX, LANES_MAX,
+    SIDECAR_WEIGHT_MAX, THREADS_MAX, USERS_MAX, WEIGHT_MAX,
 };
 use super::value::{duration_text, size_text};
 
@@ -372,6 +372,7 @@ const MIB: u64 = 1 << 20;
 const TIB: u64 = 1 << 40;
 const THREADS: u64 = THREADS_MAX as u64;
 const LANES: u64 = LANES_MAX as u64;
+const DEDICATED: u64 = DEDICATED_MAX as u64;
 const COUNT: u64 = COUNT_MAX as u64;
 
 /// A relay, a sidecar, or both. Any value may be written as `${NAME}`, `${NAME:-default}` or
@@ -591,6 +592,10 @@ struct Sidecar {
     token_env: Variable,
     /// Connections to each relay.
     lanes: Int<1, LANES>,
+    /// Connections to each relay that are dialled ahead, each for the bytes of one exchange whose route asks for
+    /// that (`mode: raw`); `0`: none at all.
+    #[schemars(extend("x-default" = "2 where a route of this file asks, else one when an exchange wants it"))]
+    dedicated: Int<0, DEDICATED>,
     /// Data-path threads; `0`: one per core.
     threads: Int<0, THREADS>,
     /// Bounds.

@@ -135,6 +135,7 @@ impl Sidecar {
             "token": masked(self.token.as_ref()),
             "token_file": self.token_file.as_deref(),
             "lanes": self.lanes,
+            "dedicated": self.dedicated,
             "threads": self.threads,
             "limits": {
                 "exchanges_per_session": self.limits.exchanges_per_session,

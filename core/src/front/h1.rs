@@ -23,6 +23,7 @@ use self::service::Requests;
 use super::answer::Refusal;
 use super::wire::{Signals, Wire};
 use super::{ConnectionError, Context, Dispatch, FrontConfig};
+use crate::plugin::lend;
 
 mod body;
 mod interim;
@@ -43,7 +44,7 @@ pub(super) async fn serve<S, D>(
     mut shutdown: Pin<&mut (impl Future<Output = ()> + Send)>,
 ) -> Result<(), ConnectionError>
 where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: lend::Stream,
     D: Dispatch,
 {
     let signals = Arc::new(Signals::new());

@@ -17,7 +17,6 @@ use bytes::Bytes;
 use http::header::{CONNECTION, DATE, HeaderName, HeaderValue, TRANSFER_ENCODING, UPGRADE};
 use http::{HeaderMap, Request, Response, StatusCode};
 use sidelane_abi::failure;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{Instant, Sleep};
 
 use self::tunnel::Tunnel;
@@ -51,7 +50,7 @@ pub(super) async fn serve<S, D>(
     mut shutdown: Pin<&mut (impl Future<Output = ()> + Send)>,
 ) -> Result<(), ConnectionError>
 where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: lend::Stream,
     D: Dispatch,
 {
     let signals = Arc::new(Signals::new());

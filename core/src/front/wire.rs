@@ -11,6 +11,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::exchange::Exchange;
+use crate::plugin::lend::{Plain, Stream};
 
 /// Bytes read ahead at most to notice that a client has gone while nobody reads. More would only be
 /// copied twice; a client that has sent more cannot be seen leaving until it is read.
@@ -221,6 +222,15 @@ impl<S: AsyncWrite + Unpin> Wire<S> {
         }
         self.signals.swallow.store(false, Relaxed);
         bytes.starts_with(CONTINUE)
+    }
+}
+
+impl<S: Stream> Stream for Wire<S> {
+    fn plain(&self) -> Option<Plain<'_>> {
+        let is_bare = self.ahead.is_empty()
+            && !self.signals.interim_waits.load(Relaxed)
+            && !self.signals.swallow.load(Relaxed);
+        if is_bare { self.stream.plain() } else { None }
     }
 }
 

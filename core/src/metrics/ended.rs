@@ -56,6 +56,11 @@ impl Tally {
     pub(super) fn received(&self, bytes: u64) {
         self.received.fetch_add(bytes, Ordering::Relaxed);
     }
+
+    pub(super) fn passed(&self, sent: u64, received: u64) {
+        self.sent(sent);
+        self.received(received);
+    }
 }
 
 impl Details {

@@ -24,6 +24,7 @@ use super::generation::{Anchor, Record, TaskPin};
 use super::lend::{Stream, StreamFuture};
 use super::vtable::future::{PluginFuture, Polled};
 use super::vtable::{exchange, future, io as stream, waker};
+use crate::join;
 
 /// Longest a plugin's own dial may take, names resolved included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -52,9 +53,6 @@ const LABEL_VALUE_BYTES_MAX: usize = 128;
 
 /// Longest name of a metric.
 const METRIC_NAME_BYTES_MAX: usize = 64;
-
-/// Buffer per direction of a splice.
-const SPLICE_BUFFER_BYTES: usize = 32 * 1024;
 
 /// A deadline so far away that it never comes: tokio's clock overflows beyond.
 const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 10);
@@ -632,10 +630,7 @@ unsafe extern "C" fn splice(host: *const abi::Host, a: abi::Io, b: abi::Io) -> a
     let b = unsafe { stream::take(b) };
     let failed = || future::lend(async { spliced(Err(io::ErrorKind::InvalidInput.into())) });
     let join = move |host: &'static HostObject| match (a, b) {
-        (Ok(mut a), Ok(mut b)) => future::lend(async move {
-            let size = SPLICE_BUFFER_BYTES;
-            spliced(tokio::io::copy_bidirectional_with_sizes(&mut a, &mut b, size, size).await)
-        }),
+        (Ok(a), Ok(b)) => future::lend(async move { spliced(join::both(a, b).await) }),
         (Err(error), _) | (_, Err(error)) => {
             tracing::warn!(plugin = &*host.plugin, %error, "a plugin splices what is no stream");
             failed()

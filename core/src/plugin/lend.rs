@@ -12,8 +12,11 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::{client, server};
 
 pub use crate::config::HttpVersion;
+pub use crate::join::Plain;
 pub use sidelane_tunnel::{Payload as Message, Received, Reset};
 
 /// A failure with what a client may be told of it.
@@ -163,8 +166,29 @@ pub struct ResponseHead {
 pub struct Closed;
 
 /// A byte stream of the host's own.
-pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
-impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for T {}
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {
+    /// The socket, where what is read and written next is its bytes and nothing else: sockets are joined by
+    /// the kernel.
+    fn plain(&self) -> Option<Plain<'_>> {
+        None
+    }
+}
+
+impl Stream for TcpStream {
+    fn plain(&self) -> Option<Plain<'_>> {
+        Some(Plain::Tcp(self))
+    }
+}
+
+impl Stream for UnixStream {
+    fn plain(&self) -> Option<Plain<'_>> {
+        Some(Plain::Unix(self))
+    }
+}
+
+impl Stream for tokio::io::DuplexStream {}
+impl<S: Stream> Stream for client::TlsStream<S> {}
+impl<S: Stream> Stream for server::TlsStream<S> {}
 
 /// A byte stream that is on its way. The error is one of [`sidelane_abi::failure`], and the cause.
 pub type StreamFuture =
@@ -226,7 +250,31 @@ pub trait SendHalf: Send + 'static {
     fn dispatched(&mut self);
     /// Nothing was and will be written to a service. Ends the exchange.
     fn refused(&mut self, reset: Reset);
+    /// Moves the exchange to a connection of its own, where there is one: the bytes of `stream`, after those
+    /// of `ahead`. Neither half is used until it has resolved.
+    fn dedicate(&mut self, stream: Box<dyn Stream>, ahead: Bytes) -> DedicateFuture {
+        drop(ahead);
+        Box::pin(std::future::ready(Dedicated::Framed(stream)))
+    }
 }
+
+/// What became of an exchange that was to have a connection of its own.
+pub enum Dedicated {
+    /// It is over, and the peer knows.
+    Ended {
+        /// Why; `NONE`: all was said.
+        reset: Reset,
+        /// Bytes from the stream to the peer.
+        sent: u64,
+        /// Bytes from the peer to the stream.
+        received: u64,
+    },
+    /// There is none: it goes on in messages, at both ends.
+    Framed(Box<dyn Stream>),
+}
+
+/// An exchange on a connection of its own, or on its way there.
+pub type DedicateFuture = Pin<Box<dyn Future<Output = Dedicated> + Send>>;
 
 /// The direction from the peer to here. Dropped unfinished: reset with `CANCELLED`.
 pub trait RecvHalf: Send + 'static {

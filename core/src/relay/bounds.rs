@@ -41,6 +41,7 @@ pub(super) fn session_settings(
         grace: section.tunnel.grace,
         advertise: section.tunnel.advertise.as_ref().map(|address| address.to_string().into()),
         protocols: plugins.types(),
+        peers: section.tunnel.peers.iter().map(ToString::to_string).collect(),
     }
 }
 

@@ -32,8 +32,9 @@ const PASSED_ON: [HeaderName; 4] = [
     VIA,
 ];
 
-/// Diallers at once that are told to come back; further ones are closed unanswered.
-const TURNED_AWAY_MAX: usize = 64;
+/// Diallers at once that are told to come back; further ones are closed unanswered, and come back too soon. As
+/// many as a herd brings in the moment that telling one takes; each is a socket and a small task.
+const TURNED_AWAY_MAX: usize = 512;
 
 /// No listener is called so: their names begin with a letter or digit.
 const OWN_ADDRESS: &str = "_tunnel";
@@ -165,7 +166,7 @@ impl Door {
         let counted = self.counted(peer);
         self.gate.enter(&self.bounds(), counted, Instant::now())?;
         let bounds = Under { all_max: HANDSHAKES_MAX, per_address_max: HANDSHAKES_OF_ADDRESS_MAX };
-        self.handshakes.try_enter(bounds, counted).map_err(|_over| TurnedAway::Rate)
+        self.handshakes.try_enter(bounds, counted).map_err(|_over| TurnedAway::BUSY)
     }
 
     /// Whom a request comes from: whom a trusted proxy names, else who connected. What others say of
@@ -204,7 +205,7 @@ impl Door {
             None => self.gate.enter(&bounds, counted, now)?,
         }
         let under = Under { all_max: HANDSHAKES_MAX, per_address_max: HANDSHAKES_OF_ADDRESS_MAX };
-        self.handshakes.try_enter(under, counted).map_err(|_over| TurnedAway::Rate)
+        self.handshakes.try_enter(under, counted).map_err(|_over| TurnedAway::BUSY)
     }
 
     /// Whether an address has failed too often to be listened to.

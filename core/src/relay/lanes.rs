@@ -279,3 +279,6 @@ fn handle_event(relay: &Arc<Relay>, session: &Arc<Session>, link: &Arc<Link>, ev
         Event::Announced(_) | Event::Authenticated(_) => {}
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::Instant;
 
+use bytes::Bytes;
 use http::Method;
 use sidelane_abi::failure;
 use sidelane_tunnel::Fate;
@@ -21,7 +22,7 @@ use super::open::Wait;
 use super::policy;
 use crate::choice::{InFlight, Standing};
 use crate::metrics::MoveReason;
-use crate::plugin::lend::{self, Closed, Message, Received, Reset};
+use crate::plugin::lend::{self, Closed, DedicateFuture, Message, Received, Reset, Stream};
 use crate::tunnel::session::Session;
 use crate::tunnel::{RecvHalf, SendHalf};
 
@@ -614,6 +615,19 @@ impl lend::SendHalf for Sending {
 
     fn refused(&mut self, reset: Reset) {
         self.reset(reset);
+    }
+
+    /// One that is handed over stays where it is: what has passed is not known any more.
+    fn dedicate(&mut self, stream: Box<dyn Stream>, ahead: Bytes) -> DedicateFuture {
+        if let Some(shared) = self.shared.take()
+            && let Some(mut held) = shared.hold(&Context::from_waker(Waker::noop()))
+        {
+            if let Some((send, in_flight)) = held.for_send.take() {
+                (self.inner, self.in_flight) = (send, in_flight);
+            }
+            held.settle();
+        }
+        self.inner.dedicate(stream, ahead)
     }
 }
 

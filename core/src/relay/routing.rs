@@ -29,6 +29,8 @@ pub(super) struct Routing {
     pub(super) table: RouteTable,
     pub(super) policies: RouteStates,
     tunnels: HashMap<Arc<str>, Tunnel>,
+    /// That serve something.
+    pub(super) sessions: usize,
 }
 
 /// Who serves a tunnel.
@@ -129,7 +131,7 @@ impl Routing {
             tracing::debug!(%ambiguity, "the first of these routes has them");
         }
         let policies = RouteStates::build(&routes, &before.policies, metrics);
-        Self { table, policies, tunnels }
+        Self { table, policies, tunnels, sessions: sources.documents.len() }
     }
 
     pub(super) fn is_empty(&self) -> bool {

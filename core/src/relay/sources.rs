@@ -6,7 +6,7 @@
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::document::{Document, is_same_goal, shortened};
 use crate::config::{HostMatch, Match, Route};
@@ -18,6 +18,10 @@ const LOST_DOCUMENTS_MAX: usize = 1024;
 
 /// Routes of all of them together.
 const LOST_ROUTES_MAX: usize = 100_000;
+
+/// How long a session whose lanes are all lost holds names against one that waits for them. Longer than a
+/// lane usually takes to come back, so that a blink changes nothing.
+const SILENT_MAX: Duration = Duration::from_secs(2);
 
 /// What the routing is made of. Whoever changes it makes the routing anew before letting go.
 #[derive(Default)]
@@ -31,6 +35,9 @@ pub(super) struct Sources {
     pub(super) held: BTreeMap<u64, Held>,
     /// Documents of sidecars that are gone, newest last, and since when.
     pub(super) lost: VecDeque<(Instant, Document)>,
+    /// Sessions with a document in force that take nothing, since all their lanes are lost or leaving, and
+    /// since when.
+    pub(super) silent: HashMap<u64, Instant>,
 }
 
 /// A document that is not in force.
@@ -251,12 +258,22 @@ impl Taken {
     }
 
     /// Returns what others hold of what `document` takes, one line each. Replicas of one principal that
-    /// announce the same for the same tunnels share it.
-    fn conflicts(&self, document: &Document, base_domains: &[Arc<str>]) -> Vec<String> {
+    /// announce the same for the same tunnels share it, and those that `yields` tells of hold nothing against
+    /// another of their principal.
+    fn conflicts(
+        &self,
+        document: &Document,
+        base_domains: &[Arc<str>],
+        yields: impl Fn(&Session) -> bool,
+    ) -> Vec<String> {
         let (epoch, grant) = (document.session.epoch, &document.grant);
         let others = |holders: Option<&'_ Vec<Holder>>, is_apart: &dyn Fn(&Holder) -> bool| {
             let mut all = holders.into_iter().flatten();
-            all.find(|holder| holder.session.epoch != epoch && is_apart(holder)).map(|holder| {
+            let holds = |holder: &&Holder| {
+                let is_other = holder.session.epoch != epoch && is_apart(holder);
+                is_other && !(is_one_of(&holder.grant, grant) && yields(&holder.session))
+            };
+            all.find(holds).map(|holder| {
                 let keeps = if holder.session.epoch < epoch {
                     "the older session keeps it"
                 } else {
@@ -343,7 +360,7 @@ impl Sources {
                 document.grant = grant;
                 settled.is_changed = true;
             }
-            match self.verdict(&document, &taken) {
+            match self.verdict(&document, &taken, |_| false) {
                 None => {
                     taken.add(&document, &self.base_domains);
                     self.documents.insert(epoch, document);
@@ -360,7 +377,13 @@ impl Sources {
         }
         for (epoch, mut held) in std::mem::take(&mut self.held) {
             held.document.grant = held.document.session.grant();
-            match self.verdict(&held.document, &taken) {
+            // One that comes wins over a ghost at once; one that waits lets it come back for a while.
+            let is_fresh = held.reasons.is_empty();
+            let is_there = held.document.session.is_open();
+            let yields = |other: &Session| {
+                is_there && !other.is_open() && (is_fresh || self.is_silent(other.epoch))
+            };
+            match self.verdict(&held.document, &taken, yields) {
                 None => {
                     settled.is_changed = true;
                     if let Some(before) = self.documents.get(&epoch) {
@@ -370,8 +393,11 @@ impl Sources {
                     let (session, version) =
                         (Arc::clone(&held.document.session), held.document.version);
                     let notes = self.notes(&held.document);
+                    // An older one of a ghost may have given way just before.
+                    self.held.remove(&epoch);
                     self.put_in_force(held.document);
                     settled.accepted.push(Accepted { session, version, notes });
+                    self.give_way(epoch, &mut taken, &mut settled);
                 }
                 Some((reasons, is_forbidden)) => {
                     let is_told = !held.reasons.is_empty() && held.is_forbidden == is_forbidden;
@@ -385,13 +411,56 @@ impl Sources {
         settled
     }
 
+    /// Takes documents of ghosts out of force that the one of `epoch` has won over.
+    fn give_way(&mut self, epoch: u64, taken: &mut Taken, settled: &mut Settled) {
+        let others = self.documents.iter().filter(|(other, _)| **other != epoch);
+        let ghosts = others.filter(|(_, document)| !document.session.is_open());
+        for epoch in ghosts.map(|(epoch, _)| *epoch).collect::<Vec<_>>() {
+            let Some(document) = self.documents.remove(&epoch) else { continue };
+            let conflicts = taken.conflicts(&document, &self.base_domains, |_| false);
+            if conflicts.is_empty() {
+                self.documents.insert(epoch, document);
+                continue;
+            }
+            taken.remove(&document, &self.base_domains);
+            // A newer one of its own waits already.
+            if let Entry::Vacant(place) = self.held.entry(epoch) {
+                settled.refused.push(refused(&document, &conflicts, false));
+                place.insert(Held { document, reasons: conflicts, is_forbidden: false });
+            }
+        }
+    }
+
+    /// Notes which sessions with a document in force take nothing. Returns whether one that waits may be let
+    /// in instead of one of them.
+    pub(super) fn look_at_silent(&mut self, now: Instant) -> bool {
+        let silent = self.documents.values().filter(|document| !document.session.is_open());
+        let silent: Vec<u64> = silent.map(|document| document.session.epoch).collect();
+        self.silent.retain(|epoch, _| silent.contains(epoch));
+        for epoch in silent {
+            self.silent.entry(epoch).or_insert(now);
+        }
+        let is_any = self.silent.values().any(|since| now.duration_since(*since) >= SILENT_MAX);
+        is_any && self.held.values().any(|held| !held.is_forbidden)
+    }
+
+    /// Whether a session has taken nothing for as long as it may hold names so.
+    fn is_silent(&self, epoch: u64) -> bool {
+        self.silent.get(&epoch).is_some_and(|since| since.elapsed() >= SILENT_MAX)
+    }
+
     /// Returns why a document cannot be in force, and whether that is for its claims.
-    fn verdict(&self, document: &Document, taken: &Taken) -> Option<(Vec<String>, bool)> {
+    fn verdict(
+        &self,
+        document: &Document,
+        taken: &Taken,
+        yields: impl Fn(&Session) -> bool,
+    ) -> Option<(Vec<String>, bool)> {
         let beyond = document.beyond_claims(&self.base_domains);
         if !beyond.is_empty() {
             return Some((beyond, true));
         }
-        let conflicts = taken.conflicts(document, &self.base_domains);
+        let conflicts = taken.conflicts(document, &self.base_domains, yields);
         (!conflicts.is_empty()).then_some((conflicts, false))
     }
 

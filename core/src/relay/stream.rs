@@ -13,6 +13,7 @@ use tokio_rustls::server::TlsStream;
 
 use super::Relay;
 use crate::metrics::Up;
+use crate::plugin::lend::{Plain, Stream};
 use crate::tunnel::transport::Socket;
 
 /// What carries a client's bytes.
@@ -60,6 +61,15 @@ impl ClientStream {
     /// Returns a connection with TLS.
     pub(super) fn secured(stream: Box<TlsStream<Socket>>, counted: Counted) -> Self {
         Self { transport: Transport::Tls(stream), ahead: Bytes::new(), counted }
+    }
+}
+
+impl Stream for ClientStream {
+    fn plain(&self) -> Option<Plain<'_>> {
+        match &self.transport {
+            Transport::Plain(stream) if self.ahead.is_empty() => stream.plain(),
+            Transport::Plain(_) | Transport::Tls(_) => None,
+        }
     }
 }
 

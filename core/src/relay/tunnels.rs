@@ -15,6 +15,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 use tokio_rustls::TlsAcceptor;
 
 use super::Relay;
+use super::dedicated;
 use super::door::{self, Place, Told, Way};
 use super::knock::{self, Knock, Speaks};
 use super::lanes;
@@ -230,7 +231,7 @@ async fn greet(relay: Arc<Relay>, stream: TcpStream, peer: SocketAddr, place: Pl
         }
         (Way::Tls(config), true) => {
             let Some(permit) = tls_permit(&relay, peer) else {
-                door::note(&relay.metrics, peer, TurnedAway::Rate);
+                door::note(&relay.metrics, peer, TurnedAway::BUSY);
                 return;
             };
             let acceptor = TlsAcceptor::from(Arc::clone(config));
@@ -377,6 +378,9 @@ pub(super) async fn shake_hands(
             retry_after_ms: 0,
         }),
     };
+    if hello.dedicated {
+        return dedicated::enter(&relay, transport, &hello, authenticated, peer, place).await;
+    }
     let admitted = authenticated.and_then(|authenticated| {
         let shard_index = |id: &SessionId, lane| shards[shard_of(id, lane)].index;
         relay.sessions.admit(&hello, authenticated, peer, shard_index)
@@ -420,7 +424,7 @@ pub(super) async fn shake_hands(
     }
 }
 
-async fn welcome(
+pub(super) async fn welcome(
     transport: &mut Transport,
     welcome: &proto::Welcome,
     limit: Duration,

@@ -39,6 +39,9 @@ pub struct Access {
     carriers: HashMap<Arc<str>, (RelayAddress, Arc<Carrier>)>,
     /// For the relay of this process.
     own: Option<Arc<Carrier>>,
+    /// By the relay's address as relays tell of it.
+    told: HashMap<Arc<str>, (RelayAddress, Arc<Carrier>)>,
+    follows_peers: bool,
     token: Option<Arc<[u8]>>,
     /// Read anew at each dial.
     token_file: Option<PathBuf>,
@@ -80,6 +83,8 @@ impl Access {
         Self {
             carriers,
             own,
+            told: before.map(|before| before.told.clone()).unwrap_or_default(),
+            follows_peers: section.follow_peers,
             token: token.map(|token| token.expose().as_bytes().into()),
             token_file: section.token_file.clone(),
         }
@@ -91,14 +96,51 @@ impl Access {
         Self {
             carriers: HashMap::new(),
             own: Some(Arc::new(own_carrier(None))),
+            told: HashMap::new(),
+            follows_peers: true,
             token: None,
             token_file: None,
         }
     }
 
+    /// Returns the same with what relays tell of; what is dialled as before stays the same.
+    pub(super) fn with_told(
+        before: &Self,
+        relays: impl Iterator<Item = (Arc<str>, RelayAddress)>,
+    ) -> Self {
+        let told = relays.map(|(key, relay)| {
+            let known = before.told.get(&key).filter(|(settings, _)| *settings == relay);
+            let made = known.cloned().unwrap_or_else(|| {
+                let made = Arc::new(carrier(&relay));
+                (relay, made)
+            });
+            (key, made)
+        });
+        Self {
+            carriers: before.carriers.clone(),
+            own: before.own.clone(),
+            told: told.collect(),
+            follows_peers: before.follows_peers,
+            token: before.token.clone(),
+            token_file: before.token_file.clone(),
+        }
+    }
+
+    /// Whether relays that relays tell of are dialled.
+    pub(super) const fn follows_peers(&self) -> bool {
+        self.follows_peers
+    }
+
+    /// The relays of the file, by their addresses.
+    pub(super) fn listed(&self) -> HashMap<Arc<str>, RelayAddress> {
+        let listed = self.carriers.iter();
+        listed.map(|(key, (relay, _))| (Arc::clone(key), relay.clone())).collect()
+    }
+
     /// How a relay, as configured, is dialled.
     pub(super) fn carrier(&self, relay: &str) -> Arc<Carrier> {
-        let listed = self.carriers.get(relay).map(|(_, carrier)| carrier);
+        let listed = self.carriers.get(relay).or_else(|| self.told.get(relay));
+        let listed = listed.map(|(_, carrier)| carrier);
         let carrier = listed.or(self.own.as_ref()).map(Arc::clone);
         // A reload keeps the addresses, so there is one.
         carrier.unwrap_or_else(|| Arc::new(Carrier::tcp(Security::Plain { insecure: false })))
@@ -212,9 +254,10 @@ fn read_token(path: &Path) -> io::Result<Vec<u8>> {
 
 impl Sidecar {
     /// Takes how relays are dialled, and what is presented, from a configuration.
-    pub fn set_access(&self, section: &config::Sidecar, own: Option<Own>) {
+    pub fn set_access(self: &Arc<Self>, section: &config::Sidecar, own: Option<Own>) {
         let access = Access::new(section, own, Some(&self.access.load()));
         self.access.store(Arc::new(access));
+        self.follow_again();
         self.access_changes.send_replace(());
     }
 

@@ -53,7 +53,7 @@ impl Sidecar {
         let mut wanted = peer.wanted.subscribe();
         let mut access = self.access_changes.subscribe();
         while !self.is_stopping() && !self.let_go(&peer) {
-            let mut wait_at_least = Duration::ZERO;
+            let mut asked = Duration::ZERO;
             let wait = if self.is_reached_otherwise(&peer) {
                 REACHED_LOOK
             } else {
@@ -83,10 +83,10 @@ impl Sidecar {
                         }
                         peer.failed(&cause);
                         self.answers.send_replace(());
-                        wait_at_least = error.retry_after().unwrap_or_default();
+                        asked = error.retry_after().unwrap_or_default();
                     }
                 }
-                backoff.next(random::number()).max(wait_at_least)
+                backoff.next_after(asked, random::number())
             };
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
@@ -99,7 +99,7 @@ impl Sidecar {
     }
 
     /// Takes a peer that is not wanted off the list; false: it is wanted.
-    fn let_go(&self, peer: &Arc<Peer>) -> bool {
+    fn let_go(self: &Arc<Self>, peer: &Arc<Peer>) -> bool {
         let mut is_gone = false;
         if !peer.is_wanted() {
             self.change_peers(|peers| {
@@ -111,12 +111,13 @@ impl Sidecar {
             });
         }
         if is_gone {
+            self.told_no_more(peer);
             tracing::info!(relay = peer.name, "the address is dialled no more");
         }
         is_gone
     }
 
-    async fn begin_session(&self, peer: &Peer) -> Result<(Session, NewLane), DialError> {
+    async fn begin_session(self: &Arc<Self>, peer: &Peer) -> Result<(Session, NewLane), DialError> {
         let protocols = self.protocols();
         let hello = proto::Hello::default();
         let (lane, welcome) = self.dial(peer, &peer.target, &protocols, hello).await?;
@@ -134,6 +135,7 @@ impl Sidecar {
             lane: config,
             lanes_max: welcome.lanes_max,
             relay_instance: welcome.relay_instance.clone(),
+            claims: self.claims(welcome.features),
             // It is for those who dial by TCP: what leads elsewhere by HTTP leads to the relay still.
             advertised: if lane.carrier.begins_by_tcp() {
                 welcome.advertise_address
@@ -148,6 +150,7 @@ impl Sidecar {
         let carrier = lane.transport.kind().label();
         tracing::info!(relay, epoch, tls, carrier, "session begun");
         peer.session_begun(welcome.epoch, welcome.relay_instance, tls);
+        self.told(peer, &welcome.peers);
         Ok((session, lane))
     }
 
@@ -173,7 +176,7 @@ impl Sidecar {
     }
 
     /// Dials a relay as it is to be dialled now, with the credential as it is now.
-    async fn dial(
+    pub(super) async fn dial(
         &self,
         peer: &Peer,
         target: &str,
@@ -191,7 +194,9 @@ impl Sidecar {
         let replay = self.settings.lane.replay_bytes_max;
         let hello = proto::Hello {
             version: sidelane_tunnel::VERSION,
-            features: FEATURE_ANNOUNCE | if replay > 0 { FEATURE_RESUME } else { 0 },
+            features: FEATURE_ANNOUNCE
+                | self.dedicated_feature()
+                | if replay > 0 { FEATURE_RESUME } else { 0 },
             instance: self.instance.to_vec().into(),
             name: self.settings.name.clone(),
             credential: credential.to_vec().into(),
@@ -237,6 +242,7 @@ impl Sidecar {
         held.add(carrier, self.start_lane(peer, &session, first, ended.clone()));
         peer.connected();
         let _up = self.metrics.session_up("sidecar");
+        let _dedicated = self.keep_dedicated(peer, &session);
         self.announce(peer);
         document.mark_unchanged();
         let mut wait = jitter(LANE_STAGGER, random::number());
@@ -280,7 +286,7 @@ impl Sidecar {
                             wrong_relays = 0;
                             tracing::warn!(relay = peer.name, error = chain(&error), "no further lane");
                             let asked = error.retry_after().unwrap_or_default();
-                            wait = backoff.next(random::number()).max(asked);
+                            wait = backoff.next_after(asked, random::number());
                         }
                     }
                     dial = Box::pin(self.join_session(peer, &session, wait));
@@ -331,13 +337,14 @@ impl Sidecar {
         if self.is_stopping() {
             link.leave();
         }
+        session.dedicates(&link);
         peer.with(|state| state.lanes.push(Arc::clone(&link)));
         let task = Lane::new(self, peer, session, &link);
         let (sidecar, task_peer, driven) = (Arc::clone(self), Arc::clone(peer), Arc::clone(&link));
         let task = async move {
             let (peer, number) = (task_peer, driven.number);
             let end = task.run(lane).await;
-            let is_ours = matches!(end, LaneEnd::Local) || driven.is_leaving_for_good();
+            let is_ours = matches!(end, LaneEnd::Local) || driven.is_closing();
             if is_ours || sidecar.is_stopping() {
                 tracing::debug!(relay = peer.name, lane = number, "lane closed");
             } else {
@@ -358,9 +365,9 @@ impl Sidecar {
 /// A lane that was let in, not driven yet.
 pub(super) struct NewLane {
     pub(super) transport: Transport,
-    carrier: Arc<Carrier>,
+    pub(super) carrier: Arc<Carrier>,
     pub(super) input: BytesMut,
-    number: u32,
+    pub(super) number: u32,
 }
 
 /// The lanes of a session.

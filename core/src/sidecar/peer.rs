@@ -29,6 +29,8 @@ pub struct Peer {
     pub(super) name: String,
     /// What is dialled.
     pub(super) target: String,
+    /// Which relay of the file it goes back to where relays tell of it; `None`: the file does.
+    told_by: Option<Arc<str>>,
     /// False once the name no longer stands for the address: it is dialled no more.
     pub(super) wanted: watch::Sender<bool>,
     state: Mutex<PeerState>,
@@ -100,10 +102,16 @@ impl Peer {
             address,
             name,
             target,
+            told_by: None,
             wanted: watch::Sender::new(true),
             state: Mutex::default(),
             is_connected: AtomicBool::new(false),
         }
+    }
+
+    /// Returns one that a relay tells of.
+    pub(super) fn told(relay: Arc<str>, by: Arc<str>) -> Self {
+        Self { told_by: Some(by), ..Self::new(relay, None) }
     }
 
     pub(super) fn with<T>(&self, f: impl FnOnce(&mut PeerState) -> T) -> T {
@@ -336,6 +344,7 @@ impl Peer {
             serde_json::json!({
                 "relay": &*self.relay,
                 "address": self.address.map(|address| address.to_string()),
+                "told_by": self.told_by.as_deref(),
                 "connected": self.is_connected(),
                 "tls": state.session.as_ref().map(|session| session.tls),
                 "epoch": state.session.as_ref().map(|session| session.epoch),

@@ -5,6 +5,7 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use crate::tunnel::backoff::Backoff;
 
 /// Most addresses that one sidecar dials. Each is a session with its lanes and tasks; no fleet of relays
 /// that one sidecar should know all of is larger.
-const ADDRESSES_MAX: usize = 64;
+pub(super) const ADDRESSES_MAX: usize = 64;
 
 /// How long a name service may take: that of the system's resolver for one server, twice.
 const RESOLVE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,6 +43,10 @@ pub fn system_resolver() -> Resolve {
 /// A relay that is configured by name.
 pub(super) struct NamedRelay {
     name: Arc<str>,
+    /// Which relay of the file it goes back to where relays tell of it; `None`: the file does.
+    told_by: Option<Arc<str>>,
+    /// No relay tells of it any more.
+    is_released: AtomicBool,
     state: Mutex<Resolution>,
     /// Ends the wait for the next look-up.
     again: Notify,
@@ -56,7 +61,28 @@ struct Resolution {
 
 impl NamedRelay {
     fn new(name: Arc<str>) -> Self {
-        Self { name, state: Mutex::default(), again: Notify::new() }
+        Self {
+            name,
+            told_by: None,
+            is_released: AtomicBool::new(false),
+            state: Mutex::default(),
+            again: Notify::new(),
+        }
+    }
+
+    /// Returns one that a relay tells of.
+    pub(super) fn told(name: Arc<str>, by: Arc<str>) -> Self {
+        Self { told_by: Some(by), ..Self::new(name) }
+    }
+
+    /// It is not looked up any more.
+    pub(super) fn release(&self) {
+        self.is_released.store(true, Ordering::Release);
+        self.again.notify_one();
+    }
+
+    fn is_wanted(&self) -> bool {
+        !self.is_released.load(Ordering::Acquire)
     }
 
     fn with<T>(&self, change: impl FnOnce(&mut Resolution) -> T) -> T {
@@ -84,6 +110,7 @@ impl NamedRelay {
         self.with(|state| {
             json!({
                 "relay": &*self.name,
+                "told_by": self.told_by.as_deref(),
                 "addresses": state.addresses.iter().map(ToString::to_string).collect::<Vec<_>>(),
                 "last_error": state.last_error,
             })
@@ -121,7 +148,7 @@ impl Sidecar {
     pub(super) async fn hold_name(self: Arc<Self>, named: Arc<NamedRelay>) {
         let mut backoff = Backoff::default();
         let mut stopping = self.stopping.subscribe();
-        while !self.is_stopping() {
+        while !self.is_stopping() && named.is_wanted() {
             let is_known = self.resolve(&named).await;
             let interval = jittered(self.settings.resolve_interval, random::number());
             let wait = if is_known {
@@ -143,7 +170,9 @@ impl Sidecar {
     /// ask the name service again and again.
     pub(super) fn relay_leaves(&self, peer: &Peer) {
         if peer.leaves() {
-            for named in self.names.iter().filter(|named| named.name == peer.relay) {
+            let told = self.told.names();
+            let names = self.names.iter().chain(&told);
+            for named in names.filter(|named| named.name == peer.relay) {
                 named.again.notify_one();
             }
         }
@@ -171,7 +200,7 @@ impl Sidecar {
                 });
                 if is_changed {
                     tracing::info!(relay, ?addresses, "the relay's name has been resolved");
-                    self.dial_addresses(&named.name, &addresses);
+                    self.dial_while(&named.name, &addresses, || named.is_wanted());
                 }
                 true
             }
@@ -190,10 +219,18 @@ impl Sidecar {
 
     /// Makes the addresses those that are dialled for a name. One that is gone keeps its session while
     /// that works.
-    fn dial_addresses(self: &Arc<Self>, name: &Arc<str>, addresses: &[SocketAddr]) {
+    fn dial_while(
+        self: &Arc<Self>,
+        name: &Arc<str>,
+        addresses: &[SocketAddr],
+        is_wanted: impl Fn() -> bool,
+    ) {
         let targets = targets(addresses);
         let mut new = Vec::new();
         self.change_peers(|peers| {
+            if !is_wanted() {
+                return;
+            }
             for peer in peers.iter().filter(|peer| peer.relay == *name) {
                 let is_wanted = targets.contains(&peer.address);
                 peer.wanted
@@ -229,6 +266,11 @@ impl Sidecar {
         for peer in new {
             self.start_peer(peer);
         }
+    }
+
+    #[cfg(test)]
+    fn dial_addresses(self: &Arc<Self>, name: &Arc<str>, addresses: &[SocketAddr]) {
+        self.dial_while(name, addresses, || true);
     }
 
     /// Whether another session leads to the relay that this one's last session led to: a sidecar has one

@@ -9,6 +9,9 @@ const BASE: Duration = Duration::from_millis(200);
 /// Upper bound of every delay.
 const CAP: Duration = Duration::from_secs(20);
 
+/// Those that were told the same time come back within this, the window in which relays count handshakes.
+const TOLD_SPREAD: Duration = Duration::from_secs(1);
+
 /// A session that lived as long as this begins the schedule anew.
 pub const SETTLED: Duration = Duration::from_secs(10);
 
@@ -25,6 +28,15 @@ impl Backoff {
         let bound = BASE.saturating_mul(1 << self.failures.min(16)).min(CAP);
         self.failures = self.failures.saturating_add(1);
         jitter(bound, random)
+    }
+
+    /// Returns the same where the relay has told how long to stay away: it knows its load, and so no guess
+    /// is made that grows. Spread over a second more, since many may have been told the same.
+    pub fn next_after(&mut self, asked: Duration, random: u64) -> Duration {
+        if asked.is_zero() {
+            return self.next(random);
+        }
+        asked.max(BASE) + jitter(TOLD_SPREAD, random)
     }
 
     /// Begins anew.
@@ -81,6 +93,18 @@ mod tests {
     #[test]
     fn the_first_retry_is_delayed_too() {
         assert_eq!(Backoff::default().next(u64::MAX / 2).as_millis(), 100);
+    }
+
+    #[test]
+    fn a_time_that_the_relay_tells_is_kept_and_spread() {
+        let mut backoff = Backoff::default();
+        let asked = Duration::from_secs(3);
+        assert_eq!(backoff.next_after(asked, 0), asked);
+        assert_eq!(backoff.next_after(asked, u64::MAX / 2).as_millis(), 3500);
+        // It is no way to have a relay dialled again and again.
+        assert_eq!(backoff.next_after(Duration::from_millis(1), 0), BASE);
+        // Nor does it count as a failure of which nothing is known.
+        assert_eq!(backoff.next_after(Duration::ZERO, u64::MAX), BASE);
     }
 
     #[test]

@@ -198,7 +198,7 @@ where
 
     fn handle_input(&mut self) -> Result<(), LaneEnd> {
         self.link.hear();
-        let now = Instant::now();
+        let now = tokio::time::Instant::now().into_std();
         self.handle(|lane, input| lane.handle_input(now, input))
     }
 
@@ -266,7 +266,7 @@ where
             if self.timer.as_mut().poll(cx).is_pending() {
                 return Ok(());
             }
-            let now = Instant::now();
+            let now = tokio::time::Instant::now().into_std();
             self.deadline = None;
             self.handle(|lane, _| lane.handle_timeout(now))?;
         }
@@ -292,7 +292,7 @@ where
                 }
                 self.yielded = false;
                 let transmit = &mut self.transmit;
-                let now = Instant::now();
+                let now = tokio::time::Instant::now().into_std();
                 self.link.with(|lane| lane.poll_transmit(now, transmit, WRITE_BYTES));
             }
             while !self.transmit.is_empty() {

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use bytes::Bytes;
 use sidelane_tunnel::{Fate, Key};
 
-use super::Link;
+use super::{Link, dedicated};
 use crate::metrics::Flow;
-use crate::plugin::lend::{self, Closed, Message, Received, Reset};
+use crate::plugin::lend::{self, Closed, DedicateFuture, Message, Received, Reset, Stream};
 
 /// The direction from here to the peer.
 pub struct SendHalf {
@@ -61,6 +62,11 @@ impl lend::SendHalf for SendHalf {
 
     fn refused(&mut self, reset: Reset) {
         self.link.with(|lane| lane.refused(self.key, reset));
+    }
+
+    fn dedicate(&mut self, stream: Box<dyn Stream>, ahead: Bytes) -> DedicateFuture {
+        let (link, flow) = (Arc::clone(&self.link), Arc::clone(&self.flow));
+        Box::pin(dedicated::dedicate(link, self.key, flow, stream, ahead))
     }
 }
 

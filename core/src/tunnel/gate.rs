@@ -12,8 +12,12 @@ use std::time::{Duration, Instant};
 
 use crate::address;
 
-/// When a dialler that came too soon is asked to come back: the gate's count begins anew by then.
-const RETRY_AFTER_RATE: Duration = Duration::from_secs(1);
+/// How often the gate's count begins anew, and so the least time that a dialler that came too soon is asked
+/// to stay away.
+const WINDOW: Duration = Duration::from_secs(1);
+
+/// The longest: that of a herd of six thousand at the default rate. Further ones come too soon once more.
+const RETRY_AFTER_RATE_MAX: u32 = 30;
 
 /// How long failures of an address count, from the first of them.
 const FAILURES_KEPT: Duration = Duration::from_secs(60);
@@ -48,7 +52,10 @@ pub struct Bounds {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TurnedAway {
     /// Too many come at once.
-    Rate,
+    Rate {
+        /// When those before it have been let in.
+        retry_after: Duration,
+    },
     /// Too many of its address have failed.
     Failures {
         /// When they are forgotten.
@@ -59,11 +66,14 @@ pub enum TurnedAway {
 }
 
 impl TurnedAway {
+    /// Too many are under way, which is over as soon as one of them is.
+    pub const BUSY: Self = Self::Rate { retry_after: WINDOW };
+
     /// The reason as a metric's label.
     #[must_use]
     pub const fn label(self) -> &'static str {
         match self {
-            Self::Rate => "rate",
+            Self::Rate { .. } => "rate",
             Self::Failures { .. } => "failures",
         }
     }
@@ -72,7 +82,7 @@ impl TurnedAway {
     #[must_use]
     pub const fn detail(self) -> &'static str {
         match self {
-            Self::Rate => "too many sidecars dial at once",
+            Self::Rate { .. } => "too many sidecars dial at once",
             Self::Failures { .. } => "too many handshakes from this address have failed",
         }
     }
@@ -81,8 +91,7 @@ impl TurnedAway {
     #[must_use]
     pub const fn retry_after(self) -> Duration {
         match self {
-            Self::Rate => RETRY_AFTER_RATE,
-            Self::Failures { retry_after, .. } => retry_after,
+            Self::Rate { retry_after } | Self::Failures { retry_after, .. } => retry_after,
         }
     }
 }
@@ -100,8 +109,51 @@ pub struct Gate {
 struct Window {
     began: Option<Instant>,
     total: u32,
+    /// Those that were told to come back, and have not had their second yet.
+    expected: u32,
     /// Invariant: as many entries as handshakes in this second at most, emptied each second.
-    by_address: HashMap<IpAddr, u32>,
+    by_address: HashMap<IpAddr, OfAddress>,
+}
+
+/// What one address has asked for in a second.
+#[derive(Debug, Default)]
+struct OfAddress {
+    begun: u32,
+    refused: u32,
+}
+
+impl Window {
+    /// Begins anew where the window is over.
+    fn begin(&mut self, bounds: &Bounds, now: Instant) {
+        let elapsed = self.began.map(|began| now.saturating_duration_since(began));
+        if elapsed.is_some_and(|elapsed| elapsed < WINDOW) {
+            return;
+        }
+        let windows = u32::try_from(elapsed.unwrap_or_default().as_secs()).unwrap_or(u32::MAX);
+        let had_their_turn = bounds.per_second.saturating_mul(windows);
+        let expected = self.expected.saturating_sub(had_their_turn);
+        *self = Self { began: Some(now), expected, ..Self::default() };
+    }
+
+    /// Counts one more of an address.
+    fn enter_address(&mut self, bounds: &Bounds, address: IpAddr) -> Result<(), TurnedAway> {
+        let of_address = self.by_address.entry(address::client(address)).or_default();
+        if of_address.begun >= bounds.per_second_and_address {
+            let retry_after = queue(&mut of_address.refused, bounds.per_second_and_address);
+            return Err(TurnedAway::Rate { retry_after });
+        }
+        of_address.begun += 1;
+        Ok(())
+    }
+}
+
+/// Puts one more in the line of those that are to come back, and returns when its turn is. Told one time
+/// for all, they would come together again, and all but a few in vain.
+fn queue(waiting: &mut u32, per_second: u32) -> Duration {
+    let behind = *waiting / per_second.max(1);
+    let windows = behind.saturating_add(1).min(RETRY_AFTER_RATE_MAX);
+    *waiting = waiting.saturating_add(1).min(per_second.saturating_mul(RETRY_AFTER_RATE_MAX));
+    WINDOW * windows
 }
 
 /// Addresses whose handshakes fail.
@@ -159,19 +211,13 @@ impl Gate {
         let address = address.into();
         self.check_failures(bounds, address, now)?;
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_over = window.began.is_none_or(|began| now - began >= Duration::from_secs(1));
-        if is_over {
-            *window = Window { began: Some(now), ..Window::default() };
-        }
+        window.begin(bounds, now);
         if window.total >= bounds.per_second {
-            return Err(TurnedAway::Rate);
+            let retry_after = queue(&mut window.expected, bounds.per_second);
+            return Err(TurnedAway::Rate { retry_after });
         }
         if let Some(address) = address {
-            let of_address = window.by_address.entry(address::client(address)).or_default();
-            if *of_address >= bounds.per_second_and_address {
-                return Err(TurnedAway::Rate);
-            }
-            *of_address += 1;
+            window.enter_address(bounds, address)?;
         }
         window.total += 1;
         Ok(())
@@ -190,12 +236,8 @@ impl Gate {
     ) -> Result<(), TurnedAway> {
         self.check_failures(bounds, address, now)?;
         let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
-        let of_address = window.by_address.entry(address::client(address)).or_default();
-        if *of_address >= bounds.per_second_and_address {
-            return Err(TurnedAway::Rate);
-        }
-        *of_address += 1;
-        Ok(())
+        window.begin(bounds, now);
+        window.enter_address(bounds, address)
     }
 
     /// Whether an address has failed too often to be listened to.
@@ -290,6 +332,48 @@ mod tests {
         let entered = all.filter(|n| gate.enter(&BOUNDS, address(*n), now).is_ok()).count();
         assert_eq!(entered, 7);
         assert_eq!(gate.enter(&BOUNDS, address(1), now + Duration::from_secs(1)), Ok(()));
+    }
+
+    /// When one that is turned away now is told to come back, in seconds.
+    fn told(gate: &Gate, last: u8, now: Instant) -> u64 {
+        match gate.enter(&BOUNDS, address(last), now) {
+            Err(TurnedAway::Rate { retry_after }) => retry_after.as_secs(),
+            other => panic!("it is let in: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn those_that_are_turned_away_are_told_to_come_back_one_windowful_after_the_other() {
+        let gate = Gate::default();
+        let began = Instant::now();
+        let in_first = (0..7).filter(|n| gate.enter(&BOUNDS, address(*n), began).is_ok()).count();
+        assert_eq!(in_first, 7);
+        let told_first: Vec<u64> = (0..20).map(|n| told(&gate, n, began)).collect();
+        assert_eq!(told_first, [[1; 7].as_slice(), &[2; 7], &[3; 6]].concat());
+        // A second later the first of them have their turn; whoever is new is behind the others.
+        let later = began + WINDOW;
+        let in_second = (0..7).filter(|n| gate.enter(&BOUNDS, address(*n), later).is_ok()).count();
+        assert_eq!((in_second, told(&gate, 100, later)), (7, 2));
+        // Nobody waits for ever.
+        let long = (0..1000).map(|n| told(&gate, (n % 250) as u8, later)).max();
+        assert_eq!(long, Some(RETRY_AFTER_RATE_MAX.into()));
+        // Those that have stayed away are not waited for.
+        let much_later = later + WINDOW * 1000;
+        for n in 0..7 {
+            assert_eq!(gate.enter(&BOUNDS, address(n), much_later), Ok(()));
+        }
+        assert_eq!(told(&gate, 8, much_later), 1);
+    }
+
+    #[test]
+    fn many_of_one_address_come_back_as_it_may() {
+        let gate = Gate::default();
+        let now = Instant::now();
+        let entered = (0..3).filter(|_| gate.enter(&BOUNDS, address(1), now).is_ok()).count();
+        assert_eq!(entered, 3);
+        let told: Vec<u64> = (0..7).map(|_| told(&gate, 1, now)).collect();
+        assert_eq!(told, [1, 1, 1, 2, 2, 2, 3]);
+        assert_eq!(gate.enter(&BOUNDS, address(2), now), Ok(()), "nobody else waits for them");
     }
 
     #[test]

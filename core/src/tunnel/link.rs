@@ -5,9 +5,9 @@
 //! became of a connection, and whether the lane waits for the next one.
 
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::Waker;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sidelane_abi::failure;
 use sidelane_tunnel::{Key, Lane, LaneError, OpenError, RequestId, Reset, proto};
@@ -15,6 +15,7 @@ use tokio::sync::Notify;
 
 use super::LaneEnd;
 use super::carrier::Kind;
+use super::dedicated::Dedication;
 use super::exchange::{RecvHalf, SendHalf};
 use super::returning::{NotTaken, Return, Returns};
 use crate::metrics::Flow;
@@ -62,6 +63,8 @@ pub struct Link {
     lane: Mutex<Lane>,
     state: AtomicU32,
     exchanges: AtomicUsize,
+    /// How its exchanges get connections of their own; unset: not at all.
+    dedication: OnceLock<Dedication>,
     /// Exchanges that ended with the lane.
     lost: AtomicUsize,
     returns: Returns,
@@ -110,7 +113,18 @@ impl Link {
             carrier: AtomicUsize::new(0),
             changed: Notify::new(),
             blocked: Mutex::new(None),
+            dedication: OnceLock::new(),
         })
+    }
+
+    /// Says how its exchanges get connections of their own. Once, before the first exchange.
+    pub fn dedicates(&self, by: Dedication) {
+        // A second one says the same.
+        let _ = self.dedication.set(by);
+    }
+
+    pub(super) fn dedication(&self) -> Option<&Dedication> {
+        self.dedication.get()
     }
 
     fn has_any(&self, bits: u32) -> bool {
@@ -376,7 +390,8 @@ impl Link {
     /// # Errors
     /// What the peer lacks is not kept any more.
     pub fn resume(&self, received: u64) -> Result<(), LaneError> {
-        self.with(|lane| lane.resume(Instant::now(), received))?;
+        let now = tokio::time::Instant::now().into_std();
+        self.with(|lane| lane.resume(now, received))?;
         self.set(KNOWN);
         Ok(())
     }
@@ -530,3 +545,6 @@ impl Link {
         self.exchanges.fetch_sub(1, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests;

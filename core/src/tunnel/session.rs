@@ -9,21 +9,26 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use bytes::Bytes;
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry;
 use sidelane_abi::failure;
+use sidelane_tunnel::dedicate::FEATURE_DEDICATED;
 use sidelane_tunnel::{
     FEATURE_RESUME, Lane, LaneConfig, OpenError, ProtocolTable, RequestId, Reset, proto,
 };
 use subtle::ConstantTimeEq as _;
 
+use self::dedicated::Dedicating;
+use super::dedicated::Pool;
 use super::{Link, RecvHalf, SendHalf};
 use crate::credentials::{Authenticated, Grant, Proof};
 use crate::error::bounded;
 use crate::metrics::Flow;
 use crate::random;
+
+mod dedicated;
 
 /// A session's id on the wire.
 pub type SessionId = [u8; 16];
@@ -57,6 +62,8 @@ pub struct Settings {
     pub advertise: Option<Arc<str>>,
     /// Protocol types this relay carries.
     pub protocols: Vec<Arc<str>>,
+    /// Other relays that sidecars are told of.
+    pub peers: Vec<String>,
 }
 
 /// One sidecar instance connected to this relay.
@@ -92,6 +99,8 @@ pub struct Session {
     /// Serialises changes of `lanes`, `over` and `authenticated`; readers never take it.
     lanes_change: Mutex<()>,
     lanes_made: AtomicU32,
+    /// Connections that wait for an exchange of its own; `None`: one of the ends has none.
+    pool: Option<Arc<Pool>>,
     requests: AtomicU64,
     turn: AtomicUsize,
 }
@@ -179,6 +188,7 @@ impl Session {
     }
 
     fn end_lanes(&self, code: u32, detail: &str) {
+        self.close_pool();
         for link in self.lanes.load().iter() {
             link.revoke(code, detail, Reset::new(failure::TUNNEL_LOST));
         }
@@ -354,6 +364,8 @@ pub struct Sessions {
     by_id: DashMap<SessionId, Arc<Session>>,
     by_instance: DashMap<[u8; INSTANCE_BYTES], SessionId>,
     epochs: AtomicU64,
+    /// Unset: no session has dedicated connections.
+    dedicating: ArcSwapOption<Dedicating>,
 }
 
 /// A lane that was let in.
@@ -381,6 +393,7 @@ impl Sessions {
             by_id: DashMap::new(),
             by_instance: DashMap::new(),
             epochs: AtomicU64::new(0),
+            dedicating: ArcSwapOption::empty(),
         }
     }
 
@@ -500,6 +513,7 @@ impl Sessions {
             over: AtomicBool::new(false),
             lanes_change: Mutex::new(()),
             lanes_made: AtomicU32::new(0),
+            pool: self.pool(hello),
             requests: AtomicU64::new(0),
             turn: AtomicUsize::new(0),
         });
@@ -610,6 +624,7 @@ impl Sessions {
         let number = session.lanes_made.fetch_add(1, Ordering::Relaxed);
         let shard = shard_of(&session.id, number);
         let link = Link::new(number, shard, Lane::new(session.lane.clone(), Instant::now()));
+        session.dedicates(&link);
         let (mut is_full, mut is_over) = (false, false);
         session.change_lanes(|lanes| {
             is_full = lanes.len() >= lanes_max;
@@ -641,7 +656,9 @@ impl Sessions {
     ) -> proto::Welcome {
         proto::Welcome {
             version: sidelane_tunnel::VERSION,
-            features: FEATURE_ANNOUNCE | if session.grace.is_zero() { 0 } else { FEATURE_RESUME },
+            features: FEATURE_ANNOUNCE
+                | if session.grace.is_zero() { 0 } else { FEATURE_RESUME }
+                | if session.pool.is_some() { FEATURE_DEDICATED } else { 0 },
             session: session.id.to_vec().into(),
             secret: session.secret.to_vec().into(),
             epoch: session.epoch,
@@ -649,7 +666,13 @@ impl Sessions {
             grace_ms: u32::try_from(session.grace.as_millis()).unwrap_or(u32::MAX),
             relay_instance: self.instance.to_vec().into(),
             advertise_address: settings.advertise.as_deref().unwrap_or_default().to_owned(),
-            peers: Vec::new(),
+            // The relay itself is reached already.
+            peers: settings
+                .peers
+                .iter()
+                .filter(|peer| Some(&***peer) != settings.advertise.as_deref())
+                .cloned()
+                .collect(),
             protocols: protocols.to_wire(),
             window: settings.lane.receive_window,
             message_bytes_max: settings.lane.message_bytes_max,
@@ -667,6 +690,7 @@ impl Sessions {
         if left > 0 {
             return false;
         }
+        session.close_pool();
         let was_known = self.by_id.remove(&session.id).is_some();
         self.by_instance.remove_if(&session.instance, |_, current| *current == session.id);
         was_known

@@ -21,6 +21,7 @@ use tokio_rustls::{client, server};
 use super::carrier::Kind;
 use super::carrier::grpc::GrpcStream;
 use super::carrier::websocket::WebSocketStream;
+use crate::plugin::lend::{Plain, Stream};
 use crate::tls::{H2_ALPN, HTTP1_ALPN, TUNNEL_ALPN};
 
 /// What rustls may hold of one direction: a batch of the lane's (`drive`), so that it is taken and
@@ -142,6 +143,15 @@ impl Socket {
             if buffer.try_reclaim(READ_AHEAD_BYTES) {
                 SPARE.with_borrow_mut(|spare| *spare = Some(buffer));
             }
+        }
+    }
+}
+
+impl Stream for Socket {
+    fn plain(&self) -> Option<Plain<'_>> {
+        match &self.state {
+            State::Attached(stream) if self.ahead.is_empty() => Some(Plain::Tcp(stream)),
+            _ => None,
         }
     }
 }
@@ -449,6 +459,29 @@ impl Transport {
     }
 }
 
+#[cfg(test)]
+impl Transport {
+    /// Returns what a test has in place of a connection.
+    pub(crate) fn scripted(stream: tokio::io::DuplexStream) -> Self {
+        Self::carried(Kind::Tcp, Box::new(stream), false, Vec::new())
+    }
+}
+
+#[cfg(test)]
+impl Movable for tokio::io::DuplexStream {
+    fn detach(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn attach(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn tcp(&self) -> Option<&TcpStream> {
+        None
+    }
+}
+
 fn facts(session: &CommonState) -> (Vec<CertificateDer<'static>>, Agreed) {
     let chain = session.peer_certificates().unwrap_or_default().to_vec();
     let agreed = match session.alpn_protocol() {
@@ -458,6 +491,15 @@ fn facts(session: &CommonState) -> (Vec<CertificateDer<'static>>, Agreed) {
         _ => Agreed::Nothing,
     };
     (chain, agreed)
+}
+
+impl Stream for Transport {
+    fn plain(&self) -> Option<Plain<'_>> {
+        match &self.io {
+            Io::Plain(socket) if self.ahead.is_empty() => socket.plain(),
+            Io::Plain(_) | Io::Layered(_) => None,
+        }
+    }
 }
 
 impl Movable for Transport {

@@ -269,7 +269,8 @@ fn a_signed_token_is_renewed_ends_and_goes_with_its_key() {
     write("keys.json", &second.set());
     let withdrawn = &["reason=\"withdrawn\""][..];
     let _ = relay.reload();
-    relay.until_metric("sidelane_sessions_revoked_total", withdrawn, |count| count == 1.0);
+    // That of the sidecar that was killed may still wait for its lanes.
+    relay.until_metric("sidelane_sessions_revoked_total", withdrawn, |count| count >= 1.0);
     let refused = &["reason=\"unknown_key\""][..];
     relay.until_metric("sidelane_credentials_refused_total", refused, |count| count >= 1.0);
     write("token", &second.account("shop", "web", hour));

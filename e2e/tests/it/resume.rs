@@ -73,7 +73,7 @@ impl Torn {
 
     /// Returns how many lanes came back, by the sidecar's count.
     pub(crate) fn resumed(&self) -> f64 {
-        self.sidecar.metric("sidelane_lanes_resumed_total", &[]).unwrap_or(0.0)
+        self.sidecar.metric("sidelane_lane_resumes_total", &[]).unwrap_or(0.0)
     }
 
     /// Checks that there was one session from the beginning to the end.

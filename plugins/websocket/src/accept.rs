@@ -4,6 +4,7 @@
 use std::future::poll_fn;
 use std::task::Poll;
 
+use bytes::Bytes;
 use sidelane_http_born::body::{self, FIELD_BODY, FIELD_TRAILERS};
 use sidelane_http_born::failure::{Told, answer, respond_with};
 use sidelane_http_born::fields::{self, Kind, Nominated};
@@ -14,9 +15,10 @@ use sidelane_plugin::{
 };
 
 use crate::WebSocket;
-use crate::carry::{Carrier, Side};
+use crate::carry::Side;
 use crate::handshake::{self, Fault};
 use crate::payload::{self, FIELD_REQUEST, FIELD_RESPONSE, HEAD_BYTES_MAX, Response};
+use crate::raw::{Accepted, Connection};
 
 const BAD_VERSION: &str = "this is no version 13 handshake";
 const BAD_KEY: &str = "sec-websocket-key is not 16 bytes in base64";
@@ -29,7 +31,7 @@ pub(crate) async fn handshake<'a>(
     request: Request<'_>,
     mut responder: Responder,
     mut opener: Opener<'_>,
-) -> Result<Option<Box<Carrier<'a>>>, Error> {
+) -> Result<Option<Connection<'a>>, Error> {
     let Request { head, body, .. } = request;
     if !handshake::is_asked(&head) {
         let told = Told { detail: "not a WebSocket handshake", ..Told::code(failure::BAD_REQUEST) };
@@ -130,10 +132,18 @@ pub(crate) async fn handshake<'a>(
     drop(body);
     let route = plugin.metrics.route(meta.route());
     let options = route.options(meta.options());
-    let mut carrier =
-        Carrier::new(plugin, Side::Client, stream, send, recv, extended, options, permit);
-    carrier.count(route.opened());
-    Ok(Some(carrier))
+    let accepted = Accepted {
+        plugin,
+        side: Side::Client,
+        ahead: Bytes::new(),
+        send,
+        recv,
+        extended,
+        options,
+        open: Some(route.opened()),
+        permit,
+    };
+    Ok(Some(accepted.over(stream)))
 }
 
 /// Says `failure` in HTTP's words.

@@ -27,10 +27,11 @@ use sidelane_plugin::{
 };
 
 use crate::WebSocket;
-use crate::carry::{Carrier, Side};
+use crate::carry::Side;
 use crate::handshake;
 use crate::options::Options;
 use crate::payload::{self, FIELD_REQUEST, FIELD_RESPONSE};
+use crate::raw::{self, Accepted};
 
 /// Most bytes of a response's head, as the fronts allow a request.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
@@ -60,7 +61,7 @@ pub(crate) async fn handshake<'a>(
     plugin: &'a WebSocket,
     exchange: Exchange<'_>,
     service: Service,
-) -> Result<Option<Box<Carrier<'a>>>, Error> {
+) -> Result<Option<raw::Connection<'a>>, Error> {
     let (mut send, mut recv, meta) = exchange.split();
     let first = match recv.recv().await {
         Some(Ok(message)) if message.field == FIELD_REQUEST => message,
@@ -77,10 +78,11 @@ pub(crate) async fn handshake<'a>(
     match shake(plugin, &first, &meta, &service, &mut send, &mut dispatched).await {
         Ok(Shaken::Accepted { stream, ahead, extended, permit }) => {
             let options = Options::from_text(meta.options());
-            let mut carrier =
-                Carrier::new(plugin, Side::Service, stream, send, recv, extended, options, permit);
-            carrier.read_ahead(&ahead);
-            Ok(Some(carrier))
+            let side = Side::Service;
+            let open = None;
+            let accepted =
+                Accepted { plugin, side, ahead, send, recv, extended, options, open, permit };
+            Ok(Some(accepted.over(stream)))
         }
         Ok(Shaken::Refused) => {
             finish(recv);

@@ -17,6 +17,7 @@ mod handshake;
 mod metrics;
 mod options;
 mod payload;
+mod raw;
 
 use std::future::Future;
 
@@ -79,9 +80,9 @@ impl Protocol for WebSocket {
         // What the handshake needs goes with it: the connection lives on without.
         let handshake = Box::pin(accept::handshake(self, request, responder, opener));
         async move {
-            let carrier = handshake.await?;
-            match carrier {
-                Some(carrier) => carrier.run().await,
+            let connection = handshake.await?;
+            match connection {
+                Some(connection) => connection.run().await,
                 None => Ok(()),
             }
         }
@@ -94,9 +95,9 @@ impl Protocol for WebSocket {
     ) -> impl Future<Output = Result<(), Error>> + Send {
         let handshake = Box::pin(deliver::handshake(self, exchange, service));
         async move {
-            let carrier = handshake.await?;
-            match carrier {
-                Some(carrier) => carrier.run().await,
+            let connection = handshake.await?;
+            match connection {
+                Some(connection) => connection.run().await,
                 None => Ok(()),
             }
         }

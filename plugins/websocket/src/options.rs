@@ -6,6 +6,7 @@ use sidelane_plugin::ConfigError;
 
 const MAX_MESSAGE_SIZE: &str = "max_message_size";
 const MESSAGES_PER_SECOND: &str = "messages_per_second";
+const MODE: &str = "mode";
 
 /// Limits of a route; each direction has them for itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -14,6 +15,8 @@ pub(crate) struct Options {
     pub(crate) max_message_size: Option<u64>,
     /// Messages of data; a second's worth may come at once.
     pub(crate) messages_per_second: Option<u32>,
+    /// Its bytes are read by nobody, and go on a connection of their own where there is one.
+    pub(crate) is_raw: bool,
 }
 
 impl Options {
@@ -28,14 +31,22 @@ impl Options {
             match name.as_str() {
                 MAX_MESSAGE_SIZE => parsed.max_message_size = Some(size(name, value)?),
                 MESSAGES_PER_SECOND => parsed.messages_per_second = Some(rate(name, value)?),
+                MODE => parsed.is_raw = is_raw(name, value)?,
                 _ => {
                     let text = format!(
                         "unknown option {name:?} (accepted: {MAX_MESSAGE_SIZE}, \
-                         {MESSAGES_PER_SECOND})"
+                         {MESSAGES_PER_SECOND}, {MODE})"
                     );
                     return Err(ConfigError::at(name, text));
                 }
             }
+        }
+        let limit = fields.keys().find(|name| *name != MODE);
+        if let Some(name) = limit.filter(|_| parsed.is_raw) {
+            let text = format!(
+                "has no effect with {MODE}: raw, where nobody reads messages (accepted with {MODE}: framed)"
+            );
+            return Err(ConfigError::at(name, text));
         }
         Ok(parsed)
     }
@@ -63,6 +74,14 @@ fn size(name: &str, value: &Value) -> Result<u64, ConfigError> {
     })
 }
 
+fn is_raw(name: &str, value: &Value) -> Result<bool, ConfigError> {
+    match value.as_str() {
+        Some("framed") => Ok(false),
+        Some("raw") => Ok(true),
+        _ => Err(ConfigError::at(name, format!("{value} is no mode (accepted: framed, raw)"))),
+    }
+}
+
 fn rate(name: &str, value: &Value) -> Result<u32, ConfigError> {
     let parsed = value.as_u64().and_then(|rate| u32::try_from(rate).ok());
     parsed.filter(|rate| *rate > 0).ok_or_else(|| {
@@ -81,12 +100,19 @@ mod tests {
     #[test]
     fn limits_are_read() {
         let both = json!({"max_message_size": "64KiB", "messages_per_second": 100});
-        let expected = Options { max_message_size: Some(65_536), messages_per_second: Some(100) };
+        let expected = Options {
+            max_message_size: Some(65_536),
+            messages_per_second: Some(100),
+            is_raw: false,
+        };
         assert_eq!(Options::parse(&both), Ok(expected));
         assert_eq!(Options::from_text(&both.to_string()), expected);
         assert_eq!(Options::parse(&Value::Null), Ok(Options::default()));
         assert_eq!(Options::parse(&json!({})), Ok(Options::default()));
         assert_eq!(Options::from_text(""), Options::default());
+        assert_eq!(Options::parse(&json!({"mode": "framed"})), Ok(Options::default()));
+        let raw = Options { is_raw: true, ..Options::default() };
+        assert_eq!(Options::parse(&json!({"mode": "raw"})), Ok(raw));
     }
 
     #[test]
@@ -100,6 +126,13 @@ mod tests {
             (json!({"messages_per_second": 1.5}), Some("messages_per_second"), "whole number"),
             (json!({"messages_per_second": "9"}), Some("messages_per_second"), "not a rate"),
             (json!({"max_size": 1}), Some("max_size"), "accepted: max_message_size, messages_per"),
+            (json!({"mode": "row"}), Some("mode"), "\"row\" is no mode (accepted: framed, raw)"),
+            (json!({"mode": true}), Some("mode"), "accepted: framed, raw"),
+            (
+                json!({"mode": "raw", "max_message_size": "1MiB"}),
+                Some("max_message_size"),
+                "has no effect with mode: raw",
+            ),
             (json!([1]), None, "[1] is not a block of options"),
         ] {
             let error = Options::parse(&options).unwrap_err();

@@ -28,7 +28,7 @@ use core::ffi::c_void;
 /// Major version. Different majors do not load.
 pub const ABI_MAJOR: u32 = 0;
 /// Minor version. A plugin's may not exceed its host's.
-pub const ABI_MINOR: u32 = 4;
+pub const ABI_MINOR: u32 = 5;
 /// Oldest minor version that a host of this one takes: what came since was only appended.
 pub const ABI_MINOR_OLDEST: u32 = 2;
 /// First bytes of every [`Stamp`].
@@ -543,7 +543,8 @@ pub struct IoOutcome {
 /// One message of an exchange.
 #[repr(C)]
 pub struct Msg {
-    /// Payload field of `TunnelMessage` (`tunnel.proto`): 9 and up; [`FIELD_CUSTOM`] for any bytes.
+    /// Payload field of `TunnelMessage` (`tunnel.proto`): 9 and up, but for [`FIELD_DEDICATION`];
+    /// [`FIELD_CUSTOM`] for any bytes.
     pub field: u32,
     /// Bits of [`msg`].
     pub flags: u32,
@@ -555,6 +556,9 @@ pub struct Msg {
 
 /// `TunnelMessage.custom`: bytes that only the plugin understands.
 pub const FIELD_CUSTOM: u32 = 31;
+
+/// `TunnelMessage.dedication`: the hosts' own, between the two calls of [`SendVt::dedicate`]. Since 0.5.
+pub const FIELD_DEDICATION: u32 = 30;
 
 /// Most bytes of `head` and `body` together in a message of data: 32 KiB of payload and what frames
 /// it. A longer message passes, up to [`OPEN_BYTES_MAX`], and costs as much credit as one of this
@@ -605,6 +609,35 @@ pub struct SendVt {
     pub refused: unsafe extern "C" fn(data: *mut c_void, reset: Reset),
     /// An unfinished half is reset with [`failure::CANCELLED`].
     pub drop: unsafe extern "C" fn(data: *mut c_void),
+    /// Moves the exchange to a connection of its own: from here on it is the bytes of `stream`, after those of
+    /// `ahead` (read of it before), both ways, as they are. Resolves to a [`DedicateOutcome`]: at the end,
+    /// or at once where the exchange stays as it is. Both ends call it at the same place of what they
+    /// say, and have taken all messages before it. Neither half is used until it has resolved; dropping
+    /// the future ends the exchange with the halves. Since 0.5.
+    pub dedicate: unsafe extern "C" fn(data: *mut c_void, stream: Io, ahead: Buf) -> Future,
+}
+
+/// `out` of [`SendVt::dedicate`]. Since 0.5.
+#[repr(C)]
+pub struct DedicateOutcome {
+    /// One of [`dedicated`].
+    pub how: u32,
+    /// After [`dedicated::ENDED`]: why; with [`failure::NONE`] all was said. The peer knows.
+    pub reset: Reset,
+    /// After [`dedicated::FRAMED`]: the stream that was given, owned by the caller.
+    pub io: Io,
+    /// Bytes from the stream to the peer.
+    pub sent: u64,
+    /// Bytes from the peer to the stream.
+    pub received: u64,
+}
+
+/// Values of [`DedicateOutcome::how`]. Since 0.5.
+pub mod dedicated {
+    /// The exchange is over.
+    pub const ENDED: u32 = 0;
+    /// There is no connection for it: it goes on in messages, at both ends.
+    pub const FRAMED: u32 = 1;
 }
 
 /// The direction from the peer to here.
@@ -935,8 +968,8 @@ pub struct HostVt {
     /// Joins two byte streams, half-close kept, until both directions have ended; `out` is a
     /// [`SpliceOutcome`]. Streams of the host's own are joined without passing the plugin.
     pub splice: unsafe extern "C" fn(host: *const Host, a: Io, b: Io) -> Future,
-    /// Moves an exchange to a connection of its own and resolves to an [`IoOutcome`];
-    /// [`failure::UNSUPPORTED`] where the session has no dedicated lanes.
+    /// Ends the exchange and resolves to [`failure::UNSUPPORTED`]; [`SendVt::dedicate`] is what moves one to
+    /// a connection of its own.
     pub dedicate: unsafe extern "C" fn(host: *const Host, exchange: Exchange) -> Future,
 }
 

@@ -65,7 +65,8 @@ structs! {
         AlpnOutcome sidelane_alpn_outcome_t { code, err, io, protocol }
         Msg sidelane_owned_msg_t { field, flags, head, body }
         SendHalf sidelane_owned_send_half_t { data, vt }
-        SendVt sidelane_send_vt_t { size, poll_send, finish, reset, poll_closed, dispatched, refused, drop }
+        SendVt sidelane_send_vt_t { size, poll_send, finish, reset, poll_closed, dispatched, refused, drop, dedicate }
+        DedicateOutcome sidelane_dedicate_outcome_t { how, reset, io, sent, received }
         RecvHalf sidelane_owned_recv_half_t { data, vt }
         RecvVt sidelane_recv_vt_t { size, poll_recv, drop }
         Exchange sidelane_owned_exchange_t { send, recv }
@@ -137,6 +138,9 @@ constants! {
         SIDELANE_BODY_TRAILERS = body::TRAILERS,
         SIDELANE_BODY_END = body::END,
         SIDELANE_FIELD_CUSTOM = FIELD_CUSTOM,
+        SIDELANE_FIELD_DEDICATION = FIELD_DEDICATION,
+        SIDELANE_DEDICATED_ENDED = dedicated::ENDED,
+        SIDELANE_DEDICATED_FRAMED = dedicated::FRAMED,
         SIDELANE_MESSAGE_BYTES_MAX = MESSAGE_BYTES_MAX,
         SIDELANE_OPEN_BYTES_MAX = OPEN_BYTES_MAX,
         SIDELANE_MSG_END = msg::END,

@@ -5,6 +5,7 @@
 //! timers and threads are the [`Host`]'s. `docs/plugin-guide.md` is the guide.
 #![warn(missing_docs)]
 
+mod dedicate;
 mod error;
 pub mod ffi;
 mod headers;
@@ -16,6 +17,7 @@ mod shard;
 #[cfg(feature = "tracing")]
 mod trace;
 
+pub use dedicate::Dedicated;
 pub use error::{Closed, ConfigError, Error, Failure, Reset, ServiceError};
 pub use ffi::body::{Body, Frame};
 pub use ffi::buf::{Buf, BufBuilder};

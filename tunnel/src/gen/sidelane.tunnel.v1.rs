@@ -19,7 +19,7 @@ pub struct TunnelMessage {
     pub open: ::core::option::Option<Open>,
     #[prost(
         oneof = "tunnel_message::Payload",
-        tags = "9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 48, 49, 50, 51"
+        tags = "9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 48, 49, 50, 51"
     )]
     pub payload: ::core::option::Option<tunnel_message::Payload>,
 }
@@ -52,6 +52,9 @@ pub mod tunnel_message {
         HttpBody(super::HttpBody),
         #[prost(message, tag = "20")]
         HttpTrailers(super::HttpTrailers),
+        /// The ends' own, not a plugin's: whether the exchange has a connection of its own from here on.
+        #[prost(message, tag = "30")]
+        Dedication(super::Dedication),
         /// Any bytes, for plugins with a codec of their own.
         #[prost(bytes, tag = "31")]
         Custom(::prost::bytes::Bytes),
@@ -221,7 +224,7 @@ pub struct Hello {
     /// Version of this protocol: 1.
     #[prost(uint32, tag = "1")]
     pub version: u32,
-    /// Bits: 1 resume, 2 announce.
+    /// Bits: 1 resume, 2 announce, 4 dedicated connections.
     #[prost(uint64, tag = "2")]
     pub features: u64,
     /// Random id of the process, made at start.
@@ -379,6 +382,13 @@ pub struct GoAway {
 pub struct Dedicate {
     #[prost(string, tag = "1")]
     pub request_id: ::prost::alloc::string::String,
+}
+/// From the relay's end on the exchange itself, once its plugin has handed the exchange over: how the
+/// bytes go. WANTED may come before one of the others, so that the sidecar knows of the exchange.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Dedication {
+    #[prost(enumeration = "DedicationStage", tag = "1")]
+    pub stage: i32,
 }
 /// A fresh credential for the session, which the relay takes in place of the one of the last hello: a
 /// signed token that ends soon is renewed by it. One that is not accepted changes nothing.
@@ -792,6 +802,39 @@ impl RefuseReason {
             "MALFORMED" => Some(Self::Malformed),
             "STALE" => Some(Self::Stale),
             "UNKNOWN_LANE" => Some(Self::UnknownLane),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum DedicationStage {
+    /// A connection is waited for.
+    Wanted = 0,
+    /// A Dedicate with this exchange's id is on its way; no payload follows in either direction. Each
+    /// direction's end, and how the exchange ends, are said here as ever.
+    Connection = 1,
+    /// There is none: the exchange goes on in messages.
+    Framed = 2,
+}
+impl DedicationStage {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Wanted => "DEDICATION_STAGE_WANTED",
+            Self::Connection => "DEDICATION_STAGE_CONNECTION",
+            Self::Framed => "DEDICATION_STAGE_FRAMED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "DEDICATION_STAGE_WANTED" => Some(Self::Wanted),
+            "DEDICATION_STAGE_CONNECTION" => Some(Self::Connection),
+            "DEDICATION_STAGE_FRAMED" => Some(Self::Framed),
             _ => None,
         }
     }

@@ -4,9 +4,10 @@ use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use prost::Message;
+use prost::encoding::{DecodeContext, decode_key, skip_field};
 use sidelane_abi::{OPEN_BYTES_MAX, failure};
 
-use super::{EVENTS_SPARE, Event, Lane, LaneError, Pressure};
+use super::{ENTRIES_MAX, EVENTS_SPARE, Event, Lane, LaneError, Pressure};
 use crate::control::Control;
 use crate::credit::{WINDOW_MIN, charge};
 use crate::envelope::{self, Envelope, FLAG_DATAGRAM, FLAG_END, FLAG_OPEN, field};
@@ -15,6 +16,7 @@ use crate::id::RequestId;
 use crate::outbox;
 use crate::payload::{Payload, Reset};
 use crate::proto;
+use crate::replay::MESSAGE_COST;
 
 impl Lane {
     /// Takes all whole messages from `buffer`. To be called whenever bytes have come: it notes that
@@ -43,7 +45,8 @@ impl Lane {
             self.bytes_in += bytes;
             self.messages_in += 1;
             self.handle(envelope)?;
-            if self.received != received && self.acknowledge.received(self.now, bytes) {
+            let cost = bytes + MESSAGE_COST;
+            if self.received != received && self.acknowledge.received(self.now, cost) {
                 self.push_control(Control::Ack);
             }
             self.check_control()?;
@@ -102,10 +105,12 @@ impl Lane {
             }
             field::ANNOUNCE => {
                 self.received += 1;
+                check_entries(number, payload)?;
                 self.push_event(Event::Announce(decode(number, payload)?))?;
             }
             field::ANNOUNCED => {
                 self.received += 1;
+                check_entries(number, payload)?;
                 self.push_event(Event::Announced(decode(number, payload)?))?;
             }
             field::AUTHENTICATE => {
@@ -296,6 +301,23 @@ fn admit(exchange: &mut Exchange, envelope: &Envelope, end: bool) -> Result<(), 
         }
     }
     recv.ended = end;
+    Ok(())
+}
+
+/// Counts a document's entries before they are decoded: an empty one has two bytes on the wire, and a
+/// hundred times as many in memory.
+fn check_entries(field: u32, mut payload: &[u8]) -> Result<(), LaneError> {
+    let mut entries = 0;
+    while !payload.is_empty() {
+        let skipped = decode_key(&mut payload).and_then(|(number, wire)| {
+            skip_field(wire, number, &mut payload, DecodeContext::default())
+        });
+        skipped.map_err(|source| LaneError::Payload { field, source })?;
+        entries += 1;
+        if entries > ENTRIES_MAX {
+            return Err(LaneError::TooManyEntries { field, max: ENTRIES_MAX });
+        }
+    }
     Ok(())
 }
 

@@ -104,4 +104,10 @@ impl Lane {
         let is_any = !self.replay.is_empty();
         self.suspicion.outstanding(self.now, self.liveness.rtt(), is_any);
     }
+
+    /// Returns the bytes of memory that the ring holds beside shared buffers.
+    #[cfg(test)]
+    pub(crate) fn replay_room(&self) -> usize {
+        self.replay.room()
+    }
 }

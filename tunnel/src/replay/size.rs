@@ -14,14 +14,19 @@ const MEASURE_STALE: u32 = 16;
 /// A larger ring must raise the rate by one part in so many to be kept.
 const GAIN_SHARE: u64 = 16;
 
+/// The same, where the ring is larger already than the round trip explains: the other's delay may be its
+/// work and not the road, and a rate is never quite steady.
+const GAIN_SHARE_BEYOND: u64 = 4;
+
 /// Measures after a growth that gained nothing, before the next one is tried.
 const PAUSE: u8 = 16;
 
 /// The size of one ring.
 ///
-/// It begins small. While it is what holds the lane back it is doubled, up to twice what the peer
-/// acknowledges within a round trip, and a doubling after which the rate is as before is taken back: a
-/// round trip that is long because of what waits in our own buffers does not make a ring large.
+/// It begins small. While it is what holds the lane back it is doubled, and a doubling after which the rate
+/// is as before is taken back: a round trip that is long because of what waits in our own buffers does
+/// not make a ring large. Twice what the peer acknowledges within a round trip should do; more takes a larger
+/// gain. While it holds nothing back it shrinks to that.
 #[derive(Debug)]
 pub(crate) struct Size {
     min: u64,
@@ -40,8 +45,8 @@ pub(crate) struct Size {
 struct Growth {
     /// Before.
     limit: u64,
-    /// Before, in bytes per second.
-    rate: u64,
+    /// In bytes per second: what makes it worth its memory.
+    rate_min: u64,
     /// What is acknowledged now was sent before.
     is_fresh: bool,
 }
@@ -114,7 +119,7 @@ impl Size {
                 growth.is_fresh = false;
                 return;
             }
-            Some(growth) if rate < growth.rate.saturating_add(growth.rate / GAIN_SHARE) => {
+            Some(growth) if rate < growth.rate_min => {
                 self.limit = growth.limit;
                 self.pause = PAUSE;
             }
@@ -122,9 +127,12 @@ impl Size {
         }
         self.growth = None;
         if was_full && may_grow {
-            if wanted > self.limit && self.pause == 0 {
-                self.growth = Some(Growth { limit: self.limit, rate, is_fresh: true });
-                self.limit = wanted.min(self.limit * 2);
+            if self.limit < self.max && self.pause == 0 {
+                let is_explained = wanted > self.limit;
+                let share = if is_explained { GAIN_SHARE } else { GAIN_SHARE_BEYOND };
+                let rate_min = rate.saturating_add(rate / share);
+                self.growth = Some(Growth { limit: self.limit, rate_min, is_fresh: true });
+                self.limit = self.limit.max(1).saturating_mul(2).min(self.max);
             }
         } else if wanted < self.limit / 2 || !may_grow {
             self.limit = wanted.max(self.limit / 2).min(self.limit);
@@ -220,6 +228,23 @@ mod tests {
             lane.round(true);
             assert!(lane.size.limit() <= 512 * 1024, "{}", lane.size.limit());
         }
+    }
+
+    /// The other takes its time: the ring is what limits the rate, though the road is short.
+    #[test]
+    fn it_grows_beyond_what_the_round_trip_explains_where_that_helps() {
+        let mut lane = Lane::new(ms(4), 1_000_000_000);
+        for _ in 0..60 {
+            let by_ring = per(lane.before, MEASURE_MIN, ms(4));
+            let by_link = per(lane.link, MEASURE_MIN, Duration::from_secs(1));
+            lane.now += MEASURE_MIN;
+            lane.before = lane.size.limit();
+            lane.size.acknowledged(by_ring.min(by_link));
+            lane.size.full();
+            lane.size.tune(lane.now, Some(Duration::from_micros(50)), true);
+        }
+        let limit = lane.size.limit();
+        assert!((4_000_000..=8 * MIB).contains(&limit), "{limit}");
     }
 
     #[test]

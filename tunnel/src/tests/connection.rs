@@ -212,7 +212,9 @@ impl Pair {
         self.newest = resume.attempt;
         // The fence: from here on nothing is read from the connections before.
         for connection in &mut self.connections {
-            connection.relay = Phase::Gone;
+            if connection.attempt < resume.attempt {
+                connection.relay = Phase::Gone;
+            }
         }
         self.relay.detach();
         let resumed =

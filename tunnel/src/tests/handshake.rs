@@ -55,6 +55,61 @@ fn hello_and_welcome_arrive_in_pieces_and_leave_what_follows() {
     assert_eq!(&*buffer, b"next");
 }
 
+fn resume() -> proto::Resume {
+    proto::Resume {
+        session: Bytes::from_static(&[2; 16]),
+        secret: Bytes::from_static(&[3; 32]),
+        lane: 1,
+        attempt: 7,
+        received: 1 << 40,
+        relay_instance: Bytes::from_static(&[4; 16]),
+    }
+}
+
+#[test]
+fn resume_and_resumed_arrive_in_pieces_and_leave_what_follows() {
+    let bytes = Dialler::new().resume(&resume()).unwrap();
+    let mut buffer = BytesMut::new();
+    for &byte in &bytes[..bytes.len() - 1] {
+        buffer.extend_from_slice(&[byte]);
+        assert_eq!(Acceptor::new().handle_input(&mut buffer), Ok(None));
+    }
+    buffer.extend_from_slice(&bytes[bytes.len() - 1..]);
+    buffer.extend_from_slice(b"next");
+    assert_eq!(Acceptor::new().handle_input(&mut buffer), Ok(Some(First::Resume(resume()))));
+    assert_eq!(&*buffer, b"next");
+
+    let resumed = proto::Resumed { received: u64::MAX, attempt: 7 };
+    let mut buffer = BytesMut::from(&*Acceptor::new().encode_resumed(&resumed));
+    buffer.extend_from_slice(b"next");
+    assert_eq!(Dialler::new().handle_input(&mut buffer), Ok(Some(Reply::Resumed(resumed))));
+    assert_eq!(&*buffer, b"next");
+}
+
+#[test]
+fn a_resume_with_a_field_out_of_range_is_malformed_and_says_which() {
+    let long = Bytes::from(vec![1; 65]);
+    let cases = [
+        ("session", proto::Resume { session: Bytes::new(), ..resume() }),
+        ("session", proto::Resume { session: long.clone(), ..resume() }),
+        ("secret", proto::Resume { secret: Bytes::new(), ..resume() }),
+        ("secret", proto::Resume { secret: long.clone(), ..resume() }),
+        ("relay_instance", proto::Resume { relay_instance: long, ..resume() }),
+    ];
+    for (field, resume) in cases {
+        let error = Dialler::new().resume(&resume).unwrap_err();
+        assert!(error.to_string().starts_with(field), "{field}: {error}");
+        let message = proto::TunnelMessage {
+            payload: Some(proto::tunnel_message::Payload::Resume(resume)),
+            ..proto::TunnelMessage::default()
+        };
+        let frame = prost::Message::encode_length_delimited_to_vec(&message);
+        let taken = Acceptor::new().handle_input(&mut BytesMut::from(&*frame));
+        assert_eq!(taken, Err(error.clone()));
+        assert_eq!(error.refusal().reason(), proto::RefuseReason::Malformed);
+    }
+}
+
 #[test]
 fn a_refusal_reaches_the_dialler() {
     let refuse = proto::Refuse {

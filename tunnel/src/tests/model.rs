@@ -2,8 +2,9 @@
 //! lost, none doubled, credit and buffers never exceeded, and nothing is left at the end; with connections
 //! that are cut anywhere, too.
 //!
-//! A failure prints the operations. `PROPTEST_CASES=10000` looks longer; the seed of a failure is written to
-//! `tunnel/proptest-regressions/tests/model.txt`, and tried first from then on.
+//! A failure prints the operations. `PROPTEST_CASES=10000` looks longer, `PROPTEST_RNG_SEED=1` does the same
+//! again; the seed of a failure is written to `tunnel/proptest-regressions/tests/model.txt`, and tried first
+//! from then on.
 
 use std::sync::Arc;
 use std::task::Poll;

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use super::tls::RELAY_TLS_KEYS;
 use super::{
-    LANES, LANES_MAX, RELAY_ADDRESS_KEYS, REPLAY_BYTES_MAX, REPLAY_BYTES_MIN, RESOLVE_INTERVAL,
-    Reader, SIDECAR_KEYS, SIDECAR_LIMITS_KEYS, SIDECAR_TIMEOUTS_KEYS, THREADS_MAX, host_name, size,
-    timeout,
+    DEDICATED_MAX, LANES, LANES_MAX, RELAY_ADDRESS_KEYS, REPLAY_BYTES_MAX, REPLAY_BYTES_MIN,
+    RESOLVE_INTERVAL, Reader, SIDECAR_KEYS, SIDECAR_LIMITS_KEYS, SIDECAR_TIMEOUTS_KEYS,
+    THREADS_MAX, host_name, size, timeout,
 };
 use crate::config::raw::{Field, Section, Value};
 use crate::config::way::{self, Says};
@@ -30,6 +30,7 @@ impl Reader<'_> {
             token: None,
             token_file: None,
             lanes: LANES,
+            dedicated: None,
             threads: 1,
             limits: SidecarLimits::default(),
             timeouts: SidecarTimeouts::default(),
@@ -64,6 +65,7 @@ impl Reader<'_> {
             timeout(f, RESOLVE_INTERVAL_MIN)
         });
         section.set("lanes", &mut sidecar.lanes, |f| f.integer(1, LANES_MAX));
+        section.set("dedicated", &mut sidecar.dedicated, |f| f.integer(0, DEDICATED_MAX).map(Some));
         section.set("threads", &mut sidecar.threads, |f| f.integer(0, THREADS_MAX));
         if let Some(field) = section.field("limits")
             && let Some(section) = field.section(SIDECAR_LIMITS_KEYS)

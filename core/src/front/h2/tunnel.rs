@@ -8,6 +8,8 @@ use ::h2::{Reason, RecvStream, SendStream};
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::plugin::lend::Stream;
+
 /// Most bytes taken by one write: a large message of the tunnel. What one stream has buffered is
 /// bounded by the connection's own limit.
 const WRITE_BYTES_MAX: usize = 64 * 1024;
@@ -58,6 +60,8 @@ fn broken(error: ::h2::Error) -> io::Error {
         _ => io::Error::new(io::ErrorKind::ConnectionReset, error),
     }
 }
+
+impl Stream for Tunnel {}
 
 impl AsyncRead for Tunnel {
     fn poll_read(

@@ -94,11 +94,11 @@ fn a_library_without_a_stamp_is_refused() {
 #[test]
 fn other_versions_are_refused() {
     let major = c_plugin("major.so", &["ABI_MAJOR=3"]);
-    refused(&major, "speaks plugin ABI 3, this host speaks 0.4; rebuild it");
-    let newer = c_plugin("newer.so", &["ABI_MINOR=5"]);
-    refused(&newer, "speaks plugin ABI 0.5, newer than this host's 0.4");
+    refused(&major, "speaks plugin ABI 3, this host speaks 0.5; rebuild it");
+    let newer = c_plugin("newer.so", &["ABI_MINOR=6"]);
+    refused(&newer, "speaks plugin ABI 0.6, newer than this host's 0.5");
     let older = c_plugin("older.so", &["ABI_MINOR=1"]);
-    refused(&older, "speaks plugin ABI 0.1, this host speaks 0.2 to 0.4");
+    refused(&older, "speaks plugin ABI 0.1, this host speaks 0.2 to 0.5");
 }
 
 #[test]

@@ -11,7 +11,8 @@ use sidelane_abi as abi;
 
 use super::waker::with_context;
 use super::{
-    Counted, Invalid, buf, bytes_of, guard, report, reset_from_abi, reset_to_abi, str_of, text_of,
+    Counted, Invalid, buf, bytes_of, future, guard, io, report, reset_from_abi, reset_to_abi,
+    str_of, text_of,
 };
 use crate::plugin::lend;
 
@@ -125,6 +126,7 @@ impl<S: lend::SendHalf> Sender<S> {
         dispatched: Self::dispatched,
         refused: Self::refused,
         drop: Self::drop,
+        dedicate: Self::dedicate,
     };
 
     /// # Safety
@@ -140,7 +142,7 @@ impl<S: lend::SendHalf> Sender<S> {
     /// # Safety
     /// `message` is live, borrowed for the call.
     unsafe fn shared(message: &abi::Msg) -> Result<lend::Message, Invalid> {
-        if !FIELDS.contains(&message.field) {
+        if !FIELDS.contains(&message.field) || message.field == abi::FIELD_DEDICATION {
             return Err(Invalid::Field);
         }
         if message.head.len.saturating_add(message.body.len) > abi::OPEN_BYTES_MAX {
@@ -240,6 +242,59 @@ impl<S: lend::SendHalf> Sender<S> {
         let lent = unsafe { Box::from_raw(data.cast::<Self>()) };
         guard("send.drop", (), || drop(lent));
     }
+
+    unsafe extern "C" fn dedicate(
+        data: *mut c_void,
+        stream: abi::Io,
+        mut ahead: abi::Buf,
+    ) -> abi::Future {
+        // SAFETY: as in `poll_send`.
+        let this = unsafe { Self::of(data) };
+        // SAFETY: the plugin moves the stream here.
+        let stream = unsafe { io::take(stream) };
+        // SAFETY: the plugin moves the bytes here.
+        let ahead = unsafe { buf::take(&mut ahead) };
+        let given = stream.and_then(|stream| ahead.map(|ahead| (stream, ahead)));
+        let running = match given {
+            Ok((stream, ahead)) => {
+                guard("send.dedicate", None, || Some(this.half.dedicate(stream, ahead)))
+            }
+            Err(invalid) => {
+                report("send.dedicate", invalid);
+                guard("send.dedicate", (), || {
+                    this.half.reset(lend::Reset::new(abi::failure::PLUGIN_FAILED));
+                });
+                None
+            }
+        };
+        future::lend(async move {
+            match running {
+                Some(running) => dedicated(running.await),
+                None => ended(lend::Reset::new(abi::failure::PLUGIN_FAILED), 0, 0),
+            }
+        })
+    }
+}
+
+/// Says what became of an exchange on a connection of its own as the ABI does.
+fn dedicated(outcome: lend::Dedicated) -> abi::DedicateOutcome {
+    match outcome {
+        lend::Dedicated::Ended { reset, sent, received } => ended(reset, sent, received),
+        lend::Dedicated::Framed(stream) => {
+            let how = abi::dedicated::FRAMED;
+            abi::DedicateOutcome {
+                how,
+                io: io::lend(stream),
+                ..ended(lend::Reset::new(abi::failure::NONE), 0, 0)
+            }
+        }
+    }
+}
+
+fn ended(reset: lend::Reset, sent: u64, received: u64) -> abi::DedicateOutcome {
+    let io = abi::Io { data: std::ptr::null_mut(), vt: std::ptr::null() };
+    let how = abi::dedicated::ENDED;
+    abi::DedicateOutcome { how, reset: reset_to_abi(reset), io, sent, received }
 }
 
 /// Payload fields of `TunnelMessage` that a plugin may use (tunnel.proto).

@@ -241,6 +241,8 @@ impl PluginIo {
     }
 }
 
+impl Stream for PluginIo {}
+
 impl AsyncRead for PluginIo {
     fn poll_read(
         mut self: Pin<&mut Self>,

@@ -40,9 +40,10 @@ impl Stage {
             sessions_of_principal_max: 4096,
             lanes_max: 2,
             lane: LaneConfig::default(),
-            grace: std::time::Duration::ZERO,
+            grace: Duration::ZERO,
             advertise: None,
             protocols: vec!["HTTP".into()],
+            peers: Vec::new(),
         });
         let sources = Sources { base_domains: vec![BASE.into()], ..Sources::default() };
         Self { sessions, sources, instances: AtomicU8::new(0) }
@@ -60,7 +61,9 @@ impl Stage {
         };
         let peer = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 4711);
         let known = authenticated(principal, claims);
-        self.sessions.admit(&hello, known, peer, |_, _| 0).expect("let in").session
+        let admitted = self.sessions.admit(&hello, known, peer, |_, _| 0).expect("let in");
+        admitted.link.pretend_open();
+        admitted.session
     }
 
     fn announce(
@@ -407,4 +410,68 @@ fn a_whole_host_that_nobody_serves_is_not_in_the_way_of_a_subdomain_below_it() {
     stage.announce(&live, "live", &[("subdomain", "shop/api"), ("subdomain", "a")]);
     assert_eq!(stage.finds("shop.example.org/api").as_deref(), Some("live"));
     assert_eq!(stage.finds("a.example.org/y").as_deref(), Some("live"));
+}
+
+/// All its lanes are lost, and may come back.
+fn is_gone(session: &Session) {
+    session.lanes().iter().for_each(|link| link.leave());
+    assert!(!session.is_open());
+}
+
+#[test]
+fn a_ghost_holds_no_name_against_a_newcomer_of_its_principal() {
+    let mut stage = Stage::new();
+    let ghost = stage.session("ghost", "shop", claims(&["web", "a", "b"]));
+    stage.announce(&ghost, "a", &[("subdomain", "web")]);
+    is_gone(&ghost);
+    let other = stage.session("other", "bank", claims(&["web", "a", "b"]));
+    let settled = stage.announce(&other, "b", &[("subdomain", "web")]);
+    assert!(settled.accepted.is_empty(), "another principal's it stays");
+    let new = stage.session("new", "shop", claims(&["web", "a", "b"]));
+    let settled = stage.announce(&new, "b", &[("subdomain", "web")]);
+    assert_eq!(settled.accepted.len(), 1);
+    let [refused] = &settled.refused[..] else { panic!("the ghost is told") };
+    assert!(Arc::ptr_eq(&refused.session, &ghost) && !refused.is_forbidden);
+    assert!(refused.reasons[0].contains("taken by sidecar new for tunnel b"));
+    assert_eq!(stage.finds("web.example.org").as_deref(), Some("new"));
+    // It waits, as whoever comes second.
+    assert!(stage.sources.held.contains_key(&ghost.epoch));
+    stage.sources.lose(new.epoch, Instant::now());
+    stage.sources.settle();
+    assert_eq!(stage.finds("web.example.org").as_deref(), Some("ghost"));
+}
+
+#[test]
+fn a_ghost_shares_with_a_newcomer_that_announces_the_same() {
+    let mut stage = Stage::new();
+    let ghost = stage.session("web", "shop", claims(&["web"]));
+    stage.announce(&ghost, "web", &[("subdomain", "web")]);
+    is_gone(&ghost);
+    let new = stage.session("web", "shop", claims(&["web"]));
+    let settled = stage.announce(&new, "web", &[("subdomain", "web")]);
+    assert_eq!((settled.accepted.len(), settled.refused.len()), (1, 0));
+    assert_eq!(stage.sources.documents.len(), 2, "one name, two instances");
+}
+
+#[test]
+fn one_that_waits_is_let_in_once_the_other_has_been_silent_for_a_while() {
+    let mut stage = Stage::new();
+    let first = stage.session("first", "shop", claims(&["web", "a", "b"]));
+    stage.announce(&first, "a", &[("subdomain", "web")]);
+    let second = stage.session("second", "shop", claims(&["web", "a", "b"]));
+    let settled = stage.announce(&second, "b", &[("subdomain", "web")]);
+    assert!(settled.accepted.is_empty());
+    let begin = Instant::now();
+    assert!(!stage.sources.look_at_silent(begin), "it is there");
+    is_gone(&first);
+    assert!(!stage.sources.look_at_silent(begin), "a blink");
+    stage.sources.settle();
+    assert_eq!(stage.finds("web.example.org").as_deref(), Some("first"));
+    // As if it had been seen before.
+    let earlier = begin.checked_sub(SILENT_MAX).expect("a clock that has run for seconds");
+    stage.sources.silent.insert(first.epoch, earlier);
+    assert!(stage.sources.look_at_silent(begin));
+    let settled = stage.sources.settle();
+    assert_eq!((settled.accepted.len(), settled.refused.len()), (1, 1));
+    assert_eq!(stage.finds("web.example.org").as_deref(), Some("second"));
 }

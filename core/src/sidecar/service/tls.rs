@@ -238,6 +238,8 @@ struct Encrypted<S> {
     facts: Arc<Facts>,
 }
 
+impl<S: Stream> Stream for Encrypted<S> {}
+
 impl<S: Stream> AsyncRead for Encrypted<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,

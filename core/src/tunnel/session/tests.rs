@@ -15,6 +15,7 @@ fn settings() -> Settings {
         grace: Duration::ZERO,
         advertise: None,
         protocols: vec!["HTTP".into()],
+        peers: Vec::new(),
     }
 }
 

@@ -239,6 +239,6 @@ fn replayed(name: &str, tunnel: Tunnel, cuts: usize) -> String {
 }
 
 /// Lanes that came back.
-const RESUMED: &str = "sidelane_lanes_resumed_total";
+const RESUMED: &str = "sidelane_lane_resumes_total";
 /// Bytes that were sent again then.
-const REPLAYED: &str = "sidelane_replayed_bytes_total";
+const REPLAYED: &str = "sidelane_lane_replayed_bytes_total";

@@ -1,7 +1,6 @@
 //! Large bodies over lanes that are cut five times a second: every byte arrives once, in its place.
 //!
-//! `SIDELANE_TORN_MIB` says how many MiB each way (`cargo soak` has its like); a quarter of a GiB by
-//! default, so that CI stays short.
+//! `SIDELANE_TORN_MIB` says how many MiB each way; a GiB by default.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Shutdown, TcpStream};
@@ -16,17 +15,19 @@ use sidelane_e2e::stage::get;
 
 use super::Torn;
 
+const MIB: u64 = 1024 * 1024;
 /// Each body by default.
-const BODY_MIB: u64 = 256;
+const BODY_MIB: u64 = 1024;
 /// Between two cuts. Each is to every lane that is well; cuts and resets take turns.
 const PERIOD: Duration = Duration::from_millis(200);
 /// How long a client waits for a byte: above the grace, so that a broken end shows as what it is.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
-fn body_bytes() -> u64 {
+/// How long a body is.
+pub(super) fn body_bytes() -> u64 {
     let mib = std::env::var("SIDELANE_TORN_MIB")
         .map_or(BODY_MIB, |text| text.parse().expect("SIDELANE_TORN_MIB is a number"));
-    mib * 1024 * 1024
+    mib * MIB
 }
 
 /// Sends a body, or takes one and says where it went wrong.
@@ -53,7 +54,8 @@ pub(super) fn serve(connection: &mut Connection) -> io::Result<()> {
             let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", outcome.len());
             connection.write(head + &outcome)?;
         } else {
-            let length = body_bytes();
+            let digits = String::from_utf8_lossy(&request.target[1..]).into_owned();
+            let length = digits.parse().map_err(io::Error::other)?;
             connection.write(format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n"))?;
             while pattern.offset() < length {
                 connection.write(pattern.next(length - pattern.offset()))?;
@@ -85,25 +87,24 @@ fn connect(torn: &Torn) -> TcpStream {
     stream
 }
 
-pub(super) fn download(torn: &Torn) {
+pub(super) fn download(torn: &Torn, length: u64) {
     let mut stream = connect(torn);
-    stream.write_all(&get("/")).expect("the relay reads");
+    stream.write_all(&get(&format!("/{length}"))).expect("the relay reads");
     let mut pattern = Pattern::default();
     pattern.check(&read_head(&mut stream)).expect("the body's beginning");
     let mut space = vec![0; 256 * 1024];
-    while pattern.offset() < body_bytes() {
-        let length = stream
-            .read(&mut space)
-            .unwrap_or_else(|error| panic!("{error} at {} of {}", pattern.offset(), body_bytes()));
-        assert_ne!(length, 0, "it ended at {} of {}", pattern.offset(), body_bytes());
-        pattern.check(&space[..length]).expect("the bytes that were sent");
+    while pattern.offset() < length {
+        let at = pattern.offset();
+        let count = stream.read(&mut space);
+        let count = count.unwrap_or_else(|error| panic!("{error} at {at} of {length}"));
+        assert_ne!(count, 0, "it ended at {at} of {length}");
+        pattern.check(&space[..count]).expect("the bytes that were sent");
     }
-    assert_eq!(pattern.offset(), body_bytes(), "nothing follows");
+    assert_eq!(pattern.offset(), length, "nothing follows");
 }
 
-pub(super) fn upload(torn: &Torn) {
+pub(super) fn upload(torn: &Torn, length: u64) {
     let mut stream = connect(torn);
-    let length = body_bytes();
     write!(stream, "POST / HTTP/1.1\r\nHost: api.localhost\r\nContent-Length: {length}\r\n\r\n")
         .expect("the relay reads");
     let mut pattern = Pattern::default();
@@ -119,15 +120,15 @@ pub(super) fn upload(torn: &Torn) {
 }
 
 /// Runs a transfer while lanes are cut, and says what it took.
-pub(super) fn under_cuts(name: &str, torn: &Torn, transfer: fn(&Torn)) {
+pub(super) fn under_cuts(name: &str, torn: &Torn, length: u64, transfer: fn(&Torn, u64)) {
     let before = torn.resumed();
     let storm = torn.wire.every(PERIOD, &[Fault::Cut, Fault::Reset]);
     let begun = Instant::now();
-    transfer(torn);
+    transfer(torn, length);
     let (elapsed, cuts) = (begun.elapsed(), storm.end());
     println!(
         "{name}: {} MiB in {elapsed:.1?} with {cuts} connections cut, {} lanes resumed",
-        body_bytes() / 1024 / 1024,
+        length / MIB,
         torn.resumed() - before,
     );
     assert!(cuts >= 4, "{cuts} cuts in {elapsed:?}");
@@ -140,11 +141,11 @@ pub(super) fn under_cuts(name: &str, torn: &Torn, transfer: fn(&Torn)) {
 #[test]
 fn download_cut_five_times_a_second_arrives_whole() {
     let service = Service::start(serve);
-    under_cuts("download", &Torn::of(&Setup::of(service.address())), download);
+    under_cuts("download", &Torn::of(&Setup::of(service.address())), body_bytes(), download);
 }
 
 #[test]
 fn upload_cut_five_times_a_second_arrives_whole() {
     let service = Service::start(serve);
-    under_cuts("upload", &Torn::of(&Setup::of(service.address())), upload);
+    under_cuts("upload", &Torn::of(&Setup::of(service.address())), body_bytes(), upload);
 }

@@ -46,11 +46,12 @@ fn lanes_come_back_at_the_advertised_address() {
     assert_eq!((torn.wire.made(), advertised.made()), (1, LANES - 1), "further lanes go there");
     let mut socket = Socket::open(torn.relay.web());
     for round in 0..ROUNDS {
-        let made = advertised.made();
+        let (made, resumed) = (advertised.made(), torn.resumed());
         let cut = torn.wire.harm(Fault::Cut) + advertised.harm(Fault::Cut);
         assert_eq!(cut, LANES, "round {round}");
-        wait::until("their return", || (advertised.made() >= made + LANES).then_some(()));
+        wait::until("their return", || (torn.resumed() >= resumed + LANES as f64).then_some(()));
         torn.until_lanes(LANES);
+        assert_eq!(advertised.made(), made + LANES, "round {round}");
         socket.says_back("still");
     }
     assert_eq!(torn.wire.made(), 1, "nothing comes back where the first dial went");
@@ -69,9 +70,9 @@ fn another_relay_behind_the_same_address_means_dialling_again() {
     torn.wire.lead_to(&[torn.relay.tunnel(), other.tunnel()]);
     let mut wrong = 0;
     for _ in 0..ROUNDS {
-        let made = torn.wire.made();
-        torn.wire.harm(Fault::Reset);
-        torn.until_lanes(0);
+        let (made, resumed) = (torn.wire.made(), torn.resumed());
+        assert_eq!(torn.wire.harm(Fault::Reset), LANES);
+        wait::until("their return", || (torn.resumed() >= resumed + LANES as f64).then_some(()));
         torn.until_lanes(LANES);
         wrong += torn.wire.made() - made - LANES;
         socket.says_back("still");
@@ -155,6 +156,6 @@ fn lanes_by_tls_come_back_too() {
             format!("relays: [{{ address: \"{wire}\", tls: {{ ca: \"{}\" }} }}]", ca.display());
         setup.sidecar(wire).replace(&plain, &tls)
     });
-    bulk::under_cuts("download by TLS", &torn, bulk::download);
-    bulk::under_cuts("upload by TLS", &torn, bulk::upload);
+    bulk::under_cuts("download by TLS", &torn, bulk::body_bytes() / 4, bulk::download);
+    bulk::under_cuts("upload by TLS", &torn, bulk::body_bytes() / 4, bulk::upload);
 }

@@ -196,9 +196,9 @@ fn outage_longer_than_the_grace_ends_each_exchange_as_its_protocol_says() {
     let clients = Clients::begin(torn.relay.web(), &service, peers.as_ref(), "held");
     torn.wire.down();
     ends_as_the_failure_table_says(clients);
-    // The services' connections end as well, without a word from the relay.
-    service.until("the services' ends", |records| records.iter().all(|record| record.closed));
     gate.open();
+    // The services' connections have ended as well, without a word from the relay.
+    service.until("the services' ends", |records| records.iter().all(|record| record.closed));
     torn.wire.up();
     wait::until("200 again", || (torn.ask().head.status == 200).then_some(()));
 }

@@ -36,13 +36,31 @@ impl Protocol for Line {
         }
     }
 
+    fn validate_route(&self, options: &serde_json::Value) -> Result<(), ConfigError> {
+        match options.get("mode").and_then(serde_json::Value::as_str) {
+            Some("framed" | "raw") => Ok(()),
+            Some(_) => Err(ConfigError::at("mode", "unknown mode (accepted: framed, raw)")),
+            None if options.as_object().is_none_or(serde_json::Map::is_empty) => Ok(()),
+            None => Err(ConfigError::new("unknown options (accepted: mode)")),
+        }
+    }
+
     async fn accept(&self, client: ByteStream, mut opener: Opener<'_>) -> Result<(), Error> {
         let exchange = opener.open(RouteKey::Listener).await?;
-        exchange.join(client).await
+        carry(exchange, client).await
     }
 
     async fn deliver(&self, exchange: Exchange<'_>, service: Service) -> Result<(), Error> {
         let stream = service.connect().await?;
+        carry(exchange, stream).await
+    }
+}
+
+/// Both ends read the route's options, and so agree.
+async fn carry(exchange: Exchange<'_>, stream: ByteStream) -> Result<(), Error> {
+    if exchange.meta.options().contains("\"raw\"") {
+        exchange.dedicate(stream).await
+    } else {
         exchange.join(stream).await
     }
 }

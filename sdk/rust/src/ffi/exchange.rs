@@ -1,20 +1,20 @@
 //! Exchanges: opening them, sending, receiving.
 
 use std::future::poll_fn;
-use std::mem::{ManuallyDrop, MaybeUninit};
+use std::mem::{MaybeUninit, offset_of};
 use std::task::{Context, Poll, ready};
 
 use sidelane_abi as abi;
 
 use super::buf::Buf;
 use super::context::Unfinished;
-use super::host::Host;
+use super::future::Foreign;
 use super::io::ByteStream;
 use super::request::Meta;
-use super::service::stream_from_outcome;
 use super::text::{lend, text};
 use super::waker::WakerSlot;
-use crate::{Closed, Error, Failure, Reset, failure};
+use crate::dedicate::Dedicated;
+use crate::{Closed, Failure, Reset, failure};
 
 pub(crate) const fn reset_from_raw(raw: abi::Reset) -> Reset {
     let protocol_code =
@@ -194,17 +194,6 @@ impl<'a> Exchange<'a> {
     pub fn split(self) -> (SendHalf, RecvHalf, Meta<'a>) {
         (self.send, self.recv, self.meta)
     }
-
-    /// Moves it to a connection of its own, whose bytes are nobody's but the plugin's. To be called
-    /// before the first message.
-    ///
-    /// # Errors
-    /// `UNSUPPORTED` where the session has no dedicated lanes; the exchange is gone.
-    pub async fn dedicate(self) -> Result<ByteStream, Error> {
-        let exchange = abi::Exchange { send: self.send.into_raw(), recv: self.recv.into_raw() };
-        let mut outcome = Host::current().dedicate(exchange);
-        poll_fn(move |cx| Poll::Ready(Ok(stream_from_outcome(ready!(outcome.poll(cx)))?))).await
-    }
 }
 
 /// One message of an exchange: the encoded payload of `TunnelMessage`'s field `field`.
@@ -238,12 +227,6 @@ impl SendHalf {
     fn vt(&self) -> &abi::SendVt {
         // SAFETY: owned (H1).
         unsafe { &*self.raw.vt }
-    }
-
-    fn into_raw(self) -> abi::SendHalf {
-        let mut this = ManuallyDrop::new(self);
-        this.slot = WakerSlot::new();
-        abi::SendHalf { data: this.raw.data, vt: this.raw.vt }
     }
 
     /// Queues a message once there is credit. Cancelling it loses the message.
@@ -337,6 +320,28 @@ impl SendHalf {
         unsafe { (self.vt().dispatched)(self.raw.data) }
     }
 
+    /// The future of the host's that carries the exchange on a connection of its own; `None`: the host is
+    /// older. It does not touch this half, which only must outlive it.
+    pub(crate) fn start_dedicated(
+        &mut self,
+        stream: ByteStream,
+        ahead: Buf,
+    ) -> Result<Dedicating, ByteStream> {
+        let known = offset_of!(abi::SendVt, dedicate) + size_of::<usize>();
+        if self.vt().size < known {
+            return Err(stream);
+        }
+        // SAFETY: owned (H1); stream and bytes are moved.
+        let future =
+            unsafe { (self.vt().dedicate)(self.raw.data, stream.into_raw(), ahead.into_raw()) };
+        // SAFETY: the future resolves to a `DedicateOutcome`.
+        Ok(Dedicating(unsafe { Foreign::new(future) }))
+    }
+
+    pub(crate) const fn end(&mut self) {
+        self.ended = true;
+    }
+
     /// Sidecar's end: nothing was and nothing will be written to a service. Ends the exchange; it may
     /// be tried elsewhere.
     pub fn refused(&mut self, reset: Reset) {
@@ -364,6 +369,24 @@ impl std::fmt::Debug for SendHalf {
     }
 }
 
+/// An exchange that the host carries on a connection of its own.
+pub(crate) struct Dedicating(Foreign<abi::DedicateOutcome>);
+
+impl Dedicating {
+    /// `None`: the host failed.
+    pub(crate) fn poll(&mut self, cx: &Context<'_>) -> Poll<Option<Dedicated>> {
+        self.0.poll(cx).map(|outcome| {
+            let abi::DedicateOutcome { how, reset, io, sent, received } = outcome?;
+            Some(if how == abi::dedicated::FRAMED {
+                // SAFETY: owned by the caller after FRAMED (`abi::DedicateOutcome`).
+                Dedicated::Framed(unsafe { ByteStream::new(io) })
+            } else {
+                Dedicated::Ended { reset: reset_from_raw(reset), sent, received }
+            })
+        })
+    }
+}
+
 /// The direction from the peer to here. Dropped unfinished it resets the exchange, as [`SendHalf`].
 pub struct RecvHalf {
     raw: abi::RecvHalf,
@@ -377,10 +400,8 @@ unsafe impl Send for RecvHalf {}
 unsafe impl Sync for RecvHalf {}
 
 impl RecvHalf {
-    fn into_raw(self) -> abi::RecvHalf {
-        let mut this = ManuallyDrop::new(self);
-        this.slot = WakerSlot::new();
-        abi::RecvHalf { data: this.raw.data, vt: this.raw.vt }
+    pub(crate) const fn end(&mut self) {
+        self.ended = true;
     }
 
     /// Returns the next message; `None`: the direction has ended. Taking a message returns its credit

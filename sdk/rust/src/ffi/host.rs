@@ -240,11 +240,6 @@ impl Host {
         })
     }
 
-    pub(crate) fn dedicate(&self, exchange: abi::Exchange) -> Foreign<abi::IoOutcome> {
-        // SAFETY: the host is valid; the exchange is moved; the future resolves to an `IoOutcome`.
-        unsafe { Foreign::new((self.vt().dedicate)(self.raw(), exchange)) }
-    }
-
     /// Registers a counter, exposed as `sidelane_plugin_<name>`; the same name gives the same one.
     #[must_use]
     pub fn counter(&self, name: &str, help: &str) -> Counter {

@@ -11,9 +11,12 @@ use sidelane_abi as abi;
 use sidelane_plugin::{Reset, failure};
 
 use super::buf;
+use super::future;
+use super::io::{self, PluginStream};
 use super::lent::{drop_lent, lend, using};
 use super::waker::keep;
 use super::world::World;
+use crate::TestStream;
 use crate::kit::TestFailure;
 use crate::ledger::Ledger;
 
@@ -55,6 +58,8 @@ struct Shared {
     reset: Option<Reset>,
     dispatched: bool,
     refused: Option<Reset>,
+    /// What the exchange is joined to where it is dedicated.
+    dedicated: Option<TestStream>,
     sender: Option<Waker>,
     closer: Option<Waker>,
     receiver: Option<Waker>,
@@ -101,6 +106,7 @@ impl Peer {
             reset: None,
             dispatched: false,
             refused: None,
+            dedicated: None,
             sender: None,
             closer: None,
             receiver: None,
@@ -111,7 +117,11 @@ impl Peer {
 
     /// Lends both halves to a plugin.
     pub(crate) fn to_plugin(&self, world: &Arc<World>) -> abi::Exchange {
-        let send = SendLent { shared: self.shared.clone(), ledger: world.ledger.clone() };
+        let send = SendLent {
+            shared: self.shared.clone(),
+            ledger: world.ledger.clone(),
+            world: world.clone(),
+        };
         let recv =
             RecvLent { shared: self.shared.clone(), ledger: world.ledger.clone(), finished: false };
         abi::Exchange {
@@ -234,6 +244,14 @@ impl Peer {
         wake(&mut shared.sender);
     }
 
+    /// Has a connection for the exchange where the plugin dedicates it, and returns its other end. Without it
+    /// the exchange goes on in messages.
+    pub fn dedicated(&self) -> TestStream {
+        let (ours, theirs) = io::pair();
+        lock(&self.shared).dedicated = Some(theirs);
+        ours
+    }
+
     /// How many of the plugin's messages wait to be taken.
     #[must_use]
     pub fn waiting(&self) -> usize {
@@ -250,6 +268,7 @@ impl Peer {
 struct SendLent {
     shared: SharedExchange,
     ledger: Arc<Ledger>,
+    world: Arc<World>,
 }
 
 impl Drop for SendLent {
@@ -271,6 +290,7 @@ static SEND: abi::SendVt = abi::SendVt {
     dispatched,
     refused,
     drop: drop_lent::<SendLent>,
+    dedicate,
 };
 
 unsafe extern "C" fn poll_send(
@@ -384,6 +404,47 @@ unsafe extern "C" fn refused(data: *mut c_void, reset: abi::Reset) {
     };
     // SAFETY: of this vtable.
     unsafe { using(data, refuse) };
+}
+
+unsafe extern "C" fn dedicate(data: *mut c_void, stream: abi::Io, ahead: abi::Buf) -> abi::Future {
+    // SAFETY: of this vtable.
+    let own = unsafe { using(data, |own: &mut SendLent| (own.shared.clone(), own.world.clone())) };
+    let (shared, world) = own.expect("a send half that is alive");
+    // SAFETY: moved to us.
+    let stream = unsafe { PluginStream::new(stream, world.clone()) };
+    // SAFETY: moved to us.
+    let ahead = unsafe { buf::from_plugin(&ahead) };
+    let other = lock(&shared).dedicated.take();
+    let Some(mut other) = other else {
+        let mut stream = Some(stream);
+        return future::to_plugin(&world, move |_| {
+            let io = stream.take().map_or(NO_IO, PluginStream::into_raw);
+            Poll::Ready(outcome(abi::dedicated::FRAMED, failure::NONE, io, (0, 0)))
+        });
+    };
+    let mut joined = Box::pin(async move {
+        let mut stream = stream;
+        other.write(&ahead).await;
+        let bytes = tokio::io::copy_bidirectional(&mut stream, &mut other).await?;
+        Ok::<_, std::io::Error>((bytes.0 + ahead.len() as u64, bytes.1))
+    });
+    future::to_plugin(&world, move |cx| {
+        joined.as_mut().poll(cx).map(|joined| {
+            let mut shared = lock(&shared);
+            (shared.sent_end, shared.coming_end) = (true, true);
+            wake(&mut shared.peer);
+            match joined {
+                Ok(bytes) => outcome(abi::dedicated::ENDED, failure::NONE, NO_IO, bytes),
+                Err(_) => outcome(abi::dedicated::ENDED, failure::CLIENT_GONE, NO_IO, (0, 0)),
+            }
+        })
+    })
+}
+
+const NO_IO: abi::Io = abi::Io { data: std::ptr::null_mut(), vt: std::ptr::null() };
+
+fn outcome(how: u32, code: u32, io: abi::Io, (sent, received): (u64, u64)) -> abi::DedicateOutcome {
+    abi::DedicateOutcome { how, reset: reset_to_raw(Reset::new(code)), io, sent, received }
 }
 
 struct RecvLent {

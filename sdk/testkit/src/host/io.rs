@@ -321,6 +321,15 @@ impl PluginStream {
     pub(crate) const unsafe fn new(raw: abi::Io, world: Arc<World>) -> Self {
         Self { raw, world, reader: None, writer: None }
     }
+
+    /// Gives it back.
+    pub(crate) fn into_raw(self) -> abi::Io {
+        let mut this = std::mem::ManuallyDrop::new(self);
+        (this.reader, this.writer) = (None, None);
+        // SAFETY: never used again: nothing else of it needs a drop.
+        drop(unsafe { std::ptr::read(&raw const this.world) });
+        abi::Io { data: this.raw.data, vt: this.raw.vt }
+    }
 }
 
 fn waker_for(

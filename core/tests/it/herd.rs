@@ -1,0 +1,187 @@
+//! Many sidecars that lose their relay at once, and its return.
+//!
+//! The sidecars are the library's own, each with an instance, sessions, lanes and a schedule of its own,
+//! on two threads of this process; the relay is the program. `cargo test -p sidelane --test it -- herd
+//! --nocapture` prints what docs/measurements.md tells.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sidelane::config::{self, Config, Source};
+use sidelane::metrics::Metrics;
+use sidelane::plugin::{HostContext, Limits, Plugins};
+use sidelane::shard::Shards;
+use sidelane::sidecar::{Access, Settings, Sidecar, system_resolver};
+use sidelane::tunnel::dial;
+use sidelane_e2e::process::{Setup, Sidelane};
+use sidelane_e2e::wait;
+use sidelane_tunnel::{LaneConfig, Side};
+
+const SIDECARS: usize = 500;
+
+/// Lanes of each session.
+const LANES: u32 = 2;
+
+/// How soon after the relay's restart all serve again.
+const BACK_WITHIN: Duration = Duration::from_secs(10);
+
+/// Between two looks at all of them.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// How many times the work, and the memory, of the first arrival of all their return may cost.
+const CPU_RATIO_MAX: f64 = 3.0;
+const MEMORY_RATIO_MAX: f64 = 1.5;
+
+/// Sidecars that a test has made. They end with it.
+struct Herd {
+    sidecars: Vec<Arc<Sidecar>>,
+    shards: Option<Shards>,
+}
+
+impl Herd {
+    fn start(relay: SocketAddr) -> Self {
+        let shards = Shards::start("herd", 2, 0, 2).expect("threads");
+        let metrics = Arc::new(Metrics::new());
+        let plugins = Arc::new(Plugins::new(HostContext::new(metrics.sink()), Limits::default()));
+        let sidecars = (0..SIDECARS).map(|number| {
+            let config = configuration(relay, number);
+            let section = config.sidecar.as_ref().expect("a sidecar's file");
+            let sidecar = Sidecar::new(
+                settings(number),
+                Access::new(section, None, None),
+                vec![relay.to_string()],
+                Arc::clone(&plugins),
+                Arc::clone(&metrics),
+                Arc::clone(&shards.all),
+            );
+            sidecar.configure(&config);
+            sidecar.start();
+            sidecar
+        });
+        Self { sidecars: sidecars.collect(), shards: Some(shards) }
+    }
+
+    /// How many have a session in which their document is in force.
+    fn serving(&self) -> usize {
+        let serves = |sidecar: &&Arc<Sidecar>| {
+            let answers = sidecar.relay_answers();
+            answers.iter().any(|answer| answer.is_connected && answer.accepted.is_some())
+        };
+        self.sidecars.iter().filter(serves).count()
+    }
+
+    /// Waits until as many serve, and returns how long that took. Looks seldom: the sidecars are to have this
+    /// process's time.
+    fn until_serving(&self, count: usize, since: Instant) -> Duration {
+        let end = Instant::now() + wait::DEADLINE;
+        loop {
+            let serving = self.serving();
+            if serving == count {
+                return since.elapsed();
+            }
+            assert!(Instant::now() < end, "{serving} of {SIDECARS} serve, and not {count}");
+            std::thread::park_timeout(LOOK);
+        }
+    }
+}
+
+impl Drop for Herd {
+    fn drop(&mut self) {
+        for sidecar in &self.sidecars {
+            sidecar.drain();
+        }
+        if let Some(shards) = self.shards.take() {
+            shards.stop();
+        }
+    }
+}
+
+fn configuration(relay: SocketAddr, number: usize) -> Config {
+    let text = format!(
+        "version: 1
+sidecar: {{ relays: [\"{relay}\"] }}
+tunnels: [{{ name: t-{number}, service: \"127.0.0.1:9\" }}]
+routes: [{{ subdomain: s-{number}, tunnel: t-{number} }}]
+"
+    );
+    let source = Source::from_text(Path::new("herd.yaml"), text);
+    config::parse(&source, &|_| None).expect("a valid file")
+}
+
+fn settings(number: usize) -> Settings {
+    Settings {
+        name: format!("herd-{number}"),
+        lanes: LANES,
+        lane: LaneConfig::new(Side::Sidecar),
+        timeouts: dial::Timeouts {
+            connect: Duration::from_secs(10),
+            answer: Duration::from_secs(10),
+        },
+        resolve_interval: Duration::from_secs(30),
+        resolve: system_resolver(),
+    }
+}
+
+/// What a relay has cost so far.
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    cpu_seconds: f64,
+    memory_peak: u64,
+}
+
+impl Cost {
+    fn of(relay: &Sidelane) -> Self {
+        let cpu = relay.metric("process_cpu_seconds_total", &[]);
+        Self { cpu_seconds: cpu.expect("it is told"), memory_peak: relay.memory_peak() }
+    }
+}
+
+/// A relay as it comes, behind a balancer: all of these sidecars dial from one address, which is not held to
+/// what one may.
+fn relay_file() -> String {
+    let setup = Setup::of(SocketAddr::from(([127, 0, 0, 1], 9)));
+    let proxies = "  trusted_proxies: [127.0.0.1]\n  tunnel: ";
+    setup.relay().replacen("  tunnel: ", proxies, 1).replace("level: debug", "level: info")
+}
+
+#[test]
+fn all_sidecars_are_back_soon_after_their_relay() {
+    let file = relay_file();
+    let relay = Sidelane::spawn("relay", &file);
+    let (web, tunnel) = (relay.web(), relay.tunnel());
+    let any = "address: \"127.0.0.1:0\"";
+    let file = file.replacen(any, &format!("address: \"{web}\""), 1).replacen(
+        any,
+        &format!("address: \"{tunnel}\""),
+        1,
+    );
+    let began = Instant::now();
+    let herd = Herd::start(tunnel);
+    let arrived = herd.until_serving(SIDECARS, began);
+    let lanes = f64::from(LANES) * SIDECARS as f64;
+    relay.until_metric("sidelane_lanes", &[], |count| count == lanes);
+    let whole = began.elapsed();
+    let before = Cost::of(&relay);
+    relay.kill();
+    herd.until_serving(0, Instant::now());
+
+    let began = Instant::now();
+    let relay = Sidelane::spawn("relay again", &file);
+    let back = herd.until_serving(SIDECARS, began);
+    relay.until_metric("sidelane_lanes", &[], |count| count == lanes);
+    let whole_again = began.elapsed();
+    let after = Cost::of(&relay);
+    let refused = relay.metric("sidelane_handshakes_refused_total", &["rate"]).unwrap_or_default();
+    println!(
+        "{SIDECARS} sidecars of {LANES} lanes\n\
+         first: all serve after {arrived:.1?}, all lanes after {whole:.1?}; {before:?}\n\
+         again: all serve after {back:.1?}, all lanes after {whole_again:.1?}; {after:?}\n\
+         handshakes refused for their rate meanwhile: {refused}"
+    );
+    assert!(back < BACK_WITHIN, "{back:?}");
+    assert!(after.cpu_seconds < before.cpu_seconds * CPU_RATIO_MAX, "{before:?} {after:?}");
+    let memory_max = before.memory_peak as f64 * MEMORY_RATIO_MAX;
+    assert!((after.memory_peak as f64) < memory_max, "{before:?} {after:?}");
+}

@@ -1,0 +1,129 @@
+//! One sidecar at several relays, and relays that begin.
+
+use std::time::Duration;
+
+use sidelane_e2e::fault::Wire;
+use sidelane_e2e::process::{Route, Sidelane};
+use sidelane_e2e::wait;
+
+use super::{Named, get, relay_yaml, setup, sidecar_yaml, text, until_serving};
+
+/// A relay that tells of `peers` to whoever comes from here on.
+fn tell(relay: &Sidelane, peers: &[std::net::SocketAddr]) {
+    let peers: Vec<String> = peers.iter().map(|peer| format!("\"{peer}\"")).collect();
+    relay.rewrite(&relay_yaml(&format!(", peers: [{}]", peers.join(", "))));
+    assert_eq!(relay.reload().0, 200);
+}
+
+#[test]
+fn a_relay_tells_of_others_which_are_dialled_too_and_nobody_goes_in_circles() {
+    let relays = [
+        Sidelane::spawn("relay 1", &relay_yaml("")),
+        Sidelane::spawn("relay 2", &relay_yaml("")),
+        Sidelane::spawn("relay 3", &relay_yaml("")),
+    ];
+    let [one, two, three] = relays.each_ref().map(Sidelane::tunnel);
+    // Each tells of the next, and the last of the first, which the file names.
+    tell(&relays[0], &[one, two]);
+    tell(&relays[1], &[one, three]);
+    tell(&relays[2], &[one, two]);
+    let service = Named::start("web");
+    let address = service.service.address();
+    let sidecar = Sidelane::start("sidecar", &sidecar_yaml(address, one, "", ""));
+    for relay in &relays {
+        until_serving(relay, 1);
+        assert_eq!(text(&get(relay.web(), "/", "")), "web");
+        assert_eq!(relay.metric("sidelane_sessions", &["role=\"relay\""]), Some(1.0));
+    }
+    assert_eq!(sidecar.metric("sidelane_session_dials_total", &[]), Some(3.0));
+    let page = sidecar.admin_page("/tunnels");
+    let told: Vec<_> =
+        page["relays"].as_array().expect("a list").iter().map(|one| &one["told_by"]).collect();
+    assert_eq!(told.len(), 3);
+    assert_eq!(told.iter().filter(|by| **by == &one.to_string()).count(), 2);
+
+    // A session of its own with each: one relay's end is nothing to the others.
+    let [first, second, third] = relays;
+    drop(second);
+    for relay in [&first, &third] {
+        assert_eq!(text(&get(relay.web(), "/", "")), "web");
+    }
+}
+
+#[test]
+fn a_sidecar_follows_nobody_where_its_file_says_so_or_the_way_is_plain() {
+    let relays =
+        [Sidelane::spawn("relay 1", &relay_yaml("")), Sidelane::spawn("relay 2", &relay_yaml(""))];
+    let [one, two] = relays.each_ref().map(Sidelane::tunnel);
+    // A host that the file does not name, on a plain way; loopback all the same.
+    let elsewhere = std::net::SocketAddr::from(([127, 0, 0, 2], 1));
+    tell(&relays[0], &[two, elsewhere]);
+    let service = Named::start("web");
+    let yaml = sidecar_yaml(service.service.address(), one, "", "");
+    let stays = yaml.replace("  name: e2e\n", "  name: e2e\n  follow_peers: false\n");
+    let sidecar = Sidelane::start("sidecar", &stays);
+    until_serving(&relays[0], 1);
+    assert!(sidecar.log().contains("the relay tells of others"));
+    let dialled = |sidecar: &Sidelane| {
+        let page = sidecar.admin_page("/tunnels");
+        page["relays"].as_array().map_or(0, Vec::len)
+    };
+    assert_eq!(dialled(&sidecar), 1);
+    // A reload changes that, both ways.
+    sidecar.rewrite(&yaml);
+    assert_eq!(sidecar.reload().0, 200);
+    until_serving(&relays[1], 1);
+    assert_eq!(dialled(&sidecar), 2, "the plain one is left out");
+    assert_eq!(text(&get(relays[1].web(), "/", "")), "web");
+    sidecar.rewrite(&stays);
+    assert_eq!(sidecar.reload().0, 200);
+    wait::until("the end of the way there", || {
+        sidecar.log().contains("no relay tells of this one any more").then_some(())
+    });
+}
+
+#[test]
+fn a_fresh_relay_is_not_ready_before_its_sessions_are_there() {
+    let warm = "  warmup: { time: 10m, sessions: 1 }\n  tunnel: {";
+    let yaml = relay_yaml("").replace("  tunnel: {", warm);
+    let relay = Sidelane::spawn("relay", &yaml);
+    let ready = || relay.get(relay.health(), "/ready");
+    let answer = ready();
+    assert_eq!(answer.head.status, 503);
+    assert!(text(&answer).contains("warming up: 0 of 1 sessions are there"), "{answer:?}");
+    let service = Named::start("web");
+    let yaml = sidecar_yaml(service.service.address(), relay.tunnel(), "", "");
+    let sidecar = Sidelane::start("sidecar", &yaml);
+    until_serving(&relay, 1);
+    assert_eq!(ready().head.status, 200);
+    assert_eq!(relay.get(relay.health(), "/live").head.status, 200);
+    drop(sidecar);
+}
+
+#[test]
+fn a_session_whose_lanes_are_lost_holds_no_name_against_a_newcomer() {
+    let relay = Sidelane::spawn("relay", &relay_yaml(", grace: 5m"));
+    let wire = Wire::to(relay.tunnel());
+    let services = [Named::start("one"), Named::start("two")];
+    let yaml = sidecar_yaml(services[0].service.address(), wire.address(), "", "");
+    let ghost = Sidelane::start("sidecar 1", &yaml);
+    until_serving(&relay, 1);
+    wire.down();
+    until_serving(&relay, 0);
+    // The same name, for another tunnel.
+    let mut other = setup(services[1].service.address());
+    other.tunnels[0].0 = "other".to_owned();
+    other.routes = vec![Route { tunnel: "other".to_owned(), ..Route::new("api", "other") }];
+    let newcomer = Sidelane::start("sidecar 2", &other.sidecar(relay.tunnel()));
+    wait::within(Duration::from_secs(30), "the newcomer's service", || {
+        (text(&get(relay.web(), "/", "")) == "two").then_some(())
+    });
+    // It is back, and waits like whoever comes second.
+    wire.up();
+    wait::until("the ghost to be told", || {
+        ghost.log().contains("announcement waits").then_some(())
+    });
+    assert_eq!(text(&get(relay.web(), "/", "")), "two");
+    drop(newcomer);
+    wait::until("the first again", || (text(&get(relay.web(), "/", "")) == "one").then_some(()));
+}
