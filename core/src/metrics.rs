@@ -408,10 +408,10 @@ impl Metrics {
         drop(self.sessions.get_or_create(&RoleLabel { role }));
         drop(self.lanes_up.get_or_create(&RoleLabel { role }));
         drop(self.lanes_lost.get_or_create(&RoleLabel { role }));
+        self.dedicated.role(role);
         for carrier in Kind::ALL.map(Kind::label) {
             drop(self.lane_connections.get_or_create(&CarrierLabel { role, carrier }));
         }
-        self.dedicated.role(role);
         self.lanes.begin(role);
         if role == "relay" {
             self.credentials.begin();

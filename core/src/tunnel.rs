@@ -13,6 +13,7 @@ mod exchange;
 pub mod fault;
 pub mod gate;
 mod link;
+mod pace;
 pub mod pressure;
 pub mod proxy;
 pub mod returning;

@@ -191,7 +191,9 @@ impl Lane<'_> {
         let _carried = relay.metrics.carrier_up("relay", transport.kind());
         link.runs_on(transport.kind());
         let on_event = |link: &Arc<Link>, event| handle_event(relay, session, link, event);
-        drive(Arc::clone(link), transport, input, LOST, on_event).await
+        drive(Arc::clone(link), transport, input, LOST, on_event)
+            .paced_by(Transport::limit_unsent)
+            .await
     }
 
     /// Waits until the lane has another connection and its dialler is told what came on the one before,

@@ -82,7 +82,8 @@ pub(super) async fn accept(
                 door::note(&relay.metrics, peer, why);
                 if let Some(place) = relay.door.tell() {
                     let is_tls = !matches!(*relay.door.way(), Way::Plain);
-                    tokio::spawn(turn_away(stream, why, is_tls, place));
+                    let refuse = (!is_tls).then(|| refusal(&relay, why));
+                    tokio::spawn(turn_away(stream, refuse, place));
                 }
             }
         }
@@ -102,7 +103,7 @@ pub(super) async fn enter(
         Err(why) => {
             door::note(&relay.metrics, peer, why);
             if let Some(_place) = relay.door.tell() {
-                send_refuse(&mut transport, &refusal(why), TURNED_AWAY_TIME).await;
+                send_refuse(&mut transport, &refusal(&relay, why), TURNED_AWAY_TIME).await;
             }
             return;
         }
@@ -132,7 +133,7 @@ pub(super) async fn refuse_plain(relay: &Relay, socket: Socket, peer: SocketAddr
         }
         Err(why) => {
             door::note(&relay.metrics, peer, why);
-            refusal(why)
+            refusal(relay, why)
         }
     };
     refuse_plainly(socket, &refuse).await;
@@ -149,12 +150,14 @@ pub(super) fn failed(relay: &Relay, peer: SocketAddr, label: &'static str, reaso
     tracing::warn!(%peer, reason, "no handshake on the tunnel's port");
 }
 
-fn refusal(why: TurnedAway) -> proto::Refuse {
+fn refusal(relay: &Relay, why: TurnedAway) -> proto::Refuse {
     let millis = why.retry_after().as_millis();
     proto::Refuse {
         reason: proto::RefuseReason::Overloaded.into(),
         detail: why.detail().to_owned(),
         retry_after_ms: u32::try_from(millis).unwrap_or(u32::MAX),
+        // Lanes of another instance's sessions need not wait for their turn.
+        relay_instance: relay.sessions.instance.to_vec().into(),
     }
 }
 
@@ -162,18 +165,18 @@ fn malformed_refusal(detail: &str) -> proto::Refuse {
     proto::Refuse {
         reason: proto::RefuseReason::Malformed.into(),
         detail: detail.to_owned(),
-        retry_after_ms: 0,
+        ..proto::Refuse::default()
     }
 }
 
-/// Tells a dialler that is not listened to when to come back.
-async fn turn_away(mut stream: TcpStream, why: TurnedAway, is_tls: bool, place: Told) {
+/// Tells a dialler that is not listened to when to come back; `None`: it speaks TLS.
+async fn turn_away(mut stream: TcpStream, refuse: Option<proto::Refuse>, place: Told) {
     let told = async {
-        if is_tls {
+        if let Some(refuse) = &refuse {
+            accept::send_refuse(&mut stream, refuse).await?;
+        } else {
             stream.write_all(&TLS_ACCESS_DENIED).await?;
             stream.shutdown().await?;
-        } else {
-            accept::send_refuse(&mut stream, &refusal(why)).await?;
         }
         throw_away(&mut stream).await
     };
@@ -375,7 +378,7 @@ pub(super) async fn shake_hands(
         Err(_elapsed) => Err(proto::Refuse {
             reason: proto::RefuseReason::Overloaded.into(),
             detail: "the credential could not be looked at in time".to_owned(),
-            retry_after_ms: 0,
+            ..proto::Refuse::default()
         }),
     };
     if hello.dedicated {

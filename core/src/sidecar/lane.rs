@@ -148,7 +148,8 @@ impl Lane {
         let mut beside_at = self.beside_at;
         let on_event =
             |link: &Arc<Link>, event| sidecar.handle_event(peer, session, link, event, &mut texts);
-        let driven = drive(Arc::clone(link), transport, input, LOST, on_event);
+        let driven = drive(Arc::clone(link), transport, input, LOST, on_event)
+            .paced_by(Transport::limit_unsent);
         let (end, beside) = {
             let mut driven = pin!(driven);
             loop {
@@ -209,6 +210,8 @@ impl Lane {
             None => self.backoff.next(random::number()),
         };
         let mut wrong_relays = 0;
+        // Nobody listened there for a moment: whoever does now is another process, and no relay beside it.
+        let mut has_ended = false;
         let mut last = "none was done".to_owned();
         loop {
             self.attempt += 1;
@@ -239,24 +242,48 @@ impl Lane {
                 error = last,
                 "lane not back"
             );
-            wait = self.backoff.next(random::number());
+            let asked = error.retry_after().unwrap_or_default();
+            wait = self.backoff.next_after(asked, random::number());
+            has_ended |= error.is_connection_refused();
+            let by = error.refused_by();
+            if has_ended && !by.is_empty() && *by != *self.session.relay_instance {
+                // It is too busy to say more, and need not.
+                self.peer.is_busy_for(asked);
+                self.session_is_gone();
+                return Err(GivenUp::Refused(last));
+            }
             match error.refusal() {
                 None => self.session.not_reached(),
                 Some(RefuseReason::WrongRelay)
-                    if !is_advertised && wrong_relays < WRONG_RELAYS_MAX =>
+                    if !is_advertised && !has_ended && wrong_relays < WRONG_RELAYS_MAX =>
                 {
                     // One name, or one virtual address, leads to several.
                     wrong_relays += 1;
                     wait = jitter(WRONG_RELAY_WAIT, random::number());
                 }
-                Some(
-                    RefuseReason::WrongRelay
-                    | RefuseReason::UnknownSession
-                    | RefuseReason::UnknownLane
-                    | RefuseReason::Gap
-                    | RefuseReason::Stale,
-                ) => return Err(GivenUp::Refused(last)),
-                Some(_) => wait = wait.max(error.retry_after().unwrap_or_default()),
+                Some(RefuseReason::UnknownSession) => {
+                    self.session_is_gone();
+                    return Err(GivenUp::Refused(last));
+                }
+                Some(RefuseReason::WrongRelay) => {
+                    if has_ended {
+                        self.session_is_gone();
+                    }
+                    return Err(GivenUp::Refused(last));
+                }
+                Some(RefuseReason::UnknownLane | RefuseReason::Gap | RefuseReason::Stale) => {
+                    return Err(GivenUp::Refused(last));
+                }
+                Some(_) => {}
+            }
+        }
+    }
+
+    /// Ends the session's other lanes that are dialled: they need not ask, too.
+    fn session_is_gone(&self) {
+        for link in self.peer.with(|state| state.lanes.clone()) {
+            if !link.is_attached() {
+                link.close();
             }
         }
     }

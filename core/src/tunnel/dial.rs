@@ -134,10 +134,6 @@ pub struct Timeouts {
 /// Longest time that a relay can make this end stay away.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
 
-/// Bytes the kernel keeps unsent before it says the socket is full. Low, so that what is written
-/// next is chosen late and a small message overtakes bulk.
-pub const NOTSENT_LOWAT_BYTES: u32 = 256 * 1024;
-
 /// Why a lane did not come up.
 #[derive(Debug, Error)]
 pub enum DialError {
@@ -268,6 +264,22 @@ impl DialError {
             Self::Ways { retry_after, .. } => *retry_after,
             _ => None,
         }
+    }
+
+    /// The instance that turned this sidecar away, where it said so; empty: it did not.
+    #[must_use]
+    pub fn refused_by(&self) -> &[u8] {
+        match self {
+            Self::Refused { refuse, .. } => &refuse.relay_instance,
+            _ => &[],
+        }
+    }
+
+    /// Whether nobody listens where the relay is to be.
+    #[must_use]
+    pub fn is_connection_refused(&self) -> bool {
+        matches!(self, Self::Connect { source, .. }
+            if source.kind() == io::ErrorKind::ConnectionRefused)
     }
 
     /// Whether the relay refuses who this sidecar says that it is.
@@ -603,15 +615,24 @@ async fn connect_tcp(target: &str, limit: Duration) -> io::Result<TcpStream> {
 /// so that this counts only where that cannot, as while nothing is driven.
 const USER_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Sets what a lane's socket needs: no delay, a low mark of unsent bytes, an end to lost peers.
+/// Sets how many bytes the kernel keeps unsent before it says that the socket is full: what is written
+/// next is chosen late, and a small message overtakes bulk.
+///
+/// # Errors
+/// The system's.
+pub(super) fn limit_unsent(stream: &TcpStream, bytes: usize) -> io::Result<()> {
+    let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+    socket2::SockRef::from(stream).set_tcp_notsent_lowat(bytes)
+}
+
+/// Sets what a lane's socket needs: no delay, few bytes that are unsent, an end to lost peers.
 ///
 /// # Errors
 /// The system's.
 pub fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    let socket = socket2::SockRef::from(stream);
-    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
-    socket.set_tcp_notsent_lowat(NOTSENT_LOWAT_BYTES)
+    socket2::SockRef::from(stream).set_tcp_user_timeout(Some(USER_TIMEOUT))?;
+    limit_unsent(stream, super::pace::ROOM_FIRST)
 }
 
 /// Says `question`, and waits for the answer. What comes after it is returned too.

@@ -123,6 +123,16 @@ struct OfAddress {
 }
 
 impl Window {
+    fn enter_address(&mut self, bounds: &Bounds, address: IpAddr) -> Result<(), TurnedAway> {
+        let of_address = self.by_address.entry(address::client(address)).or_default();
+        if of_address.begun >= bounds.per_second_and_address {
+            let retry_after = queue(&mut of_address.refused, bounds.per_second_and_address);
+            return Err(TurnedAway::Rate { retry_after });
+        }
+        of_address.begun += 1;
+        Ok(())
+    }
+
     /// Begins anew where the window is over.
     fn begin(&mut self, bounds: &Bounds, now: Instant) {
         let elapsed = self.began.map(|began| now.saturating_duration_since(began));
@@ -133,17 +143,6 @@ impl Window {
         let had_their_turn = bounds.per_second.saturating_mul(windows);
         let expected = self.expected.saturating_sub(had_their_turn);
         *self = Self { began: Some(now), expected, ..Self::default() };
-    }
-
-    /// Counts one more of an address.
-    fn enter_address(&mut self, bounds: &Bounds, address: IpAddr) -> Result<(), TurnedAway> {
-        let of_address = self.by_address.entry(address::client(address)).or_default();
-        if of_address.begun >= bounds.per_second_and_address {
-            let retry_after = queue(&mut of_address.refused, bounds.per_second_and_address);
-            return Err(TurnedAway::Rate { retry_after });
-        }
-        of_address.begun += 1;
-        Ok(())
     }
 }
 

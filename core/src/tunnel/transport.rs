@@ -412,6 +412,14 @@ impl Transport {
         &self.chain
     }
 
+    /// Sets how many bytes may wait in the kernel until the network takes them.
+    pub fn limit_unsent(&self, bytes: usize) {
+        if let Some(stream) = self.tcp() {
+            // Fails on no socket that is connected; unset, bulk is in the way of small messages.
+            let _ = super::dial::limit_unsent(stream, bytes);
+        }
+    }
+
     /// Forgets the other end's certificates: a lane has no use for them.
     pub fn forget_peer_chain(&mut self) {
         self.chain = Vec::new();

@@ -12,7 +12,7 @@ use crate::plugin::{HostContext, Limits, Plugins};
 use crate::shard::Shards;
 use crate::sidecar::{Access, Settings, system_resolver};
 use crate::tunnel::accept;
-use crate::tunnel::dial::{Carrier, Security};
+use crate::tunnel::dial::Carrier;
 use crate::tunnel::transport::Socket;
 
 /// Longer than anything here takes on a busy machine.
@@ -80,7 +80,7 @@ impl Stage {
         let (accepted, _) = listener.accept().await.expect("dialled");
         let first = NewLane {
             transport: Transport::plain(Socket::new(dialled)),
-            carrier: Arc::new(Carrier::tcp(Security::Plain { insecure: false })),
+            carrier: Arc::new(Carrier::tcp(dial::Security::Plain { insecure: false })),
             input: BytesMut::new(),
             number: 3,
         };
@@ -113,8 +113,12 @@ impl Stage {
 
     async fn refuse(&self, reason: RefuseReason, retry_after_ms: u32) -> u64 {
         let (mut transport, resume) = self.accept().await;
-        let refuse =
-            proto::Refuse { reason: reason.into(), detail: "no".to_owned(), retry_after_ms };
+        let refuse = proto::Refuse {
+            reason: reason.into(),
+            detail: "no".to_owned(),
+            retry_after_ms,
+            ..proto::Refuse::default()
+        };
         accept::send_refuse(&mut transport, &refuse).await.expect("it listens");
         resume.attempt
     }
