@@ -89,7 +89,11 @@ impl HandshakeError {
             Self::Version { .. } => proto::RefuseReason::Version,
             _ => proto::RefuseReason::Malformed,
         };
-        proto::Refuse { reason: reason.into(), detail: self.to_string(), retry_after_ms: 0 }
+        proto::Refuse {
+            reason: reason.into(),
+            detail: self.to_string(),
+            ..proto::Refuse::default()
+        }
     }
 }
 

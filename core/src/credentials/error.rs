@@ -132,6 +132,11 @@ impl AuthError {
             Self::KeysUnavailable => (proto::RefuseReason::Overloaded, RETRY_AFTER_KEYS_MS),
             _ => (proto::RefuseReason::Credential, 0),
         };
-        proto::Refuse { reason: reason.into(), detail: self.to_string(), retry_after_ms }
+        proto::Refuse {
+            reason: reason.into(),
+            detail: self.to_string(),
+            retry_after_ms,
+            ..proto::Refuse::default()
+        }
     }
 }

@@ -17,6 +17,7 @@ use tokio_rustls::TlsAcceptor;
 use super::Relay;
 use super::dedicated;
 use super::door::{self, Place, Told, Way};
+use super::knock::{self, Knock, Speaks};
 use super::lanes;
 use super::tls::{Bounds, Over, Permit};
 use crate::credentials::Presented;
@@ -24,7 +25,7 @@ use crate::error::chain;
 use crate::tunnel::accept::{self, HelloError};
 use crate::tunnel::gate::TurnedAway;
 use crate::tunnel::session::{SessionId, shown_name};
-use crate::tunnel::transport::{Movable as _, Socket, Transport};
+use crate::tunnel::transport::{Agreed, Movable as _, Socket, Transport};
 use crate::tunnel::{dial, fault};
 
 /// Pause after the system refused a connection (out of descriptors, say): retrying at once would
@@ -81,7 +82,8 @@ pub(super) async fn accept(
                 door::note(&relay.metrics, peer, why);
                 if let Some(place) = relay.door.tell() {
                     let is_tls = !matches!(*relay.door.way(), Way::Plain);
-                    tokio::spawn(turn_away(stream, why, is_tls, place));
+                    let refuse = (!is_tls).then(|| refusal(&relay, why));
+                    tokio::spawn(turn_away(stream, refuse, place));
                 }
             }
         }
@@ -101,7 +103,7 @@ pub(super) async fn enter(
         Err(why) => {
             door::note(&relay.metrics, peer, why);
             if let Some(_place) = relay.door.tell() {
-                send_refuse(&mut transport, &refusal(why), TURNED_AWAY_TIME).await;
+                send_refuse(&mut transport, &refusal(&relay, why), TURNED_AWAY_TIME).await;
             }
             return;
         }
@@ -131,7 +133,7 @@ pub(super) async fn refuse_plain(relay: &Relay, socket: Socket, peer: SocketAddr
         }
         Err(why) => {
             door::note(&relay.metrics, peer, why);
-            refusal(why)
+            refusal(relay, why)
         }
     };
     refuse_plainly(socket, &refuse).await;
@@ -142,18 +144,20 @@ pub(super) fn tls_failed(relay: &Relay, peer: SocketAddr, error: &io::Error) {
     failed(relay, peer, "tls", &tls_fault(error));
 }
 
-fn failed(relay: &Relay, peer: SocketAddr, label: &'static str, reason: &str) {
+pub(super) fn failed(relay: &Relay, peer: SocketAddr, label: &'static str, reason: &str) {
     relay.metrics.handshake_refused(label);
     relay.door.failed(peer, None);
     tracing::warn!(%peer, reason, "no handshake on the tunnel's port");
 }
 
-fn refusal(why: TurnedAway) -> proto::Refuse {
+fn refusal(relay: &Relay, why: TurnedAway) -> proto::Refuse {
     let millis = why.retry_after().as_millis();
     proto::Refuse {
         reason: proto::RefuseReason::Overloaded.into(),
         detail: why.detail().to_owned(),
         retry_after_ms: u32::try_from(millis).unwrap_or(u32::MAX),
+        // Lanes of another instance's sessions need not wait for their turn.
+        relay_instance: relay.sessions.instance.to_vec().into(),
     }
 }
 
@@ -161,18 +165,18 @@ fn malformed_refusal(detail: &str) -> proto::Refuse {
     proto::Refuse {
         reason: proto::RefuseReason::Malformed.into(),
         detail: detail.to_owned(),
-        retry_after_ms: 0,
+        ..proto::Refuse::default()
     }
 }
 
-/// Tells a dialler that is not listened to when to come back.
-async fn turn_away(mut stream: TcpStream, why: TurnedAway, is_tls: bool, place: Told) {
+/// Tells a dialler that is not listened to when to come back; `None`: it speaks TLS.
+async fn turn_away(mut stream: TcpStream, refuse: Option<proto::Refuse>, place: Told) {
     let told = async {
-        if is_tls {
+        if let Some(refuse) = &refuse {
+            accept::send_refuse(&mut stream, refuse).await?;
+        } else {
             stream.write_all(&TLS_ACCESS_DENIED).await?;
             stream.shutdown().await?;
-        } else {
-            accept::send_refuse(&mut stream, &refusal(why)).await?;
         }
         throw_away(&mut stream).await
     };
@@ -218,7 +222,7 @@ async fn greet(relay: Arc<Relay>, stream: TcpStream, peer: SocketAddr, place: Pl
             return failed(&relay, peer, "hello", &HelloError::Timeout(limit).to_string());
         }
     };
-    let transport = match (&*way, begins_tls) {
+    let mut transport = match (&*way, begins_tls) {
         (Way::Plain, false) => Transport::plain(socket),
         (Way::Plain, true) => {
             failed(&relay, peer, "tls", "the dialler speaks TLS, and relay.tunnel has none");
@@ -257,7 +261,34 @@ async fn greet(relay: Arc<Relay>, stream: TcpStream, peer: SocketAddr, place: Pl
             return;
         }
     };
-    shake_hands(relay, transport, peer, local, place).await;
+    let speaks = match transport.agreed() {
+        Agreed::Http1 => Speaks::Http1,
+        Agreed::Http2 => Speaks::Http2,
+        Agreed::Tunnel if transport.is_tls() => Speaks::Tunnel,
+        // Plain, or a dialler that names no protocol, as HTTP's often do.
+        Agreed::Tunnel | Agreed::Nothing => {
+            match timeout(relay.door.bounds().timeout, first_words(&mut transport)).await {
+                Ok(Ok(speaks)) => speaks,
+                // Who says nothing is told so below.
+                Ok(Err(_)) | Err(_) => Speaks::Tunnel,
+            }
+        }
+    };
+    let knock = Knock { relay, peer, local };
+    match speaks {
+        Speaks::Tunnel => shake_hands(knock.relay, transport, peer, local, place).await,
+        Speaks::Http1 => knock.by_http1(transport, place).await,
+        Speaks::Http2 => knock.by_http2(transport, place),
+    }
+}
+
+/// What is spoken, by the first bytes; no more of them are waited for than tell.
+async fn first_words(transport: &mut Transport) -> io::Result<Speaks> {
+    let first = transport.peek(TLS_BEGIN.len()).await?;
+    if !Speaks::may_be_http(first) {
+        return Ok(Speaks::Tunnel);
+    }
+    Ok(Speaks::by(transport.peek(knock::BEGIN_BYTES).await?))
 }
 
 /// A place among the TLS handshakes of clients and sidecars; `None`: there are as many as may be.
@@ -301,7 +332,8 @@ fn malformed(error: &HandshakeError) -> String {
     }
 }
 
-async fn shake_hands(
+/// Takes a connection from its hello to its lane's thread.
+pub(super) async fn shake_hands(
     relay: Arc<Relay>,
     mut transport: Transport,
     peer: SocketAddr,
@@ -329,7 +361,11 @@ async fn shake_hands(
         Err(error) => return failed(&relay, peer, "hello", &chain(&error)),
     };
     let shards = relay.listeners.shards();
-    let shard_of = |id: &SessionId, lane: u32| (usize::from(id[0]) + lane as usize) % shards.len();
+    // Where its connection is driven a lane is, too.
+    let home = transport.home();
+    let shard_of = |id: &SessionId, lane: u32| {
+        home.unwrap_or_else(|| (usize::from(id[0]) + lane as usize) % shards.len())
+    };
     let presented = Presented {
         credential: &hello.credential,
         chain: transport.peer_chain(),
@@ -342,7 +378,7 @@ async fn shake_hands(
         Err(_elapsed) => Err(proto::Refuse {
             reason: proto::RefuseReason::Overloaded.into(),
             detail: "the credential could not be looked at in time".to_owned(),
-            retry_after_ms: 0,
+            ..proto::Refuse::default()
         }),
     };
     if hello.dedicated {
@@ -396,7 +432,10 @@ pub(super) async fn welcome(
     welcome: &proto::Welcome,
     limit: Duration,
 ) -> io::Result<()> {
-    dial::tune(transport.tcp().ok_or(io::ErrorKind::NotConnected)?)?;
+    // What several lanes share was tuned before.
+    if let Some(socket) = transport.tcp() {
+        dial::tune(socket)?;
+    }
     timeout(limit, accept::send_welcome(transport, welcome))
         .await
         .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?

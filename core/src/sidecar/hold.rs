@@ -27,6 +27,9 @@ use crate::tunnel::{LaneEnd, Link};
 /// all of them at once.
 const LANE_STAGGER: Duration = Duration::from_millis(50);
 
+/// The same where the relay has told to come back: other sidecars' first lanes come first.
+const CROWDED_STAGGER: Duration = Duration::from_secs(5);
+
 /// How often a peer whose relay another session leads to looks whether that is still so: about a lost
 /// session's first delays.
 const REACHED_LOOK: Duration = Duration::from_secs(1);
@@ -52,21 +55,25 @@ impl Sidecar {
         let mut stopping = self.stopping.subscribe();
         let mut wanted = peer.wanted.subscribe();
         let mut access = self.access_changes.subscribe();
+        // The relay has had too many at its door: it is not to meet all lanes of all sessions at once.
+        let mut is_crowded = false;
         while !self.is_stopping() && !self.let_go(&peer) {
-            let mut asked = Duration::ZERO;
             let wait = if self.is_reached_otherwise(&peer) {
                 REACHED_LOOK
             } else {
-                match self.begin_session(&peer).await {
+                let asked = match self.begin_session(&peer).await {
                     Ok((session, lane)) => {
                         let began = Instant::now();
-                        self.hold_session(&peer, session, lane).await;
+                        let stagger = if is_crowded { CROWDED_STAGGER } else { LANE_STAGGER };
+                        self.hold_session(&peer, session, lane, stagger).await;
                         if began.elapsed() >= SETTLED {
                             backoff.reset();
                         }
                         if !self.is_stopping() {
                             tracing::warn!(relay = peer.name, "session lost; dialling again");
                         }
+                        is_crowded = false;
+                        peer.stays_away()
                     }
                     Err(error) => {
                         let cause = chain(&error);
@@ -83,9 +90,10 @@ impl Sidecar {
                         }
                         peer.failed(&cause);
                         self.answers.send_replace(());
-                        asked = error.retry_after().unwrap_or_default();
+                        error.retry_after().unwrap_or_default()
                     }
-                }
+                };
+                is_crowded |= !asked.is_zero();
                 backoff.next_after(asked, random::number())
             };
             tokio::select! {
@@ -136,13 +144,19 @@ impl Sidecar {
             lanes_max: welcome.lanes_max,
             relay_instance: welcome.relay_instance.clone(),
             claims: self.claims(welcome.features),
-            advertised: welcome.advertise_address,
+            // It is for those who dial by TCP: what leads elsewhere by HTTP leads to the relay still.
+            advertised: if lane.carrier.begins_by_tcp() {
+                welcome.advertise_address
+            } else {
+                String::new()
+            },
             is_elsewhere: AtomicBool::new(false),
             grace: Duration::from_millis(grace.into()).min(GRACE_MAX),
         };
         self.metrics.session_begun();
         let (relay, epoch, tls) = (&*peer.name, welcome.epoch, lane.transport.is_tls());
-        tracing::info!(relay, epoch, tls, "session begun");
+        let carrier = lane.transport.kind().label();
+        tracing::info!(relay, epoch, tls, carrier, "session begun");
         peer.session_begun(welcome.epoch, welcome.relay_instance, tls);
         self.told(peer, &welcome.peers);
         Ok((session, lane))
@@ -223,7 +237,13 @@ impl Sidecar {
     /// Keeps a session's lanes up until the last is lost or the relay has forgotten it. Where the relay
     /// is to be dialled in another way, a lane that is dialled so comes up before an older one goes, and
     /// that one goes once its exchanges have ended.
-    async fn hold_session(self: &Arc<Self>, peer: &Arc<Peer>, session: Session, first: NewLane) {
+    async fn hold_session(
+        self: &Arc<Self>,
+        peer: &Arc<Peer>,
+        session: Session,
+        first: NewLane,
+        stagger: Duration,
+    ) {
         let (ended, mut lane_ends) = mpsc::channel::<Arc<Link>>(LANE_ENDS_MAX);
         let session = Arc::new(session);
         let mut document = self.document.subscribe();
@@ -239,7 +259,7 @@ impl Sidecar {
         let _dedicated = self.keep_dedicated(peer, &session);
         self.announce(peer);
         document.mark_unchanged();
-        let mut wait = jitter(LANE_STAGGER, random::number());
+        let mut wait = jitter(stagger, random::number());
         let mut wrong_relays = 0;
         // One dial at a time; it begins anew when it is done.
         let mut dial = Box::pin(self.join_session(peer, &session, wait));
@@ -432,7 +452,7 @@ mod tests {
     use super::*;
 
     fn carrier() -> Arc<Carrier> {
-        Arc::new(Carrier::Plain { insecure: false })
+        Arc::new(Carrier::tcp(dial::Security::Plain { insecure: false }))
     }
 
     fn link(number: u32) -> Arc<Link> {

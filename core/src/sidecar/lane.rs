@@ -21,6 +21,7 @@ use crate::error::chain;
 use crate::plugin::lend::Reset;
 use crate::random;
 use crate::tunnel::backoff::{ReturnBackoff, jitter};
+use crate::tunnel::carrier::Kind;
 use crate::tunnel::dial::{self, DialError, Timeouts};
 use crate::tunnel::transport::{Movable as _, Transport};
 use crate::tunnel::{LaneEnd, Link, drive};
@@ -100,7 +101,8 @@ impl Lane {
             return LaneEnd::Io(error);
         }
         let (relay, number) = (self.peer.name.clone(), self.link.number);
-        tracing::info!(relay, lane = number, "lane up");
+        let carrier = transport.kind().label();
+        tracing::info!(relay, lane = number, carrier, "lane up");
         let (mut end, mut beside) = self.drive(transport, input).await;
         while self.link.is_detached() {
             let lost_at = Instant::now();
@@ -139,12 +141,15 @@ impl Lane {
         input: BytesMut,
     ) -> (LaneEnd, Option<Transport>) {
         let _up = self.sidecar.metrics.lane_up("sidecar");
+        let _carried = self.sidecar.metrics.carrier_up("sidecar", transport.kind());
+        self.link.runs_on(transport.kind());
         let mut texts = std::mem::take(&mut self.texts);
         let Self { sidecar, peer, session, link, .. } = &*self;
         let mut beside_at = self.beside_at;
         let on_event =
             |link: &Arc<Link>, event| sidecar.handle_event(peer, session, link, event, &mut texts);
-        let driven = drive(Arc::clone(link), transport, input, LOST, on_event);
+        let driven = drive(Arc::clone(link), transport, input, LOST, on_event)
+            .paced_by(Transport::limit_unsent);
         let (end, beside) = {
             let mut driven = pin!(driven);
             loop {
@@ -205,6 +210,8 @@ impl Lane {
             None => self.backoff.next(random::number()),
         };
         let mut wrong_relays = 0;
+        // Nobody listened there for a moment: whoever does now is another process, and no relay beside it.
+        let mut has_ended = false;
         let mut last = "none was done".to_owned();
         loop {
             self.attempt += 1;
@@ -223,7 +230,7 @@ impl Lane {
             };
             let error = match dialled {
                 Ok((transport, resumed, input)) => {
-                    self.resume(resumed.received, lost_at, dialled_at)?;
+                    self.resume(resumed.received, transport.kind(), lost_at, dialled_at)?;
                     return Ok((transport, input));
                 }
                 Err(error) => error,
@@ -235,30 +242,60 @@ impl Lane {
                 error = last,
                 "lane not back"
             );
-            wait = self.backoff.next(random::number());
+            let asked = error.retry_after().unwrap_or_default();
+            wait = self.backoff.next_after(asked, random::number());
+            has_ended |= error.is_connection_refused();
+            let by = error.refused_by();
+            if has_ended && !by.is_empty() && *by != *self.session.relay_instance {
+                // It is too busy to say more, and need not.
+                self.peer.is_busy_for(asked);
+                self.session_is_gone();
+                return Err(GivenUp::Refused(last));
+            }
             match error.refusal() {
                 None => self.session.not_reached(),
                 Some(RefuseReason::WrongRelay)
-                    if !is_advertised && wrong_relays < WRONG_RELAYS_MAX =>
+                    if !is_advertised && !has_ended && wrong_relays < WRONG_RELAYS_MAX =>
                 {
                     // One name, or one virtual address, leads to several.
                     wrong_relays += 1;
                     wait = jitter(WRONG_RELAY_WAIT, random::number());
                 }
-                Some(
-                    RefuseReason::WrongRelay
-                    | RefuseReason::UnknownSession
-                    | RefuseReason::UnknownLane
-                    | RefuseReason::Gap
-                    | RefuseReason::Stale,
-                ) => return Err(GivenUp::Refused(last)),
-                Some(_) => wait = wait.max(error.retry_after().unwrap_or_default()),
+                Some(RefuseReason::UnknownSession) => {
+                    self.session_is_gone();
+                    return Err(GivenUp::Refused(last));
+                }
+                Some(RefuseReason::WrongRelay) => {
+                    if has_ended {
+                        self.session_is_gone();
+                    }
+                    return Err(GivenUp::Refused(last));
+                }
+                Some(RefuseReason::UnknownLane | RefuseReason::Gap | RefuseReason::Stale) => {
+                    return Err(GivenUp::Refused(last));
+                }
+                Some(_) => {}
+            }
+        }
+    }
+
+    /// Ends the session's other lanes that are dialled: they need not ask, too.
+    fn session_is_gone(&self) {
+        for link in self.peer.with(|state| state.lanes.clone()) {
+            if !link.is_attached() {
+                link.close();
             }
         }
     }
 
     /// The relay goes on with the lane, of which it has so many counted messages.
-    fn resume(&self, received: u64, lost_at: Instant, dialled_at: Instant) -> Result<(), GivenUp> {
+    fn resume(
+        &self,
+        received: u64,
+        carrier: Kind,
+        lost_at: Instant,
+        dialled_at: Instant,
+    ) -> Result<(), GivenUp> {
         self.link.resume(received).map_err(|error| GivenUp::Gap(error.to_string()))?;
         let (messages, bytes) = self.link.to_replay();
         let outage = lost_at.elapsed();
@@ -269,6 +306,7 @@ impl Lane {
             relay = self.peer.name,
             lane = self.link.number,
             attempt = self.attempt,
+            carrier = carrier.label(),
             after_ms = millis(outage),
             replayed_messages = messages,
             replayed_bytes = bytes,

@@ -3,12 +3,13 @@
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use sidelane_tunnel::proto;
 use tokio::sync::watch;
 
+use crate::config;
 use crate::error::bounded;
 use crate::tunnel::Link;
 
@@ -68,6 +69,8 @@ pub(super) struct PeerState {
     addresses: Vec<String>,
     accepted: Option<u64>,
     last_error: Option<String>,
+    /// The relay is not to be dialled for a session before.
+    stay_away: Option<Instant>,
     /// What was shown to the relay last.
     presented: Arc<[u8]>,
     /// The relay knows this sidecar by it.
@@ -94,7 +97,8 @@ impl Peer {
             Some(address) => format!("{relay} at {address}"),
             None => relay.to_string(),
         };
-        let target = address.map_or_else(|| relay.to_string(), |address| address.to_string());
+        let target =
+            address.map_or_else(|| config::place(&relay).to_owned(), |address| address.to_string());
         Self {
             relay,
             address,
@@ -229,6 +233,17 @@ impl Peer {
             return None;
         }
         self.with(|state| state.last_error.clone())
+    }
+
+    /// The relay is too busy for so long.
+    pub(super) fn is_busy_for(&self, asked: Duration) {
+        self.with(|state| state.stay_away = Instant::now().checked_add(asked));
+    }
+
+    /// How long it still is.
+    pub(super) fn stays_away(&self) -> Duration {
+        let until = self.with(|state| state.stay_away.take());
+        until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
     }
 
     /// No dial succeeds.

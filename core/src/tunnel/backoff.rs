@@ -33,10 +33,7 @@ impl Backoff {
     /// Returns the same where the relay has told how long to stay away: it knows its load, and so no guess
     /// is made that grows. Spread over a second more, since many may have been told the same.
     pub fn next_after(&mut self, asked: Duration, random: u64) -> Duration {
-        if asked.is_zero() {
-            return self.next(random);
-        }
-        asked.max(BASE) + jitter(TOLD_SPREAD, random)
+        if asked.is_zero() { self.next(random) } else { told(asked, random) }
     }
 
     /// Begins anew.
@@ -65,10 +62,19 @@ impl ReturnBackoff {
         jitter(bound, random)
     }
 
+    /// Returns the same where the relay has told how long to stay away.
+    pub fn next_after(&mut self, asked: Duration, random: u64) -> Duration {
+        if asked.is_zero() { self.next(random) } else { told(asked, random) }
+    }
+
     /// Begins anew: the last connection has brought the lane further.
     pub fn reset(&mut self) {
         self.failures = 0;
     }
+}
+
+fn told(asked: Duration, random: u64) -> Duration {
+    asked.max(BASE) + jitter(TOLD_SPREAD, random)
 }
 
 /// Returns a duration of at most `bound`, uniform where `random` is.

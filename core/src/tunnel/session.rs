@@ -698,7 +698,7 @@ impl Sessions {
 }
 
 fn refuse(reason: proto::RefuseReason, detail: String, retry_after_ms: u32) -> proto::Refuse {
-    proto::Refuse { reason: reason.into(), detail, retry_after_ms }
+    proto::Refuse { reason: reason.into(), detail, retry_after_ms, ..proto::Refuse::default() }
 }
 
 /// What a dialler is told whose session is not known here.

@@ -316,6 +316,10 @@ pub struct Refuse {
     /// Not to be dialled again before, in milliseconds; 0: the dialler's own schedule.
     #[prost(uint32, tag = "3")]
     pub retry_after_ms: u32,
+    /// The relay's instance, where it is too busy to look at what was said: a dialler whose session is
+    /// another instance's need not come again for that. Empty: not told.
+    #[prost(bytes = "bytes", tag = "4")]
+    pub relay_instance: ::prost::bytes::Bytes,
 }
 /// A lost lane comes back: the first message of whoever dials, in place of a hello. Nothing else is
 /// presented: the secret is proof enough.

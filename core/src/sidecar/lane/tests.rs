@@ -80,7 +80,7 @@ impl Stage {
         let (accepted, _) = listener.accept().await.expect("dialled");
         let first = NewLane {
             transport: Transport::plain(Socket::new(dialled)),
-            carrier: Arc::new(Carrier::Plain { insecure: false }),
+            carrier: Arc::new(Carrier::tcp(dial::Security::Plain { insecure: false })),
             input: BytesMut::new(),
             number: 3,
         };
@@ -113,8 +113,12 @@ impl Stage {
 
     async fn refuse(&self, reason: RefuseReason, retry_after_ms: u32) -> u64 {
         let (mut transport, resume) = self.accept().await;
-        let refuse =
-            proto::Refuse { reason: reason.into(), detail: "no".to_owned(), retry_after_ms };
+        let refuse = proto::Refuse {
+            reason: reason.into(),
+            detail: "no".to_owned(),
+            retry_after_ms,
+            ..proto::Refuse::default()
+        };
         accept::send_refuse(&mut transport, &refuse).await.expect("it listens");
         resume.attempt
     }
