@@ -16,7 +16,7 @@ import sys
 
 import machine
 import tables
-from stage import DIRECT, KINDS, NAMES, NGINX, SIDELANE, TLS_NAMES, Stage
+from stage import DIRECT, KINDS, NAMES, NGINX, RAW_NAMES, SIDELANE, TLS_NAMES, Stage
 from workloads import Runner, cases
 
 PACKAGES = {
@@ -26,7 +26,7 @@ PACKAGES = {
     "taskset": "util-linux",
     "wrk": "wrk",
 }
-WORKLOADS = (*KINDS, "tls", "memory")
+WORKLOADS = (*KINDS, "tls", "raw", "memory")
 
 
 def main():
@@ -39,12 +39,13 @@ def main():
     kinds = [kind for kind in KINDS if kind in options.only]
     if "tls" in options.only and "http" not in kinds:
         kinds.append("http")
-    if "memory" in options.only and "websocket" not in kinds:
+    if {"memory", "raw"} & set(options.only) and "websocket" not in kinds:
         kinds.append("websocket")
     with Stage(options, kinds) as stage:
         services = stage.start_services()
         names = options.paths or NAMES
-        tls_names = TLS_NAMES if "tls" in options.only else ()
+        more = TLS_NAMES if "tls" in options.only else ()
+        more += RAW_NAMES if "raw" in options.only else ()
         runner = Runner(options, stage)
         # First, while no other proxy takes memory and time.
         idle = {}
@@ -54,8 +55,8 @@ def main():
             idle = runner.idle_memory(counts, names, services)
         found, results = cases(options), {}
         if found:
-            plain = names if any(case.kind != "tls" for case in found) else ()
-            paths = {name: stage.start(name, services) for name in dict.fromkeys([*plain, *tls_names])}
+            plain = names if any(case.kind not in ("tls", "raw") for case in found) else ()
+            paths = {name: stage.start(name, services) for name in dict.fromkeys([*plain, *more])}
             results = runner.measure(found, paths)
             if options.profile and SIDELANE in paths:
                 runner.profile(found, paths[SIDELANE])

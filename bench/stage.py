@@ -26,6 +26,8 @@ NGINX_TLS = "nginx, one hop, TLS on entry"
 NGINX_CHAIN_TLS = "nginx to nginx, TLS on entry and between"
 SIDELANE_TUNNEL_TLS = "Sidelane, TLS on the tunnel"
 SIDELANE_TLS = "Sidelane, TLS on entry and tunnel"
+SIDELANE_RAW = "Sidelane, WebSockets raw"
+RAW_NAMES = (NGINX, HAPROXY, SIDELANE, SIDELANE_RAW)
 # Beside each other in one run: plain, TLS on the tunnel, TLS on both.
 TLS_NAMES = (NGINX, SIDELANE, SIDELANE_TUNNEL_TLS, NGINX_TLS, NGINX_CHAIN_TLS, SIDELANE_TLS)
 # What a client asks for by SNI must be what it asks for by Host.
@@ -68,6 +70,7 @@ class Stage(contextlib.ExitStack):
                 services, tunnel_tls=True, entry_tls=True
             ),
         }
+        self.starts[SIDELANE_RAW] = lambda services: self.start_sidelane(services, raw=True)
         self.sidelanes = 0
 
     def __enter__(self):
@@ -327,7 +330,7 @@ defaults
         outer, outer_pids = self.haproxy("haproxy-outer", inner)
         return Path(outer, {"outer": outer_pids, "inner": inner_pids})
 
-    def start_sidelane(self, services, tunnel_tls=False, entry_tls=False):
+    def start_sidelane(self, services, tunnel_tls=False, entry_tls=False, raw=False):
         self.sidelanes += 1
         relay_name, sidecar_name = f"relay-{self.sidelanes}", f"sidecar-{self.sidelanes}"
         certificates = {}
@@ -359,7 +362,7 @@ relay:
   listeners: {json.dumps([listener])}
   base_domains: [localhost]
   tunnel: {json.dumps(tunnel)}
-  limits: {{ exchanges_per_session: 20000 }}
+  limits: {{ exchanges_per_session: 20000, handshakes_per_second_per_address: 10000 }}
 """,
         )
         relay, ports = self.sidelane(relay_name)
@@ -367,6 +370,9 @@ relay:
             {"name": kind, "service": f"127.0.0.1:{port}"} for kind, port in services.items()
         ]
         routes = [{"subdomain": kind, "tunnel": kind} for kind in services]
+        for route in routes:
+            if raw and route["tunnel"] == "websocket":
+                route["options"] = {"WEBSOCKET": {"mode": "raw"}}
         if entry_tls:
             routes.append({"host": TLS_HOST, "tunnel": "http"})
         dialled = {"address": ports["tunnel"]}

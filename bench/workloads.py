@@ -17,6 +17,7 @@ from stage import (
     LARGE_BYTES,
     NAMES,
     NGINX,
+    RAW_NAMES,
     NGINX_CHAIN_TLS,
     SMALL_BYTES,
     TLS_HOST,
@@ -28,6 +29,9 @@ BULK_CONNECTIONS = 8
 CONNECTIONS = 64
 GRPC_CONNECTIONS = 4
 MESSAGE_BYTES = 125
+# A frame of a bulk WebSocket, and how many of it wait.
+RAW_BYTES = 60 * 1000
+RAW_IN_FLIGHT = 8
 IN_FLIGHT = 32
 # Until the last buffers of the handshakes are given back.
 SETTLE_S = 1.0
@@ -120,6 +124,17 @@ def cases(options):
             profiled=True,
         ),
     ]
+    for size, per in ((MESSAGE_BYTES, CONNECTIONS), (RAW_BYTES, BULK_CONNECTIONS)):
+        sockets = ["--connections", per, "--bytes", size, "--in-flight", RAW_IN_FLIGHT]
+        found.append(
+            Case(
+                "raw",
+                f"WebSocket raw and framed, {size} B, {RAW_IN_FLIGHT} in flight, connections: {per}",
+                "echo",
+                load("websocket", "ws-pipelined", *sockets),
+                paths=RAW_NAMES,
+            )
+        )
     tls = {
         "paths": TLS_NAMES,
         "bases": (("of one nginx hop", NGINX), ("of nginx to nginx, TLS", NGINX_CHAIN_TLS)),

@@ -78,7 +78,7 @@ impl Standing {
     /// Its share at `now`, of [`WHOLE`].
     fn share(&self, now: u64) -> u64 {
         let grown = now.saturating_sub(self.since.load(Ordering::Relaxed));
-        let start = const { SLOW_START.as_nanos() as u64 };
+        let start = const { SLOW_START.as_secs() * 1_000_000_000 };
         if grown >= start { WHOLE } else { (grown * WHOLE / start).max(SHARE_MIN) }
     }
 
@@ -260,7 +260,7 @@ impl Draw {
                 Some(other) => return Some(self.freer(other, place, now, &standing)),
             }
         }
-        let first = first.or(match passed_over {
+        let first = first.or_else(|| match passed_over {
             [Some(a), Some(b)] => Some(self.freer(a, b, now, &standing)),
             [only, _] => only,
         });

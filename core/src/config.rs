@@ -22,6 +22,7 @@ pub mod tls;
 mod tunnel;
 pub(crate) mod value;
 pub mod watch;
+mod way;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
@@ -40,6 +41,7 @@ pub use schema::schema;
 pub use source::{FILE_BYTES_MAX, FILES_MAX, Source, SourceFile};
 pub use tunnel::{HealthCheck, HttpVersion, Pool, Probe, ProxyVersion, ServiceAddress, Tunnel};
 pub use value::{HostPort, Secret, duration_text, network_text, size_text};
+pub use way::{Over, Proxy, WEBSOCKET_PATH, place};
 
 pub(crate) use error::did_you_mean as near_miss;
 pub(crate) use value::protocol_type as parse_protocol_type;
@@ -366,6 +368,8 @@ pub struct Sidecar {
     pub name: Arc<str>,
     /// Which relays it dials.
     pub relays: Relays,
+    /// The proxy on the way to relays that name none of their own; `None`: there is none.
+    pub proxy: Option<Arc<Proxy>>,
     /// Relays that relays tell of are dialled too.
     pub follow_peers: bool,
     /// How often the relays' names are resolved anew.
@@ -401,10 +405,16 @@ pub enum Relays {
 pub struct RelayAddress {
     /// Where.
     pub address: HostPort,
+    /// What carries a lane's bytes.
+    pub over: Over,
     /// TLS; `None`: plain, which is dialled on loopback only, or with `insecure`.
     pub tls: Option<Arc<ClientTls>>,
     /// Plain beyond loopback: anybody on the way reads and changes everything.
     pub insecure: bool,
+    /// The proxy on the way; `None`: it is dialled directly.
+    pub proxy: Option<Arc<Proxy>>,
+    /// Other ways, in turn, where the one before fails. They have none of their own.
+    pub fallback: Vec<Self>,
 }
 
 impl RelayAddress {
@@ -413,7 +423,7 @@ impl RelayAddress {
     #[must_use]
     pub fn new(address: HostPort) -> Self {
         let tls = (!address.is_loopback()).then(Arc::default);
-        Self { address, tls, insecure: false }
+        Self { address, over: Over::Tcp, tls, insecure: false, proxy: None, fallback: Vec::new() }
     }
 }
 

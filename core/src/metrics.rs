@@ -21,6 +21,7 @@ use sidelane_abi::failure;
 use tokio::sync::broadcast;
 
 use crate::plugin::MetricSink;
+use crate::tunnel::carrier::Kind;
 
 mod acme;
 mod balance;
@@ -56,11 +57,12 @@ const NAMES_MAX: usize = 10_000;
 
 /// Why handshakes are refused: by the relay's bounds, and by the tunnel's protocol
 /// (`RefuseReason`).
-const HANDSHAKE_REASONS: [&str; 10] = [
+const HANDSHAKE_REASONS: [&str; 11] = [
     "rate",
     "failures",
     "tls",
     "hello",
+    "http",
     "VERSION",
     "CREDENTIAL",
     "UNKNOWN_SESSION",
@@ -97,6 +99,12 @@ struct ProtocolLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RoleLabel {
     role: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct CarrierLabel {
+    role: &'static str,
+    carrier: &'static str,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -156,6 +164,7 @@ pub struct Metrics {
     crossing: cell::Counter,
     sessions: Family<RoleLabel, Gauge>,
     lanes_up: Family<RoleLabel, Gauge>,
+    lane_connections: Family<CarrierLabel, Gauge>,
     lanes_lost: Family<RoleLabel, Counter>,
     reconnects: Counter,
     handshakes_refused: Family<ReasonLabel, Counter>,
@@ -225,6 +234,7 @@ impl Metrics {
             crossing: cell::Counter::default(),
             sessions: Family::default(),
             lanes_up: Family::default(),
+            lane_connections: Family::default(),
             lanes_lost: Family::default(),
             reconnects: Counter::default(),
             handshakes_refused: Family::default(),
@@ -288,6 +298,11 @@ impl Metrics {
             self.sessions.clone(),
         );
         r.register("lanes", "Lanes that are up", self.lanes_up.clone());
+        r.register(
+            "lane_connections",
+            "Connections on which lanes run, by what carries them",
+            self.lane_connections.clone(),
+        );
         r.register(
             "lanes_lost",
             "Lanes that ended without being asked to",
@@ -394,6 +409,9 @@ impl Metrics {
         drop(self.lanes_up.get_or_create(&RoleLabel { role }));
         drop(self.lanes_lost.get_or_create(&RoleLabel { role }));
         self.dedicated.role(role);
+        for carrier in Kind::ALL.map(Kind::label) {
+            drop(self.lane_connections.get_or_create(&CarrierLabel { role, carrier }));
+        }
         self.lanes.begin(role);
         if role == "relay" {
             self.credentials.begin();
@@ -551,6 +569,15 @@ impl Metrics {
     #[must_use]
     pub fn lane_up(&self, role: &'static str) -> Up {
         Up::new(self.lanes_up.get_or_create_owned(&RoleLabel { role }))
+    }
+
+    /// A connection carries a lane until the guard goes.
+    #[must_use]
+    pub fn carrier_up(&self, role: &'static str, carrier: Kind) -> Up {
+        Up::new(
+            self.lane_connections
+                .get_or_create_owned(&CarrierLabel { role, carrier: carrier.label() }),
+        )
     }
 
     /// A lane ended without being asked to.

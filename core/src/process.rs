@@ -523,7 +523,7 @@ fn relay_addresses(
             let address = addresses.tunnel.or_else(|| shared.map(|(_, address)| *address));
             address.iter().map(ToString::to_string).collect()
         }
-        Relays::Listed(relays) => relays.iter().map(|relay| relay.address.to_string()).collect(),
+        Relays::Listed(relays) => relays.iter().map(ToString::to_string).collect(),
     }
 }
 

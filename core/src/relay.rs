@@ -31,6 +31,7 @@ mod door;
 mod eject;
 mod entry;
 mod explain;
+mod knock;
 mod lanes;
 mod listen;
 mod listeners;

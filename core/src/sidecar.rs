@@ -154,7 +154,7 @@ impl Sidecar {
         metrics: Arc<Metrics>,
         shards: Arc<[Shard]>,
     ) -> Arc<Self> {
-        let (peers, names) = relays::sort(relays);
+        let (peers, names) = relays::sort(relays, &access);
         Arc::new(Self {
             settings,
             access: ArcSwap::from_pointee(access),

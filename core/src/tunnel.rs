@@ -5,6 +5,7 @@
 
 pub mod accept;
 pub mod backoff;
+pub mod carrier;
 pub mod dedicated;
 pub mod dial;
 mod drive;
@@ -12,7 +13,9 @@ mod exchange;
 pub mod fault;
 pub mod gate;
 mod link;
+mod pace;
 pub mod pressure;
+pub mod proxy;
 pub mod returning;
 pub mod session;
 pub mod transport;

@@ -3,7 +3,7 @@
 //! A test whose tool is missing prints `SKIPPED <name>: <why>`; with `CI=true` it fails instead.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -17,11 +17,17 @@ const PROGRAMS: &[(&str, &str)] = &[
     ("chromium", "chromium"),
     ("curl", "curl"),
     ("make", "make"),
+    ("nginx", "nginx"),
     ("node", "nodejs"),
     ("npm", "npm"),
     ("pebble", "pebble"),
     ("python3", "python3"),
 ];
+
+/// What tests need beside programs: a file, and the Debian package that brings it. Where there is no
+/// Debian it may be built in.
+const FILES: &[(&str, &str)] =
+    &[("/usr/lib/nginx/modules/ngx_stream_module.so", "libnginx-mod-stream")];
 
 /// Runs every test of the workspace; `arguments` go to `cargo test`.
 pub(crate) fn run(arguments: &[String]) -> Result<()> {
@@ -54,16 +60,18 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
 fn install_missing_programs() {
     let missing: Vec<_> =
         PROGRAMS.iter().filter(|(program, _)| !workspace::has_program(program)).collect();
-    if missing.is_empty() {
+    let files: Vec<_> = FILES.iter().filter(|(file, _)| !Path::new(file).exists()).collect();
+    if missing.is_empty() && files.is_empty() {
         return;
     }
-    let names: Vec<_> = missing.iter().map(|(program, _)| *program).collect();
+    let names = missing.iter().map(|(program, _)| *program);
+    let names: Vec<_> = names.chain(files.iter().map(|(_, package)| *package)).collect();
     if !workspace::has_program("apt-get") || !is_root() {
         eprintln!("not installed: {}; tests that need them are skipped", names.join(", "));
         return;
     }
     println!("installing {}", names.join(", "));
-    let packages = missing.iter().map(|(_, package)| *package);
+    let packages = missing.iter().chain(&files).map(|(_, package)| *package);
     let outcome = apt_get(&["update", "-qq"]).and_then(|()| {
         let mut arguments = vec!["install", "-y", "-qq", "--no-install-recommends"];
         arguments.extend(packages);
@@ -145,7 +153,7 @@ fn prepare_node() -> Result<PathBuf> {
     Ok(directory)
 }
 
-fn make_venv(venv: &std::path::Path, python: &std::path::Path) -> Result<()> {
+fn make_venv(venv: &Path, python: &Path) -> Result<()> {
     if venv.exists() {
         fs::remove_dir_all(venv).with_context(|| format!("cannot remove {}", venv.display()))?;
     }

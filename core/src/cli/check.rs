@@ -97,7 +97,7 @@ mod tests {
         let texts: Vec<_> =
             errors().iter().map(|error| text(error, None, Paint::default())).collect();
         insta::assert_snapshot!(texts.concat(), @r#"
-        c.yaml:3:3: relay.thread: unknown key "thread" (accepted: listeners, base_domains, trusted_proxies, max_connection_age, tunnel, credentials, token_issuers, acme, threads, limits, timeouts); did you mean "threads"?
+        c.yaml:3:3: relay.thread: unknown key "thread" (accepted: listeners, base_domains, trusted_proxies, max_connection_age, tunnel, credentials, token_issuers, acme, warmup, threads, limits, timeouts); did you mean "threads"?
            |
          3 |   thread: 3
            |   ^^^^^^

@@ -294,7 +294,7 @@ mod tests {
         let told: Vec<String> = faults.iter().map(|line| configured(line).unwrap_err()).collect();
         insta::assert_snapshot!(told.join("\n"), @r#"
         PORT|HOST:PORT: "app" is not an address (accepted: host:port, as in 127.0.0.1:3000, the same behind https://, or unix:/path)
-        --relay: "relay.example.org" is not an address (accepted: host:port, as in 127.0.0.1:3000, relay.example.org:9081 or [::1]:3000)
+        --relay: "relay.example.org" is not an address (accepted: host:port, as in relay.example.org:9081, the same behind tcp:// or tls://, or ws://, wss://, grpc:// or grpcs:// and host or host:port)
         --relay: relay.example.org:9081 is another machine and gets neither token nor certificate (accepted: a loopback address, tls.certificate, or one of token, token_file, token_env) (--token-file FILE gives one)
         --token-file: cannot read /does/not/exist: No such file or directory (os error 2)
         --ca: cannot read /does/not/exist: No such file or directory (os error 2)

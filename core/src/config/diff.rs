@@ -186,9 +186,10 @@ impl Held {
         }
     }
 
-    /// Which relays are dialled stays; by which TLS each of them is does not.
+    /// Which relays are dialled stays; by which TLS, proxy and other ways each of them is does not.
     fn relays(&mut self, new: &mut Relays, old: &Relays) {
-        let place = |relay: &RelayAddress| (relay.address.clone(), relay.insecure);
+        let place =
+            |relay: &RelayAddress| (relay.address.clone(), relay.over.clone(), relay.insecure);
         if let (Relays::Listed(new), Relays::Listed(old)) = (&*new, old)
             && new.iter().map(place).eq(old.iter().map(place))
         {
@@ -199,6 +200,8 @@ impl Held {
             for relay in kept {
                 if let Some(same) = new.iter().find(|new| place(new) == place(relay)) {
                     relay.tls.clone_from(&same.tls);
+                    relay.proxy.clone_from(&same.proxy);
+                    relay.fallback.clone_from(&same.fallback);
                 }
             }
         }

@@ -226,6 +226,7 @@ pub(crate) const RELAY_TIMEOUTS_KEYS: &[&str] =
 pub(crate) const SIDECAR_KEYS: &[&str] = &[
     "name",
     "relays",
+    "proxy",
     "follow_peers",
     "resolve_interval",
     "token",
@@ -237,7 +238,7 @@ pub(crate) const SIDECAR_KEYS: &[&str] = &[
     "limits",
     "timeouts",
 ];
-pub(crate) const RELAY_ADDRESS_KEYS: &[&str] = &["address", "tls", "insecure"];
+pub(crate) const RELAY_ADDRESS_KEYS: &[&str] = &["address", "tls", "insecure", "fallback", "proxy"];
 pub(crate) const SIDECAR_LIMITS_KEYS: &[&str] =
     &["exchanges_per_session", "queued", "window", "replay"];
 pub(crate) const SIDECAR_TIMEOUTS_KEYS: &[&str] = &["dial", "handshake"];

@@ -248,6 +248,20 @@ scalar!(ProtocolType, text("a protocol type", "^[A-Z][A-Z0-9_-]{0,31}$"));
 scalar!(Listen, text("`IP:port`", "^.+:[0-9]+$"));
 scalar!(Dial, text("`host:port`", "^.+:[0-9]+$"));
 scalar!(
+    RelayUrl,
+    text(
+        "`host:port` or `tcp://`, `tls://`, `ws://`, `wss://`, `grpc://`, `grpcs://` and host",
+        "^(.+:[0-9]+|(tcp|tls|wss?|grpcs?)://.+)$"
+    )
+);
+scalar!(
+    ProxyUrl,
+    text(
+        "`http://host:port`, `http://user:password@host:port`, `none`",
+        "^(none|(http://)?[^/ ]+/?)$"
+    )
+);
+scalar!(
     Service,
     text(
         "`host:port` or `http://host:port`, `https://host:port`, `unix:/path`",
@@ -562,6 +576,9 @@ struct Sidecar {
     /// certificate is needed.
     #[schemars(extend("x-default" = "the relay of this process"))]
     relays: Vec<RelayItem>,
+    /// HTTP proxy on the way to all relays, by CONNECT; `none`: there is none.
+    #[schemars(extend("x-default" = "`HTTPS_PROXY` of the environment, but for loopback and what `NO_PROXY` names"))]
+    proxy: ProxyUrl,
     /// Relays that relays tell of are dialled too: with the settings of the one that tells, by TLS that is
     /// verified; without, only hosts that stand in `relays`.
     follow_peers: Bool,

@@ -129,6 +129,7 @@ impl Sidecar {
                 Relays::Embedded => Json::Null,
                 Relays::Listed(relays) => relays.iter().map(show_tls::relay).collect(),
             },
+            "proxy": self.proxy.as_ref().map(ToString::to_string),
             "follow_peers": self.follow_peers,
             "resolve_interval": duration_text(self.resolve_interval),
             "token": masked(self.token.as_ref()),

@@ -1,13 +1,14 @@
 //! TLS and credentials for people: certificates by their place, names and end; of keys, tokens and
 //! their hashes nothing.
 
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use serde_json::{Value as Json, json};
 
 use super::credentials::{CertificatePattern, Issuer, Keys, Pattern, Principal};
 use super::tls::{Acme, Authorities, Certificate, ClientTls, ServerTls, TlsVersion, Trust};
-use super::{RelayAddress, duration_text};
+use super::{Over, RelayAddress, duration_text};
 
 fn certificate(certificate: &Certificate) -> Json {
     json!({
@@ -78,13 +79,21 @@ pub(super) fn service(tls: &ClientTls) -> Json {
 
 /// Returns an item of `sidecar.relays`: in short where the address says all.
 pub(super) fn relay(relay: &RelayAddress) -> Json {
-    if *relay == RelayAddress::new(relay.address.clone()) {
-        return relay.address.to_string().into();
+    let is_default = |tls: &Arc<ClientTls>| **tls == ClientTls::default();
+    let says_all = match relay.over {
+        Over::Tcp => relay.tls == RelayAddress::new(relay.address.clone()).tls,
+        Over::WebSocket { .. } | Over::Grpc => relay.tls.as_ref().is_none_or(is_default),
+    };
+    let is_short = !relay.insecure && relay.proxy.is_none() && relay.fallback.is_empty();
+    if says_all && is_short {
+        return relay.to_string().into();
     }
     json!({
-        "address": relay.address.to_string(),
+        "address": relay.to_string(),
         "tls": relay.tls.as_deref().map(client),
         "insecure": relay.insecure,
+        "fallback": relay.fallback.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        "proxy": relay.proxy.as_ref().map(ToString::to_string),
     })
 }
 

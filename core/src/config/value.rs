@@ -337,7 +337,7 @@ pub(crate) fn host_port(text: &str) -> Result<HostPort, String> {
 }
 
 /// As [`host_port`], where more than that is `accepted`.
-fn host_port_among(text: &str, accepted: &str) -> Result<HostPort, String> {
+pub(super) fn host_port_among(text: &str, accepted: &str) -> Result<HostPort, String> {
     let bad = |hint: String| format!("\"{text}\" is not an address (accepted: {accepted}){hint}");
     if let Ok(address) = text.parse::<SocketAddr>() {
         return match address.port() {

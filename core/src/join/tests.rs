@@ -124,7 +124,8 @@ async fn the_kernel_moves_what_is_much_and_nothing_is_held_at_rest() {
     }
     assert!(was_spliced && got == bytes);
     poll_fn(|cx| {
-        Poll::Ready(assert!(direction.poll_move(cx, &mut ours, &mut theirs).is_pending()))
+        assert!(direction.poll_move(cx, &mut ours, &mut theirs).is_pending());
+        Poll::Ready(())
     })
     .await;
     assert!(direction.pipe.is_none() && direction.held.is_empty());

@@ -86,7 +86,7 @@ impl LaneMetrics {
             "Connections that lanes lost, and came back on others or not",
             self.connections_lost.clone(),
         );
-        r.register("lanes_resumed", "Times that lanes came back", self.resumes.clone());
+        r.register("lane_resumes", "Times that lanes came back", self.resumes.clone());
         r.register_with_unit(
             "lane_outage",
             "From the loss of a lane's connection to its return",

@@ -8,19 +8,29 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
+use http::header::{FORWARDED, HeaderMap, HeaderName, VIA};
 use ipnet::IpNet;
 use rustls::{ClientConfig, ServerConfig};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::knock::Came;
 use super::tls::{Bounds as Under, Handshakes, Permit};
 use crate::config;
 use crate::config::tls::{Certificate, ClientCertificates, ServerTls};
 use crate::error::chain;
 use crate::front::forwarded;
 use crate::metrics::Metrics;
-use crate::tls::{self, ACME_ALPN, Issued, Resolver, TUNNEL_ALPN, TlsError};
+use crate::tls::{self, ACME_ALPN, H2_ALPN, HTTP1_ALPN, Issued, Resolver, TUNNEL_ALPN, TlsError};
 use crate::tunnel::accept::HANDSHAKES_MAX;
 use crate::tunnel::gate::{Bounds, Gate, TurnedAway};
+
+/// Fields of a request that somebody passes on.
+const PASSED_ON: [HeaderName; 4] = [
+    HeaderName::from_static("x-forwarded-for"),
+    HeaderName::from_static("x-real-ip"),
+    FORWARDED,
+    VIA,
+];
 
 /// Diallers at once that are told to come back; further ones are closed unanswered, and come back too soon. As
 /// many as a herd brings in the moment that telling one takes; each is a socket and a small task.
@@ -159,6 +169,45 @@ impl Door {
         self.handshakes.try_enter(bounds, counted).map_err(|_over| TurnedAway::BUSY)
     }
 
+    /// Whom a request comes from: whom a trusted proxy names, else who connected. What others say of
+    /// themselves is not believed; but who says that it passes something on is not the one who asks.
+    pub(super) fn came(&self, peer: SocketAddr, headers: &HeaderMap) -> Came {
+        let proxies = self.proxies.load();
+        let is_passed_on = PASSED_ON.iter().any(|name| headers.contains_key(name));
+        if !forwarded::is_in(peer.ip(), &proxies) {
+            return Came { address: peer, is_hidden: is_passed_on };
+        }
+        let address = forwarded::client(peer, headers, &proxies).address;
+        Came { address, is_hidden: address == peer }
+    }
+
+    /// Gives a handshake its place that came by HTTP from `peer` for `client`; `place` is its connection's,
+    /// where no other handshake of that has it.
+    ///
+    /// # Errors
+    /// Why it has none.
+    pub(super) fn enter_for(
+        &self,
+        place: Option<Place>,
+        peer: SocketAddr,
+        client: SocketAddr,
+    ) -> Result<Place, TurnedAway> {
+        let counted = self.counted(peer).or_else(|| self.counted(client));
+        let (bounds, now) = (self.bounds(), Instant::now());
+        match place {
+            // Its connection was counted for it.
+            Some(place) if self.counted(peer).is_some() || counted.is_none() => return Ok(place),
+            Some(_) => {
+                if let Some(address) = counted {
+                    self.gate.enter_address(&bounds, address, now)?;
+                }
+            }
+            None => self.gate.enter(&bounds, counted, now)?,
+        }
+        let under = Under { all_max: HANDSHAKES_MAX, per_address_max: HANDSHAKES_OF_ADDRESS_MAX };
+        self.handshakes.try_enter(under, counted).map_err(|_over| TurnedAway::BUSY)
+    }
+
     /// Whether an address has failed too often to be listened to.
     ///
     /// # Errors
@@ -230,8 +279,8 @@ fn configs(
         ..shown.clone()
     };
     // ACME proves the tunnel's names here too, where this is the port it knocks at.
-    let alpn = [TUNNEL_ALPN, ACME_ALPN];
-    let alpn = if shown.acme.is_empty() { &alpn[..1] } else { &alpn[..] };
+    let alpn = [TUNNEL_ALPN, H2_ALPN, HTTP1_ALPN, ACME_ALPN];
+    let alpn = if shown.acme.is_empty() { &alpn[..3] } else { &alpn[..] };
     let server = tls::server_config(&shown, Arc::clone(&resolver) as _, alpn)?;
     Ok((Arc::new(server), Arc::new(tls::embedded_client_config(resolver)?)))
 }

@@ -116,6 +116,7 @@ pub(super) async fn run(
         peer = %session.peer,
         lane = link.number,
         tls = transport.is_tls(),
+        carrier = transport.kind().label(),
         credential = session.authenticated().credential(),
         "lane up"
     );
@@ -187,8 +188,12 @@ impl Lane<'_> {
     async fn drive(&self, transport: Transport, input: BytesMut) -> LaneEnd {
         let Self { relay, session, link } = self;
         let _up = relay.metrics.lane_up("relay");
+        let _carried = relay.metrics.carrier_up("relay", transport.kind());
+        link.runs_on(transport.kind());
         let on_event = |link: &Arc<Link>, event| handle_event(relay, session, link, event);
-        drive(Arc::clone(link), transport, input, LOST, on_event).await
+        drive(Arc::clone(link), transport, input, LOST, on_event)
+            .paced_by(Transport::limit_unsent)
+            .await
     }
 
     /// Waits until the lane has another connection and its dialler is told what came on the one before,
@@ -223,6 +228,7 @@ impl Lane<'_> {
                     sidecar = &*session.name,
                     lane = link.number,
                     attempt,
+                    carrier = transport.kind().label(),
                     after_ms = millis(outage),
                     replayed_messages = messages,
                     replayed_bytes = bytes,

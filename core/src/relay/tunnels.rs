@@ -17,6 +17,7 @@ use tokio_rustls::TlsAcceptor;
 use super::Relay;
 use super::dedicated;
 use super::door::{self, Place, Told, Way};
+use super::knock::{self, Knock, Speaks};
 use super::lanes;
 use super::tls::{Bounds, Over, Permit};
 use crate::credentials::Presented;
@@ -24,7 +25,7 @@ use crate::error::chain;
 use crate::tunnel::accept::{self, HelloError};
 use crate::tunnel::gate::TurnedAway;
 use crate::tunnel::session::{SessionId, shown_name};
-use crate::tunnel::transport::{Movable as _, Socket, Transport};
+use crate::tunnel::transport::{Agreed, Movable as _, Socket, Transport};
 use crate::tunnel::{dial, fault};
 
 /// Pause after the system refused a connection (out of descriptors, say): retrying at once would
@@ -143,7 +144,7 @@ pub(super) fn tls_failed(relay: &Relay, peer: SocketAddr, error: &io::Error) {
     failed(relay, peer, "tls", &tls_fault(error));
 }
 
-fn failed(relay: &Relay, peer: SocketAddr, label: &'static str, reason: &str) {
+pub(super) fn failed(relay: &Relay, peer: SocketAddr, label: &'static str, reason: &str) {
     relay.metrics.handshake_refused(label);
     relay.door.failed(peer, None);
     tracing::warn!(%peer, reason, "no handshake on the tunnel's port");
@@ -221,7 +222,7 @@ async fn greet(relay: Arc<Relay>, stream: TcpStream, peer: SocketAddr, place: Pl
             return failed(&relay, peer, "hello", &HelloError::Timeout(limit).to_string());
         }
     };
-    let transport = match (&*way, begins_tls) {
+    let mut transport = match (&*way, begins_tls) {
         (Way::Plain, false) => Transport::plain(socket),
         (Way::Plain, true) => {
             failed(&relay, peer, "tls", "the dialler speaks TLS, and relay.tunnel has none");
@@ -260,7 +261,34 @@ async fn greet(relay: Arc<Relay>, stream: TcpStream, peer: SocketAddr, place: Pl
             return;
         }
     };
-    shake_hands(relay, transport, peer, local, place).await;
+    let speaks = match transport.agreed() {
+        Agreed::Http1 => Speaks::Http1,
+        Agreed::Http2 => Speaks::Http2,
+        Agreed::Tunnel if transport.is_tls() => Speaks::Tunnel,
+        // Plain, or a dialler that names no protocol, as HTTP's often do.
+        Agreed::Tunnel | Agreed::Nothing => {
+            match timeout(relay.door.bounds().timeout, first_words(&mut transport)).await {
+                Ok(Ok(speaks)) => speaks,
+                // Who says nothing is told so below.
+                Ok(Err(_)) | Err(_) => Speaks::Tunnel,
+            }
+        }
+    };
+    let knock = Knock { relay, peer, local };
+    match speaks {
+        Speaks::Tunnel => shake_hands(knock.relay, transport, peer, local, place).await,
+        Speaks::Http1 => knock.by_http1(transport, place).await,
+        Speaks::Http2 => knock.by_http2(transport, place),
+    }
+}
+
+/// What is spoken, by the first bytes; no more of them are waited for than tell.
+async fn first_words(transport: &mut Transport) -> io::Result<Speaks> {
+    let first = transport.peek(TLS_BEGIN.len()).await?;
+    if !Speaks::may_be_http(first) {
+        return Ok(Speaks::Tunnel);
+    }
+    Ok(Speaks::by(transport.peek(knock::BEGIN_BYTES).await?))
 }
 
 /// A place among the TLS handshakes of clients and sidecars; `None`: there are as many as may be.
@@ -304,7 +332,8 @@ fn malformed(error: &HandshakeError) -> String {
     }
 }
 
-async fn shake_hands(
+/// Takes a connection from its hello to its lane's thread.
+pub(super) async fn shake_hands(
     relay: Arc<Relay>,
     mut transport: Transport,
     peer: SocketAddr,
@@ -332,7 +361,11 @@ async fn shake_hands(
         Err(error) => return failed(&relay, peer, "hello", &chain(&error)),
     };
     let shards = relay.listeners.shards();
-    let shard_of = |id: &SessionId, lane: u32| (usize::from(id[0]) + lane as usize) % shards.len();
+    // Where its connection is driven a lane is, too.
+    let home = transport.home();
+    let shard_of = |id: &SessionId, lane: u32| {
+        home.unwrap_or_else(|| (usize::from(id[0]) + lane as usize) % shards.len())
+    };
     let presented = Presented {
         credential: &hello.credential,
         chain: transport.peer_chain(),
@@ -399,7 +432,10 @@ pub(super) async fn welcome(
     welcome: &proto::Welcome,
     limit: Duration,
 ) -> io::Result<()> {
-    dial::tune(transport.tcp().ok_or(io::ErrorKind::NotConnected)?)?;
+    // What several lanes share was tuned before.
+    if let Some(socket) = transport.tcp() {
+        dial::tune(socket)?;
+    }
     timeout(limit, accept::send_welcome(transport, welcome))
         .await
         .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?

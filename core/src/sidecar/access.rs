@@ -13,10 +13,10 @@ use rustls::ClientConfig;
 use rustls::pki_types::{IpAddr, Ipv4Addr, ServerName};
 
 use super::{Peer, Sidecar};
-use crate::config::{self, RelayAddress, Relays, Secret};
+use crate::config::{self, Over, RelayAddress, Relays, Secret};
 use crate::error::chain;
-use crate::tls::{self, TUNNEL_ALPN};
-use crate::tunnel::dial::Carrier;
+use crate::tls::{self, H2_ALPN, HTTP1_ALPN, TUNNEL_ALPN};
+use crate::tunnel::dial::{Carrier, Security, Way};
 
 /// Longest token that is presented: as the tunnel's protocol has it.
 const TOKEN_BYTES_MAX: u64 = 16 * 1024;
@@ -55,7 +55,7 @@ impl Access {
         let mut carriers = HashMap::new();
         if let Relays::Listed(relays) = &section.relays {
             for relay in relays {
-                let address: Arc<str> = relay.address.to_string().into();
+                let address: Arc<str> = relay.to_string().into();
                 let known = before.and_then(|before| before.carriers.get(&address));
                 let carrier = match known.filter(|(settings, _)| settings == relay) {
                     Some((_, carrier)) => Arc::clone(carrier),
@@ -67,10 +67,12 @@ impl Access {
         let own_token = own.as_ref().map(|own| own.token.clone());
         let own = own.map(|own| {
             let known = before.and_then(|before| before.own.as_ref());
-            let is_same = |known: &&Arc<Carrier>| match (&***known, &own.tls) {
-                (Carrier::Tls { config, .. }, Some(new)) => Arc::ptr_eq(config, new),
-                (Carrier::Plain { .. }, None) => true,
-                _ => false,
+            let is_same = |known: &&Arc<Carrier>| {
+                known.ways.iter().all(|way| match (&way.security, &own.tls) {
+                    (Security::Tls { config, .. }, Some(new)) => Arc::ptr_eq(config, new),
+                    (Security::Plain { .. }, None) => true,
+                    _ => false,
+                })
             };
             match known.filter(is_same) {
                 Some(known) => Arc::clone(known),
@@ -141,41 +143,57 @@ impl Access {
         let listed = listed.map(|(_, carrier)| carrier);
         let carrier = listed.or(self.own.as_ref()).map(Arc::clone);
         // A reload keeps the addresses, so there is one.
-        carrier.unwrap_or_else(|| Arc::new(Carrier::Plain { insecure: false }))
+        carrier.unwrap_or_else(|| Arc::new(Carrier::tcp(Security::Plain { insecure: false })))
     }
 }
 
 /// Makes what a relay is dialled by.
 fn carrier(relay: &RelayAddress) -> Carrier {
+    let ways = [relay].into_iter().chain(&relay.fallback);
+    let way = |relay: &RelayAddress| Way {
+        over: relay.over.clone(),
+        address: Some(relay.address.clone()),
+        security: security(relay),
+        proxy: relay.proxy.clone(),
+    };
+    Carrier { ways: ways.map(way).collect() }
+}
+
+fn security(relay: &RelayAddress) -> Security {
     let Some(tls) = &relay.tls else {
-        return Carrier::Plain { insecure: relay.insecure };
+        return Security::Plain { insecure: relay.insecure };
     };
     let name = tls.server_name.as_ref().unwrap_or(&relay.address.host);
     let name = match ServerName::try_from(name.to_string()) {
         Ok(name) => name,
-        Err(error) => return Carrier::Unusable(format!("{name} is no name for TLS: {error}")),
+        Err(error) => return Security::Unusable(format!("{name} is no name for TLS: {error}")),
     };
-    match tls::client_config(tls, &[TUNNEL_ALPN]) {
-        Ok(config) => Carrier::Tls {
+    let alpn = match relay.over {
+        Over::Tcp => TUNNEL_ALPN,
+        Over::WebSocket { .. } => HTTP1_ALPN,
+        Over::Grpc => H2_ALPN,
+    };
+    match tls::client_config(tls, &[alpn]) {
+        Ok(config) => Security::Tls {
             config: Arc::new(config),
             name,
             has_certificate: tls.certificate.is_some(),
         },
-        Err(error) => Carrier::Unusable(chain(&error)),
+        Err(error) => Security::Unusable(chain(&error)),
     }
 }
 
 /// The own relay's certificate is known by itself, whatever names it has; an address asks for none.
 fn own_carrier(tls: Option<Arc<ClientConfig>>) -> Carrier {
-    match tls {
+    Carrier::tcp(match tls {
         // What it was bound to may be every address of the machine, which is reached by none of it.
-        None => Carrier::Plain { insecure: true },
-        Some(config) => Carrier::Tls {
+        None => Security::Plain { insecure: true },
+        Some(config) => Security::Tls {
             config,
             name: ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([127, 0, 0, 1]))),
             has_certificate: false,
         },
-    }
+    })
 }
 
 /// What is presented, as it was last read.

@@ -144,13 +144,19 @@ impl Sidecar {
             lanes_max: welcome.lanes_max,
             relay_instance: welcome.relay_instance.clone(),
             claims: self.claims(welcome.features),
-            advertised: welcome.advertise_address,
+            // It is for those who dial by TCP: what leads elsewhere by HTTP leads to the relay still.
+            advertised: if lane.carrier.begins_by_tcp() {
+                welcome.advertise_address
+            } else {
+                String::new()
+            },
             is_elsewhere: AtomicBool::new(false),
             grace: Duration::from_millis(grace.into()).min(GRACE_MAX),
         };
         self.metrics.session_begun();
         let (relay, epoch, tls) = (&*peer.name, welcome.epoch, lane.transport.is_tls());
-        tracing::info!(relay, epoch, tls, "session begun");
+        let carrier = lane.transport.kind().label();
+        tracing::info!(relay, epoch, tls, carrier, "session begun");
         peer.session_begun(welcome.epoch, welcome.relay_instance, tls);
         self.told(peer, &welcome.peers);
         Ok((session, lane))
@@ -446,7 +452,7 @@ mod tests {
     use super::*;
 
     fn carrier() -> Arc<Carrier> {
-        Arc::new(Carrier::Plain { insecure: false })
+        Arc::new(Carrier::tcp(dial::Security::Plain { insecure: false }))
     }
 
     fn link(number: u32) -> Arc<Link> {

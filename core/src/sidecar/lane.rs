@@ -21,6 +21,7 @@ use crate::error::chain;
 use crate::plugin::lend::Reset;
 use crate::random;
 use crate::tunnel::backoff::{ReturnBackoff, jitter};
+use crate::tunnel::carrier::Kind;
 use crate::tunnel::dial::{self, DialError, Timeouts};
 use crate::tunnel::transport::{Movable as _, Transport};
 use crate::tunnel::{LaneEnd, Link, drive};
@@ -100,7 +101,8 @@ impl Lane {
             return LaneEnd::Io(error);
         }
         let (relay, number) = (self.peer.name.clone(), self.link.number);
-        tracing::info!(relay, lane = number, "lane up");
+        let carrier = transport.kind().label();
+        tracing::info!(relay, lane = number, carrier, "lane up");
         let (mut end, mut beside) = self.drive(transport, input).await;
         while self.link.is_detached() {
             let lost_at = Instant::now();
@@ -139,12 +141,15 @@ impl Lane {
         input: BytesMut,
     ) -> (LaneEnd, Option<Transport>) {
         let _up = self.sidecar.metrics.lane_up("sidecar");
+        let _carried = self.sidecar.metrics.carrier_up("sidecar", transport.kind());
+        self.link.runs_on(transport.kind());
         let mut texts = std::mem::take(&mut self.texts);
         let Self { sidecar, peer, session, link, .. } = &*self;
         let mut beside_at = self.beside_at;
         let on_event =
             |link: &Arc<Link>, event| sidecar.handle_event(peer, session, link, event, &mut texts);
-        let driven = drive(Arc::clone(link), transport, input, LOST, on_event);
+        let driven = drive(Arc::clone(link), transport, input, LOST, on_event)
+            .paced_by(Transport::limit_unsent);
         let (end, beside) = {
             let mut driven = pin!(driven);
             loop {
@@ -225,7 +230,7 @@ impl Lane {
             };
             let error = match dialled {
                 Ok((transport, resumed, input)) => {
-                    self.resume(resumed.received, lost_at, dialled_at)?;
+                    self.resume(resumed.received, transport.kind(), lost_at, dialled_at)?;
                     return Ok((transport, input));
                 }
                 Err(error) => error,
@@ -284,7 +289,13 @@ impl Lane {
     }
 
     /// The relay goes on with the lane, of which it has so many counted messages.
-    fn resume(&self, received: u64, lost_at: Instant, dialled_at: Instant) -> Result<(), GivenUp> {
+    fn resume(
+        &self,
+        received: u64,
+        carrier: Kind,
+        lost_at: Instant,
+        dialled_at: Instant,
+    ) -> Result<(), GivenUp> {
         self.link.resume(received).map_err(|error| GivenUp::Gap(error.to_string()))?;
         let (messages, bytes) = self.link.to_replay();
         let outage = lost_at.elapsed();
@@ -295,6 +306,7 @@ impl Lane {
             relay = self.peer.name,
             lane = self.link.number,
             attempt = self.attempt,
+            carrier = carrier.label(),
             after_ms = millis(outage),
             replayed_messages = messages,
             replayed_bytes = bytes,

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use sidelane_tunnel::proto;
 use tokio::sync::watch;
 
+use crate::config;
 use crate::error::bounded;
 use crate::tunnel::Link;
 
@@ -96,7 +97,8 @@ impl Peer {
             Some(address) => format!("{relay} at {address}"),
             None => relay.to_string(),
         };
-        let target = address.map_or_else(|| relay.to_string(), |address| address.to_string());
+        let target =
+            address.map_or_else(|| config::place(&relay).to_owned(), |address| address.to_string());
         Self {
             relay,
             address,

@@ -14,7 +14,8 @@ use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
 use super::health::jittered;
-use super::{Peer, RelayAnswer, Sidecar};
+use super::{Access, Peer, RelayAnswer, Sidecar};
+use crate::config;
 use crate::random;
 use crate::tunnel::backoff::Backoff;
 
@@ -118,11 +119,13 @@ impl NamedRelay {
 }
 
 /// Tells relays by address from those by name.
-pub(super) fn sort(relays: Vec<String>) -> (Vec<Arc<Peer>>, Vec<Arc<NamedRelay>>) {
+pub(super) fn sort(relays: Vec<String>, access: &Access) -> (Vec<Arc<Peer>>, Vec<Arc<NamedRelay>>) {
     let (mut peers, mut names) = (Vec::new(), Vec::new());
     for relay in relays {
         let relay: Arc<str> = relay.into();
-        if relay.parse::<SocketAddr>().is_ok() {
+        let is_address = config::place(&relay).parse::<SocketAddr>().is_ok();
+        // A name that goes to a proxy is for that to look up.
+        if is_address || access.carrier(&relay).is_by_proxy() {
             peers.push(Arc::new(Peer::new(relay, None)));
         } else {
             names.push(Arc::new(NamedRelay::new(relay)));
@@ -177,7 +180,7 @@ impl Sidecar {
 
     /// Looks a name up once; whether any address of it is known then.
     async fn resolve(self: &Arc<Self>, named: &NamedRelay) -> bool {
-        let looked_up = (self.settings.resolve)(Arc::clone(&named.name));
+        let looked_up = (self.settings.resolve)(config::place(&named.name).into());
         let result = match timeout(RESOLVE_TIMEOUT, looked_up).await {
             Ok(Ok(addresses)) if addresses.is_empty() => Err("it has no address".to_owned()),
             Ok(Ok(addresses)) => Ok(addresses),
@@ -296,7 +299,7 @@ mod tests {
     use crate::metrics::Metrics;
     use crate::plugin::{HostContext, Limits, Plugins};
     use crate::shard::Shards;
-    use crate::sidecar::{Access, Settings, dial};
+    use crate::sidecar::{Settings, dial};
     use sidelane_tunnel::{LaneConfig, Side};
 
     type Answers = Arc<Mutex<VecDeque<io::Result<Vec<SocketAddr>>>>>;

@@ -131,14 +131,11 @@ async fn give(
                 () = &mut wait => break,
             },
         };
-        match timeout(DEDICATE_TIME, hand_over(transport, id)).await {
-            Ok(Ok(transport)) => {
-                say(link, key, DedicationStage::Connection).await?;
-                let up = pool.metrics().dedicated.used("relay");
-                return Ok(Some((transport, Bytes::new(), Side::Relay, up)));
-            }
-            // It was lost while it waited; the next one.
-            Ok(Err(_)) | Err(_) => {}
+        // One that was lost while it waited is passed over.
+        if let Ok(Ok(transport)) = timeout(DEDICATE_TIME, hand_over(transport, id)).await {
+            say(link, key, DedicationStage::Connection).await?;
+            let up = pool.metrics().dedicated.used("relay");
+            return Ok(Some((transport, Bytes::new(), Side::Relay, up)));
         }
     }
     say(link, key, DedicationStage::Framed).await?;

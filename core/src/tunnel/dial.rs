@@ -16,12 +16,39 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 
+use super::carrier::CarrierError;
+use super::carrier::grpc::GrpcStream;
+use super::carrier::websocket::WebSocketStream;
 use super::fault;
-use super::transport::{Socket, Transport};
+use super::proxy::{self, ProxyError};
+use super::transport::{Agreed, Socket, Transport};
+use crate::config::{HostPort, Over, Proxy};
+use crate::error::chain;
 
-/// What a relay is dialled by.
-pub enum Carrier {
-    /// Without TLS: loopback only, unless `insecure`.
+/// What a relay is dialled by: one way, and others in turn where the one before fails. The first is tried
+/// first again at each dial.
+#[derive(Debug)]
+pub struct Carrier {
+    /// Never empty.
+    pub ways: Vec<Way>,
+}
+
+/// One way to a relay.
+#[derive(Debug)]
+pub struct Way {
+    /// What carries a lane's bytes.
+    pub over: Over,
+    /// Where it leads by the configuration; `None`: where the relay is.
+    pub address: Option<HostPort>,
+    /// TLS, or none.
+    pub security: Security,
+    /// The proxy on the way.
+    pub proxy: Option<Arc<Proxy>>,
+}
+
+/// Whether a relay is dialled by TLS.
+pub enum Security {
+    /// Without: loopback only, unless `insecure`.
     Plain {
         /// Beyond loopback too.
         insecure: bool,
@@ -39,7 +66,7 @@ pub enum Carrier {
     Unusable(String),
 }
 
-impl fmt::Debug for Carrier {
+impl fmt::Debug for Security {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Plain { insecure } => {
@@ -51,9 +78,47 @@ impl fmt::Debug for Carrier {
     }
 }
 
-impl Carrier {
+impl Security {
     const fn has_certificate(&self) -> bool {
         matches!(self, Self::Tls { has_certificate: true, .. })
+    }
+}
+
+impl Carrier {
+    /// Returns TCP, to wherever the relay is.
+    #[must_use]
+    pub fn tcp(security: Security) -> Self {
+        Self { ways: vec![Way { over: Over::Tcp, address: None, security, proxy: None }] }
+    }
+
+    /// Whether the relay is dialled by TCP, as far as that works.
+    #[must_use]
+    pub fn begins_by_tcp(&self) -> bool {
+        self.ways.first().is_some_and(|way| way.over == Over::Tcp)
+    }
+
+    /// Whether the relay's name is for a proxy to look up.
+    #[must_use]
+    pub fn is_by_proxy(&self) -> bool {
+        self.ways.first().is_some_and(|way| way.proxy.is_some())
+    }
+}
+
+impl Way {
+    /// For people: `wss://relay.example.org:443/tunnel`.
+    fn shown(&self, target: &str) -> String {
+        let address = self.address.as_ref().map_or_else(|| target.to_owned(), ToString::to_string);
+        let s = if matches!(self.security, Security::Plain { .. }) { "" } else { "s" };
+        match &self.over {
+            Over::Tcp => address,
+            Over::WebSocket { path } => format!("ws{s}://{address}{path}"),
+            Over::Grpc => format!("grpc{s}://{address}"),
+        }
+    }
+
+    /// What HTTP calls the relay.
+    fn authority(&self, target: &str) -> String {
+        self.address.as_ref().map_or_else(|| target.to_owned(), ToString::to_string)
     }
 }
 
@@ -68,10 +133,6 @@ pub struct Timeouts {
 
 /// Longest time that a relay can make this end stay away.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(120);
-
-/// Bytes the kernel keeps unsent before it says the socket is full. Low, so that what is written
-/// next is chosen late and a small message overtakes bulk.
-pub const NOTSENT_LOWAT_BYTES: u32 = 256 * 1024;
 
 /// Why a lane did not come up.
 #[derive(Debug, Error)]
@@ -120,7 +181,7 @@ pub enum DialError {
         /// Its address as configured.
         relay: String,
         /// Where it is.
-        address: IpAddr,
+        address: String,
     },
     /// Plain beyond loopback.
     #[error(
@@ -131,7 +192,7 @@ pub enum DialError {
         /// Its address as configured.
         relay: String,
         /// Where it is.
-        address: IpAddr,
+        address: String,
     },
     /// TLS came to nothing.
     #[error("no TLS with relay {relay}: {reason}")]
@@ -140,6 +201,35 @@ pub enum DialError {
         relay: String,
         /// Why, and what to do.
         reason: String,
+    },
+    /// What answers by HTTP is no tunnel.
+    #[error("relay {relay} is not reached by {way}: {}", .source)]
+    Carrier {
+        /// Its address as configured.
+        relay: String,
+        /// By what it was dialled.
+        way: String,
+        /// What it answers.
+        source: CarrierError,
+    },
+    /// The proxy lets nobody through.
+    #[error("relay {relay} is not reached")]
+    Proxy {
+        /// Its address as configured.
+        relay: String,
+        /// What the proxy answers.
+        #[source]
+        source: ProxyError,
+    },
+    /// No way leads to the relay.
+    #[error("relay {relay} is reached in no way: {}", .faults.join("; "))]
+    Ways {
+        /// Its address as configured.
+        relay: String,
+        /// What became of each.
+        faults: Vec<String>,
+        /// Longest time that one of them asks for.
+        retry_after: Option<Duration>,
     },
     /// TLS without the tunnel's protocol.
     #[error(
@@ -168,6 +258,10 @@ impl DialError {
             Self::Refused { refuse, .. } if refuse.retry_after_ms > 0 => {
                 Some(Duration::from_millis(refuse.retry_after_ms.into()).min(RETRY_AFTER_MAX))
             }
+            Self::Carrier {
+                source: CarrierError::Http { retry_after: Some(after), .. }, ..
+            } => Some((*after).min(RETRY_AFTER_MAX)),
+            Self::Ways { retry_after, .. } => *retry_after,
             _ => None,
         }
     }
@@ -218,8 +312,8 @@ impl DialError {
     }
 }
 
-/// Dials `target`, an address of `relay`, and sends `hello`. Returns the connection, the answer, and
-/// the bytes that came after it.
+/// Dials `target`, an address of `relay`, and sends `hello`; where the relay does not answer, by the
+/// carrier's other ways in turn. Returns the connection, the answer, and the bytes that came after it.
 ///
 /// # Errors
 /// As [`DialError`] says.
@@ -230,12 +324,31 @@ pub async fn dial(
     hello: &proto::Hello,
     timeouts: Timeouts,
 ) -> Result<(Transport, proto::Welcome, BytesMut), DialError> {
+    let mut failed = Failed::new(relay);
+    for (index, way) in carrier.ways.iter().enumerate() {
+        let target = way_target(way, index, target);
+        match Box::pin(dial_by(relay, &target, way, hello, timeouts)).await {
+            Err(error) if error.refusal().is_none() => failed.note(way.shown(&target), error),
+            dialled => return dialled,
+        }
+    }
+    Err(failed.into_error())
+}
+
+async fn dial_by(
+    relay: &str,
+    target: &str,
+    way: &Way,
+    hello: &proto::Hello,
+    timeouts: Timeouts,
+) -> Result<(Transport, proto::Welcome, BytesMut), DialError> {
     let is_bare = hello.credential.is_empty();
-    let mut transport = open(relay, target, carrier, is_bare, timeouts).await?;
+    let mut transport = open_by(relay, target, way, is_bare, timeouts).await?;
     let mut dialler = Dialler::new();
     let malformed = |source| DialError::Malformed { relay: relay.to_owned(), source };
     let hello = dialler.hello(hello).map_err(malformed)?;
-    let (reply, input) = ask(relay, &mut transport, &mut dialler, &hello, timeouts.answer).await?;
+    let answer = ask(relay, &mut transport, &mut dialler, &hello, timeouts.answer).await;
+    let (reply, input) = answer.map_err(|error| by(error, || way.shown(target)))?;
     match reply {
         Reply::Welcome(welcome) => Ok((transport, welcome, input)),
         Reply::Resumed(_) => {
@@ -276,8 +389,8 @@ pub async fn resume(
     }
 }
 
-/// Connects to `target`, an address of `relay`, as far as TLS where there is any. `is_bare`: nothing is
-/// to be presented.
+/// Connects to `target`, an address of `relay`, as far as a lane's bytes can be sent; where that fails, by
+/// the carrier's other ways in turn. `is_bare`: nothing is to be presented.
 ///
 /// # Errors
 /// As [`DialError`] says.
@@ -288,33 +401,142 @@ pub async fn open(
     is_bare: bool,
     timeouts: Timeouts,
 ) -> Result<Transport, DialError> {
-    if let Carrier::Unusable(reason) = carrier {
+    let mut failed = Failed::new(relay);
+    for (index, way) in carrier.ways.iter().enumerate() {
+        let target = way_target(way, index, target);
+        match Box::pin(open_by(relay, &target, way, is_bare, timeouts)).await {
+            Ok(transport) => return Ok(transport),
+            Err(error) => failed.note(way.shown(&target), error),
+        }
+    }
+    Err(failed.into_error())
+}
+
+/// Where a way leads: the first to where the relay was found, others to where they say.
+fn way_target(way: &Way, index: usize, target: &str) -> String {
+    match &way.address {
+        Some(address) if index > 0 => address.to_string(),
+        _ => target.to_owned(),
+    }
+}
+
+/// Ways that led nowhere.
+struct Failed {
+    relay: String,
+    errors: Vec<(String, DialError)>,
+}
+
+impl Failed {
+    fn new(relay: &str) -> Self {
+        Self { relay: relay.to_owned(), errors: Vec::new() }
+    }
+
+    fn note(&mut self, way: String, error: DialError) {
+        tracing::debug!(relay = self.relay, way, error = chain(&error), "a way to the relay fails");
+        self.errors.push((way, error));
+    }
+
+    fn into_error(mut self) -> DialError {
+        if self.errors.len() == 1
+            && let Some((_, error)) = self.errors.pop()
+        {
+            return error;
+        }
+        DialError::Ways {
+            relay: self.relay,
+            retry_after: self.errors.iter().filter_map(|(_, error)| error.retry_after()).max(),
+            faults: self
+                .errors
+                .iter()
+                .map(|(way, error)| format!("{way}: {}", chain(error)))
+                .collect(),
+        }
+    }
+}
+
+async fn open_by(
+    relay: &str,
+    target: &str,
+    way: &Way,
+    is_bare: bool,
+    timeouts: Timeouts,
+) -> Result<Transport, DialError> {
+    if let Security::Unusable(reason) = &way.security {
         return Err(DialError::Tls { relay: relay.to_owned(), reason: reason.clone() });
     }
-    let stream = connect(relay, target, timeouts.connect).await?;
-    let peer = stream.peer_addr().map_err(|source| io_error(relay, source))?.ip();
-    check_place(relay, peer, carrier, is_bare)?;
-    let secured = timeout(timeouts.answer, secure(relay, stream, carrier)).await;
-    let mut transport = secured
+    let socket = reach(relay, target, way, is_bare, timeouts).await?;
+    let carried = timeout(timeouts.answer, async {
+        let transport = secure(relay, socket, way).await?;
+        let carried = carry(transport, &way.authority(target), way).await;
+        carried.map_err(|source| by(io_error(relay, source), || way.shown(target)))
+    });
+    let mut transport = carried
+        .await
         .map_err(|_| DialError::Timeout { relay: relay.to_owned(), after: timeouts.answer })??;
     transport.forget_peer_chain();
     Ok(transport)
 }
 
+/// Says by which way something answered that is no tunnel.
+fn by(error: DialError, shown: impl FnOnce() -> String) -> DialError {
+    match error {
+        DialError::Carrier { relay, source, .. } => {
+            DialError::Carrier { relay, way: shown(), source }
+        }
+        error => error,
+    }
+}
+
+/// Connects to where the way leads, through the proxy where there is one.
+async fn reach(
+    relay: &str,
+    target: &str,
+    way: &Way,
+    is_bare: bool,
+    timeouts: Timeouts,
+) -> Result<Socket, DialError> {
+    let Some(proxy) = &way.proxy else {
+        let stream = connect(relay, target, timeouts.connect).await?;
+        let peer = stream.peer_addr().map_err(|source| io_error(relay, source))?.ip();
+        check_place(relay, &Place::Address(peer), &way.security, is_bare)?;
+        return Ok(Socket::new(stream));
+    };
+    check_place(relay, &Place::Named(target), &way.security, is_bare)?;
+    let through = |source| DialError::Proxy { relay: relay.to_owned(), source };
+    let unreachable =
+        |source| through(ProxyError::Connect { proxy: proxy.to_string().into(), source });
+    let stream =
+        connect_tcp(&proxy.address.to_string(), timeouts.connect).await.map_err(unreachable)?;
+    timeout(timeouts.connect, proxy::connect(stream, proxy, target))
+        .await
+        .map_err(|_| unreachable(io::ErrorKind::TimedOut.into()))?
+        .map_err(through)
+}
+
+/// Where a relay is.
+enum Place<'a> {
+    Address(IpAddr),
+    /// The proxy looks it up: `host:port`.
+    Named(&'a str),
+}
+
 /// Holds back from another machine what is for this one only.
 fn check_place(
     relay: &str,
-    address: IpAddr,
-    carrier: &Carrier,
+    place: &Place<'_>,
+    security: &Security,
     is_bare: bool,
 ) -> Result<(), DialError> {
-    if address.to_canonical().is_loopback() {
-        return Ok(());
-    }
+    let address = match place {
+        Place::Address(address) if address.to_canonical().is_loopback() => return Ok(()),
+        Place::Address(address) => address.to_string(),
+        // Whose loopback a proxy's is nobody knows.
+        Place::Named(target) => (*target).to_owned(),
+    };
     let relay = relay.to_owned();
-    match carrier {
-        Carrier::Plain { insecure: false } => Err(DialError::NoTls { relay, address }),
-        carrier if is_bare && !carrier.has_certificate() => {
+    match security {
+        Security::Plain { insecure: false } => Err(DialError::NoTls { relay, address }),
+        security if is_bare && !security.has_certificate() => {
             Err(DialError::NoToken { relay, address })
         }
         _ => Ok(()),
@@ -322,31 +544,70 @@ fn check_place(
 }
 
 /// Does the TLS handshake, where there is TLS.
-async fn secure(relay: &str, stream: TcpStream, carrier: &Carrier) -> Result<Transport, DialError> {
-    let Carrier::Tls { config, name, .. } = carrier else {
-        return Ok(Transport::plain(Socket::new(stream)));
+async fn secure(relay: &str, socket: Socket, way: &Way) -> Result<Transport, DialError> {
+    let Security::Tls { config, name, .. } = &way.security else {
+        return Ok(Transport::plain(socket));
     };
     let connector = TlsConnector::from(Arc::clone(config));
-    let socket = Socket::new(stream).reading_ahead();
     let stream = connector
-        .connect(name.clone(), socket)
+        .connect(name.clone(), socket.reading_ahead())
         .await
         .map_err(|error| DialError::Tls { relay: relay.to_owned(), reason: fault::text(&error) })?;
     let transport = Transport::client(stream);
-    if transport.speaks_tunnel() {
-        Ok(transport)
-    } else {
-        Err(DialError::NoAlpn { relay: relay.to_owned() })
+    let is_agreed = match way.over {
+        Over::Tcp => transport.speaks_tunnel(),
+        // A server that knows of no other protocol may say nothing.
+        Over::WebSocket { .. } => {
+            matches!(transport.agreed(), Agreed::Http1 | Agreed::Nothing)
+        }
+        Over::Grpc => transport.agreed() == Agreed::Http2,
+    };
+    match way.over {
+        _ if is_agreed => Ok(transport),
+        Over::Tcp => Err(DialError::NoAlpn { relay: relay.to_owned() }),
+        Over::WebSocket { .. } | Over::Grpc => Err(DialError::Tls {
+            relay: relay.to_owned(),
+            reason: format!("it does not speak {} there (ALPN)", protocol(&way.over)),
+        }),
+    }
+}
+
+/// What is asked for by ALPN, in words.
+const fn protocol(over: &Over) -> &'static str {
+    match over {
+        Over::Tcp => "sidelane/1",
+        Over::WebSocket { .. } => "http/1.1",
+        Over::Grpc => "h2",
+    }
+}
+
+/// Puts the carrier on the connection.
+async fn carry(transport: Transport, authority: &str, way: &Way) -> io::Result<Transport> {
+    match &way.over {
+        Over::Tcp => Ok(transport),
+        Over::WebSocket { path } => {
+            let stream = WebSocketStream::dial(transport, authority, path).await?;
+            Ok(Transport::websocket(stream))
+        }
+        Over::Grpc => {
+            let is_tls = transport.is_tls();
+            let mut stream = GrpcStream::dial(transport, authority, is_tls).await?;
+            stream.answered().await?;
+            Ok(Transport::grpc(stream, is_tls, Vec::new()))
+        }
     }
 }
 
 async fn connect(relay: &str, target: &str, limit: Duration) -> Result<TcpStream, DialError> {
     let failed = |source| DialError::Connect { relay: relay.to_owned(), source };
+    connect_tcp(target, limit).await.map_err(failed)
+}
+
+async fn connect_tcp(target: &str, limit: Duration) -> io::Result<TcpStream> {
     let stream = timeout(limit, TcpStream::connect(target))
         .await
-        .map_err(|_| failed(io::ErrorKind::TimedOut.into()))?
-        .map_err(failed)?;
-    tune(&stream).map_err(failed)?;
+        .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+    tune(&stream)?;
     Ok(stream)
 }
 
@@ -354,15 +615,24 @@ async fn connect(relay: &str, target: &str, limit: Duration) -> Result<TcpStream
 /// so that this counts only where that cannot, as while nothing is driven.
 const USER_TIMEOUT: Duration = Duration::from_secs(15);
 
-/// Sets what a lane's socket needs: no delay, a low mark of unsent bytes, an end to lost peers.
+/// Sets how many bytes the kernel keeps unsent before it says that the socket is full: what is written
+/// next is chosen late, and a small message overtakes bulk.
+///
+/// # Errors
+/// The system's.
+pub(super) fn limit_unsent(stream: &TcpStream, bytes: usize) -> io::Result<()> {
+    let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
+    socket2::SockRef::from(stream).set_tcp_notsent_lowat(bytes)
+}
+
+/// Sets what a lane's socket needs: no delay, few bytes that are unsent, an end to lost peers.
 ///
 /// # Errors
 /// The system's.
 pub fn tune(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    let socket = socket2::SockRef::from(stream);
-    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
-    socket.set_tcp_notsent_lowat(NOTSENT_LOWAT_BYTES)
+    socket2::SockRef::from(stream).set_tcp_user_timeout(Some(USER_TIMEOUT))?;
+    limit_unsent(stream, super::pace::ROOM_FIRST)
 }
 
 /// Says `question`, and waits for the answer. What comes after it is returned too.
@@ -399,6 +669,12 @@ async fn ask(
 /// A relay may refuse a certificate after this end took the handshake for done (TLS 1.3).
 fn io_error(relay: &str, source: io::Error) -> DialError {
     let relay = relay.to_owned();
+    if CarrierError::of(&source).is_some() {
+        return match source.downcast::<CarrierError>() {
+            Ok(source) => DialError::Carrier { relay, way: String::new(), source },
+            Err(source) => DialError::Io { relay, source },
+        };
+    }
     match fault::of(&source) {
         Some(_) => DialError::Tls { relay, reason: fault::text(&source) },
         None => DialError::Io { relay, source },

@@ -19,6 +19,7 @@ use tokio::time::Sleep;
 
 use super::Link;
 use super::link::CLOSE_LINGER;
+use super::pace::Pace;
 
 /// Read buffer of a busy lane: large, so that a bulk transfer costs few system calls. An idle lane
 /// holds none.
@@ -86,6 +87,8 @@ where
         input,
         events: Vec::new(),
         transmit: Transmit::default(),
+        pace: Pace::new(),
+        limit_unsent: |_, _| {},
         timer: Box::pin(tokio::time::sleep_until(far_future())),
         deadline: None,
         yielded: false,
@@ -105,6 +108,9 @@ pub struct Drive<S, F> {
     unparsed: bool,
     events: Vec<Event>,
     transmit: Transmit,
+    pace: Pace,
+    /// Sets how much the connection keeps unsent.
+    limit_unsent: fn(&S, usize),
     timer: Pin<Box<Sleep>>,
     deadline: Option<Instant>,
     /// The tasks that wait for this thread had their turn since something was queued.
@@ -198,7 +204,7 @@ where
 
     fn handle_input(&mut self) -> Result<(), LaneEnd> {
         self.link.hear();
-        let now = tokio::time::Instant::now().into_std();
+        let now = now();
         self.handle(|lane, input| lane.handle_input(now, input))
     }
 
@@ -266,7 +272,7 @@ where
             if self.timer.as_mut().poll(cx).is_pending() {
                 return Ok(());
             }
-            let now = tokio::time::Instant::now().into_std();
+            let now = now();
             self.deadline = None;
             self.handle(|lane, _| lane.handle_timeout(now))?;
         }
@@ -281,6 +287,7 @@ where
                 });
                 if !waits {
                     self.yielded = false;
+                    self.pace.idle();
                     return self.poll_idle(cx);
                 }
                 if !self.yielded {
@@ -291,21 +298,31 @@ where
                     return Poll::Pending;
                 }
                 self.yielded = false;
+                // What the connection holds itself, as TLS does, is out before more is chosen.
+                match Pin::new(&mut self.stream).poll_flush(cx) {
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(error)) => return Poll::Ready(LaneEnd::Io(error)),
+                    Poll::Pending => return self.poll_blocked(cx),
+                }
                 let transmit = &mut self.transmit;
-                let now = tokio::time::Instant::now().into_std();
-                self.link.with(|lane| lane.poll_transmit(now, transmit, WRITE_BYTES));
+                let most = self.pace.room().min(WRITE_BYTES);
+                self.link.with(|lane| lane.poll_transmit(now(), transmit, most));
             }
             while !self.transmit.is_empty() {
                 let mut slices = [IoSlice::new(&[]); WRITE_SLICES];
                 let count = self.transmit.chunks(&mut slices);
                 let stream = Pin::new(&mut self.stream);
                 let Poll::Ready(written) = stream.poll_write_vectored(cx, &slices[..count]) else {
-                    self.link.wait_blocked(cx.waker());
-                    return self.poll_interruption();
+                    return self.poll_blocked(cx);
                 };
                 match written {
                     Ok(0) => return Poll::Ready(LaneEnd::Closed),
-                    Ok(n) => self.transmit.advance(n),
+                    Ok(n) => {
+                        self.transmit.advance(n);
+                        if let Some(room) = self.pace.wrote(now(), n) {
+                            (self.limit_unsent)(&self.stream, room);
+                        }
+                    }
                     Err(error) => return Poll::Ready(LaneEnd::Io(error)),
                 }
             }
@@ -335,6 +352,20 @@ where
 }
 
 impl<S, F> Drive<S, F> {
+    /// By how fast the connection takes what is written, `limit` is to set how much of it it keeps.
+    #[must_use]
+    pub fn paced_by(mut self, limit: fn(&S, usize)) -> Self {
+        self.limit_unsent = limit;
+        self
+    }
+
+    /// The connection takes no more: what is queued behind it is watched, and who interrupts wakes us.
+    fn poll_blocked(&mut self, cx: &mut Context<'_>) -> Poll<LaneEnd> {
+        self.pace.block(now());
+        self.link.wait_blocked(cx.waker());
+        self.poll_interruption()
+    }
+
     /// Looks once more, after the waker is known: whoever interrupts before finds none to wake.
     fn poll_interruption(&self) -> Poll<LaneEnd> {
         self.link.interruption().map_or(Poll::Pending, Poll::Ready)
@@ -345,6 +376,11 @@ impl<S, F> Drive<S, F> {
         let linger = self.linger.get_or_insert_with(|| Box::pin(tokio::time::sleep(CLOSE_LINGER)));
         linger.as_mut().poll(cx)
     }
+}
+
+/// The runtime's time.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
 }
 
 /// Far enough to mean never, near enough for the timer.

@@ -123,6 +123,16 @@ struct OfAddress {
 }
 
 impl Window {
+    fn enter_address(&mut self, bounds: &Bounds, address: IpAddr) -> Result<(), TurnedAway> {
+        let of_address = self.by_address.entry(address::client(address)).or_default();
+        if of_address.begun >= bounds.per_second_and_address {
+            let retry_after = queue(&mut of_address.refused, bounds.per_second_and_address);
+            return Err(TurnedAway::Rate { retry_after });
+        }
+        of_address.begun += 1;
+        Ok(())
+    }
+
     /// Begins anew where the window is over.
     fn begin(&mut self, bounds: &Bounds, now: Instant) {
         let elapsed = self.began.map(|began| now.saturating_duration_since(began));
@@ -206,15 +216,27 @@ impl Gate {
             return Err(TurnedAway::Rate { retry_after });
         }
         if let Some(address) = address {
-            let of_address = window.by_address.entry(address::client(address)).or_default();
-            if of_address.begun >= bounds.per_second_and_address {
-                let retry_after = queue(&mut of_address.refused, bounds.per_second_and_address);
-                return Err(TurnedAway::Rate { retry_after });
-            }
-            of_address.begun += 1;
+            window.enter_address(bounds, address)?;
         }
         window.total += 1;
         Ok(())
+    }
+
+    /// The same for an address that is known only after one was let begin without: it does not count for the
+    /// total again.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn enter_address(
+        &self,
+        bounds: &Bounds,
+        address: IpAddr,
+        now: Instant,
+    ) -> Result<(), TurnedAway> {
+        self.check_failures(bounds, address, now)?;
+        let mut window = self.window.lock().unwrap_or_else(PoisonError::into_inner);
+        window.begin(bounds, now);
+        window.enter_address(bounds, address)
     }
 
     /// Whether an address has failed too often to be listened to.

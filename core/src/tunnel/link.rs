@@ -14,6 +14,7 @@ use sidelane_tunnel::{Key, Lane, LaneError, OpenError, RequestId, Reset, proto};
 use tokio::sync::Notify;
 
 use super::LaneEnd;
+use super::carrier::Kind;
 use super::dedicated::Dedication;
 use super::exchange::{RecvHalf, SendHalf};
 use super::returning::{NotTaken, Return, Returns};
@@ -67,6 +68,8 @@ pub struct Link {
     /// Exchanges that ended with the lane.
     lost: AtomicUsize,
     returns: Returns,
+    /// What its connection, or its last one, is: an index of [`Kind::ALL`].
+    carrier: AtomicUsize,
     /// Told whenever whoever waits for a connection is to look at `state` again.
     changed: Notify,
     /// The driver's, while it waits for the socket to take what is to be written.
@@ -107,6 +110,7 @@ impl Link {
             exchanges: AtomicUsize::new(0),
             lost: AtomicUsize::new(0),
             returns: Returns::default(),
+            carrier: AtomicUsize::new(0),
             changed: Notify::new(),
             blocked: Mutex::new(None),
             dedication: OnceLock::new(),
@@ -183,6 +187,16 @@ impl Link {
             lane.drop_send(key);
             lane.drop_recv(key);
         });
+    }
+
+    /// Its connection from here on is of this kind.
+    pub fn runs_on(&self, carrier: Kind) {
+        self.carrier.store(carrier as usize, Ordering::Relaxed);
+    }
+
+    /// What its connection, or its last one, is.
+    pub fn carrier(&self) -> Kind {
+        Kind::ALL.get(self.carrier.load(Ordering::Relaxed)).copied().unwrap_or(Kind::Tcp)
     }
 
     /// Exchanges whose send half is held here. Cheap: a hint for choosing a lane.
@@ -482,6 +496,7 @@ impl Link {
         let stats = self.with(|lane| lane.stats());
         serde_json::json!({
             "lane": self.number,
+            "carrier": self.carrier().label(),
             "thread": self.shard,
             "open": self.is_open(),
             "attached": self.is_attached(),

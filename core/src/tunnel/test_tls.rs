@@ -10,7 +10,7 @@ use crate::config::tls::{
     Authorities, Certificate, ClientCertificates, ClientTls, ServerTls, TlsVersion, Trust,
 };
 use crate::tls::{Issued, Resolver, client_config, server_config};
-use crate::tunnel::dial::Carrier;
+use crate::tunnel::dial::{Carrier, Security};
 
 /// A laptop's own authority.
 pub(crate) struct Ca {
@@ -87,5 +87,5 @@ pub(crate) fn client(
 
 pub(crate) fn carrier(config: Arc<ClientConfig>, name: &str) -> Carrier {
     let name = ServerName::try_from(name.to_owned()).expect("a name");
-    Carrier::Tls { config, name, has_certificate: false }
+    Carrier::tcp(Security::Tls { config, name, has_certificate: false })
 }

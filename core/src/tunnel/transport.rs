@@ -1,4 +1,5 @@
-//! What a lane runs on: a TCP connection, plain or by TLS, that can go from one thread to another.
+//! What a lane runs on: a connection that can go from one thread to another, plain or by TLS, and what
+//! carries the lane's bytes on it ([`Kind`]).
 //!
 //! A socket belongs to the runtime that registered it, and a handshake is done on another thread than
 //! the lane's. So the socket inside a TLS stream can be taken off one runtime and put on another
@@ -10,15 +11,18 @@ use std::mem;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf as _, BytesMut};
+use bytes::{Buf as _, Bytes, BytesMut};
 use rustls::CommonState;
 use rustls::pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_rustls::{client, server};
 
+use super::carrier::Kind;
+use super::carrier::grpc::GrpcStream;
+use super::carrier::websocket::WebSocketStream;
 use crate::plugin::lend::{Plain, Stream};
-use crate::tls::TUNNEL_ALPN;
+use crate::tls::{H2_ALPN, HTTP1_ALPN, TUNNEL_ALPN};
 
 /// What rustls may hold of one direction: a batch of the lane's (`drive`), so that it is taken and
 /// encrypted as a whole and leaves in one system call. More is not taken before this is written,
@@ -78,6 +82,14 @@ impl Socket {
     #[must_use]
     pub fn with_ahead(stream: TcpStream, ahead: BytesMut) -> Self {
         Self { state: State::Attached(stream), ahead, reads_ahead: false }
+    }
+
+    /// Gives bytes back that were taken of it; they come first again.
+    pub fn put_back(&mut self, bytes: &[u8]) {
+        let rest = mem::take(&mut self.ahead);
+        self.ahead = BytesMut::with_capacity(bytes.len() + rest.len());
+        self.ahead.extend_from_slice(bytes);
+        self.ahead.extend_from_slice(&rest);
     }
 
     /// Reads in large pieces from here on, whatever is asked for: for TLS, which asks for small ones.
@@ -240,22 +252,44 @@ macro_rules! movable {
 movable!(client::TlsStream<S>);
 movable!(server::TlsStream<S>);
 
+/// What was agreed on by ALPN.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Agreed {
+    /// The tunnel's protocol; of a plain connection it is supposed.
+    Tunnel,
+    /// HTTP/1.1.
+    Http1,
+    /// HTTP/2.
+    Http2,
+    /// Nothing, or something else.
+    Nothing,
+}
+
 /// A lane's connection.
 pub struct Transport {
     io: Io,
+    kind: Kind,
+    is_tls: bool,
+    /// Read of `io` and not given out yet.
+    ahead: Bytes,
     /// Of the other end, verified in the handshake.
     chain: Vec<CertificateDer<'static>>,
-    speaks_tunnel: bool,
+    agreed: Agreed,
+    /// The data-path thread on which its connection is driven, where that is another task's.
+    home: Option<usize>,
 }
 
 enum Io {
     Plain(Socket),
-    Tls(Box<dyn Movable>),
+    Layered(Box<dyn Movable>),
 }
 
 impl std::fmt::Debug for Transport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Transport").field("is_tls", &self.is_tls()).finish_non_exhaustive()
+        f.debug_struct("Transport")
+            .field("kind", &self.kind)
+            .field("is_tls", &self.is_tls)
+            .finish_non_exhaustive()
     }
 }
 
@@ -263,7 +297,15 @@ impl Transport {
     /// Returns a plain connection.
     #[must_use]
     pub fn plain(socket: Socket) -> Self {
-        Self { io: Io::Plain(socket), chain: Vec::new(), speaks_tunnel: true }
+        Self {
+            io: Io::Plain(socket),
+            kind: Kind::Tcp,
+            is_tls: false,
+            ahead: Bytes::new(),
+            chain: Vec::new(),
+            agreed: Agreed::Tunnel,
+            home: None,
+        }
     }
 
     /// Returns the dialler's end of a TLS connection whose handshake is done.
@@ -271,8 +313,8 @@ impl Transport {
     pub fn client<S: Movable + 'static>(mut stream: client::TlsStream<S>) -> Self {
         let session = stream.get_mut().1;
         session.set_buffer_limit(Some(TLS_BUFFER_BYTES));
-        let (chain, speaks_tunnel) = facts(session);
-        Self { io: Io::Tls(Box::new(stream)), chain, speaks_tunnel }
+        let facts = facts(session);
+        Self::tls(Box::new(stream), facts)
     }
 
     /// Returns the acceptor's end of a TLS connection whose handshake is done.
@@ -280,20 +322,88 @@ impl Transport {
     pub fn server<S: Movable + 'static>(mut stream: server::TlsStream<S>) -> Self {
         let session = stream.get_mut().1;
         session.set_buffer_limit(Some(TLS_BUFFER_BYTES));
-        let (chain, speaks_tunnel) = facts(session);
-        Self { io: Io::Tls(Box::new(stream)), chain, speaks_tunnel }
+        let facts = facts(session);
+        Self::tls(Box::new(stream), facts)
     }
 
-    /// Whether nobody on the way reads it.
+    fn tls(stream: Box<dyn Movable>, facts: (Vec<CertificateDer<'static>>, Agreed)) -> Self {
+        let (chain, agreed) = facts;
+        Self {
+            io: Io::Layered(stream),
+            kind: Kind::Tcp,
+            is_tls: true,
+            ahead: Bytes::new(),
+            chain,
+            agreed,
+            home: None,
+        }
+    }
+
+    /// Returns a WebSocket over a connection, of which it keeps what the handshake showed.
+    #[must_use]
+    pub fn websocket(mut stream: WebSocketStream<Self>) -> Self {
+        let under = stream.under_mut();
+        let (is_tls, chain) = (under.is_tls, mem::take(&mut under.chain));
+        Self::carried(Kind::WebSocket, Box::new(stream), is_tls, chain)
+    }
+
+    /// Returns a gRPC stream over a connection that has shown `chain`.
+    #[must_use]
+    pub fn grpc(stream: GrpcStream, is_tls: bool, chain: Vec<CertificateDer<'static>>) -> Self {
+        Self::carried(Kind::Grpc, Box::new(stream), is_tls, chain)
+    }
+
+    fn carried(
+        kind: Kind,
+        stream: Box<dyn Movable>,
+        is_tls: bool,
+        chain: Vec<CertificateDer<'static>>,
+    ) -> Self {
+        Self {
+            io: Io::Layered(stream),
+            kind,
+            is_tls,
+            ahead: Bytes::new(),
+            chain,
+            agreed: Agreed::Tunnel,
+            home: None,
+        }
+    }
+
+    /// What carries the lane's bytes.
+    #[must_use]
+    pub const fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Whether nobody on the way to the end of TLS reads it.
     #[must_use]
     pub const fn is_tls(&self) -> bool {
-        matches!(self.io, Io::Tls(_))
+        self.is_tls
+    }
+
+    /// What was agreed on by ALPN.
+    #[must_use]
+    pub const fn agreed(&self) -> Agreed {
+        self.agreed
     }
 
     /// Whether the tunnel's protocol was agreed on (ALPN); of a plain connection it is supposed.
     #[must_use]
-    pub const fn speaks_tunnel(&self) -> bool {
-        self.speaks_tunnel
+    pub fn speaks_tunnel(&self) -> bool {
+        self.agreed == Agreed::Tunnel
+    }
+
+    /// The data-path thread on which its connection is driven, where that is another task's.
+    #[must_use]
+    pub const fn home(&self) -> Option<usize> {
+        self.home
+    }
+
+    /// The same, driven on a data-path thread.
+    #[must_use]
+    pub fn at_home(self, thread: usize) -> Self {
+        Self { home: Some(thread), ..self }
     }
 
     /// The other end's certificates, its own first; empty: it has shown none.
@@ -302,22 +412,57 @@ impl Transport {
         &self.chain
     }
 
+    /// Sets how many bytes may wait in the kernel until the network takes them.
+    pub fn limit_unsent(&self, bytes: usize) {
+        if let Some(stream) = self.tcp() {
+            // Fails on no socket that is connected; unset, bulk is in the way of small messages.
+            let _ = super::dial::limit_unsent(stream, bytes);
+        }
+    }
+
     /// Forgets the other end's certificates: a lane has no use for them.
     pub fn forget_peer_chain(&mut self) {
         self.chain = Vec::new();
     }
 
+    /// Waits for the first `count` bytes without taking them. Fewer: the connection ended.
+    ///
+    /// # Errors
+    /// The connection's. The time is the caller's to bound.
+    pub async fn peek(&mut self, count: usize) -> io::Result<&[u8]> {
+        while self.ahead.len() < count {
+            let mut ahead = BytesMut::with_capacity(count);
+            ahead.extend_from_slice(&self.ahead);
+            let io = self.io_mut();
+            let mut more = io.take((count - ahead.len()) as u64);
+            if more.read_buf(&mut ahead).await? == 0 {
+                break;
+            }
+            self.ahead = ahead.freeze();
+        }
+        Ok(&self.ahead[..count.min(self.ahead.len())])
+    }
+
+    /// Gives bytes back that were taken of it; they come first again.
+    pub fn put_back(&mut self, bytes: Bytes) {
+        if self.ahead.is_empty() {
+            self.ahead = bytes;
+        } else {
+            self.ahead = [&*bytes, &*self.ahead].concat().into();
+        }
+    }
+
     const fn io(&self) -> &dyn Movable {
         match &self.io {
             Io::Plain(socket) => socket,
-            Io::Tls(stream) => &**stream,
+            Io::Layered(stream) => &**stream,
         }
     }
 
     fn io_mut(&mut self) -> Pin<&mut dyn Movable> {
         Pin::new(match &mut self.io {
             Io::Plain(socket) => socket,
-            Io::Tls(stream) => &mut **stream,
+            Io::Layered(stream) => &mut **stream,
         })
     }
 }
@@ -326,7 +471,9 @@ impl Transport {
 impl Transport {
     /// Returns what a test has in place of a connection.
     pub(crate) fn scripted(stream: tokio::io::DuplexStream) -> Self {
-        Self { io: Io::Tls(Box::new(stream)), chain: Vec::new(), speaks_tunnel: true }
+        let mut transport = Self::tls(Box::new(stream), (Vec::new(), Agreed::Tunnel));
+        transport.is_tls = false;
+        transport
     }
 }
 
@@ -345,16 +492,22 @@ impl Movable for tokio::io::DuplexStream {
     }
 }
 
-fn facts(session: &CommonState) -> (Vec<CertificateDer<'static>>, bool) {
+fn facts(session: &CommonState) -> (Vec<CertificateDer<'static>>, Agreed) {
     let chain = session.peer_certificates().unwrap_or_default().to_vec();
-    (chain, session.alpn_protocol() == Some(TUNNEL_ALPN))
+    let agreed = match session.alpn_protocol() {
+        Some(TUNNEL_ALPN) => Agreed::Tunnel,
+        Some(HTTP1_ALPN) => Agreed::Http1,
+        Some(H2_ALPN) => Agreed::Http2,
+        _ => Agreed::Nothing,
+    };
+    (chain, agreed)
 }
 
 impl Stream for Transport {
     fn plain(&self) -> Option<Plain<'_>> {
         match &self.io {
-            Io::Plain(socket) => socket.plain(),
-            Io::Tls(_) => None,
+            Io::Plain(socket) if self.ahead.is_empty() => socket.plain(),
+            Io::Plain(_) | Io::Layered(_) => None,
         }
     }
 }
@@ -379,6 +532,11 @@ impl AsyncRead for Transport {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if !self.ahead.is_empty() {
+            let length = self.ahead.len().min(buf.remaining());
+            buf.put_slice(&self.ahead.split_to(length));
+            return Poll::Ready(Ok(()));
+        }
         match ready!(self.io_mut().poll_read(cx, buf)) {
             // Without TLS's own end: what is cut off is no whole message, and a lane that ends in any
             // way ends its exchanges.

@@ -3,6 +3,7 @@
 mod acme;
 mod bounds;
 mod browser;
+mod carriers;
 mod commands;
 mod credentials;
 mod crowd;

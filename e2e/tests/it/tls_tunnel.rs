@@ -223,7 +223,7 @@ fn whoever_does_not_offer_the_tunnels_protocol_is_turned_away() {
     let told = peek(&python, relay.tunnel(), &authority.ca(), &["-"]);
     let received = told["received"].as_str().unwrap_or_default();
     assert!(received.contains("this port speaks sidelane/1"), "{told}");
-    let told = peek(&python, relay.tunnel(), &authority.ca(), &["h2,http/1.1"]);
+    let told = peek(&python, relay.tunnel(), &authority.ca(), &["spdy/3"]);
     let error = told["error"].as_str().unwrap_or_default().to_uppercase().replace(' ', "_");
     assert!(error.contains("NO_APPLICATION_PROTOCOL"), "{told}");
     let expected = "which the dialler did not offer by ALPN";

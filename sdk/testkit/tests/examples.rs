@@ -105,6 +105,39 @@ fn rust_example_keeps_the_contract() {
 }
 
 #[test]
+fn rust_example_moves_to_a_connection_of_its_own_where_its_route_says_so() {
+    let path = build("line-rust", "line_rust");
+    let kit = Kit::load(&path, &json!(null)).expect("accepts an absent block");
+    kit.validate_route(&json!({"mode": "raw"})).unwrap();
+    assert!(kit.validate_route(&json!({"mode": "row"})).is_err());
+    let service = TestService::default();
+    let meta = TestMeta { options: r#"{"mode":"raw"}"#.to_owned(), ..TestMeta::default() };
+    let call = kit.deliver(&meta, &service);
+    let mut other = call.peer.dedicated();
+    kit.block_on(async {
+        let mut stream = service.accept().await;
+        other.write(b"hello").await;
+        other.shutdown().await;
+        assert_eq!(stream.read_to_end().await, b"hello");
+        stream.write(b"goodbye").await;
+        stream.shutdown().await;
+        assert_eq!(other.read_to_end().await, b"goodbye");
+        assert_eq!(call.running.outcome().await, Outcome::Ended(failure::NONE));
+        assert_eq!(call.peer.waiting(), 0);
+    });
+    // Without a connection it is as without the option.
+    let call = kit.deliver(&meta, &service);
+    kit.block_on(async {
+        let mut stream = service.accept().await;
+        call.peer.send(sidelane_plugin::FIELD_CUSTOM, &b"hello"[..], true);
+        assert_eq!(stream.read_to_end().await, b"hello");
+        stream.shutdown().await;
+        assert_eq!(call.peer.payload_to_end().await, b"");
+        assert_eq!(call.running.outcome().await, Outcome::Ended(failure::NONE));
+    });
+}
+
+#[test]
 fn c_example_keeps_the_contract() {
     check(&line_c("libline_c.so", &[]));
 }

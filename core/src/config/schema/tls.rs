@@ -178,10 +178,10 @@ impl JsonSchema for RelayItem {
 
     fn json_schema(generator: &mut SchemaGenerator) -> Schema {
         let (address, section) =
-            (Dial::json_schema(generator), generator.subschema_for::<RelayAddress>());
+            (RelayUrl::json_schema(generator), generator.subschema_for::<RelayAddress>());
         json_schema!({
             "anyOf": [address, section],
-            "x-accepted": "`host:port`, or sections",
+            "x-accepted": "an address, or sections",
         })
     }
 }
@@ -189,15 +189,22 @@ impl JsonSchema for RelayItem {
 /// A relay that is dialled.
 #[derive(JsonSchema)]
 pub(super) struct RelayAddress {
-    /// Where.
+    /// Where, and what carries lanes there: TCP, WebSocket (`ws`, `wss`) or gRPC.
     #[schemars(extend("x-required" = true))]
-    address: Dial,
+    address: RelayUrl,
     /// TLS, on loopback too.
     #[schemars(extend("x-default" = "with the system's authorities; on loopback absent: plain"))]
     tls: RelayTls,
     /// `true`: plain beyond loopback, where anybody on the way reads and changes everything.
     #[schemars(extend("x-default" = "`false`"))]
     insecure: Bool,
+    /// Other ways to the relay, in turn, where the one before fails; `tls`, `insecure` and `proxy` count for
+    /// them too. At most 8.
+    #[schemars(extend("x-default" = "none"))]
+    fallback: Vec<RelayUrl>,
+    /// HTTP proxy on the way to this relay; `none`: there is none.
+    #[schemars(extend("x-default" = "`sidecar.proxy`"))]
+    proxy: ProxyUrl,
 }
 
 /// TLS to a relay.

@@ -80,7 +80,7 @@ impl Stage {
         let (accepted, _) = listener.accept().await.expect("dialled");
         let first = NewLane {
             transport: Transport::plain(Socket::new(dialled)),
-            carrier: Arc::new(Carrier::Plain { insecure: false }),
+            carrier: Arc::new(Carrier::tcp(dial::Security::Plain { insecure: false })),
             input: BytesMut::new(),
             number: 3,
         };

@@ -113,18 +113,21 @@ async fn an_answer_without_tls_is_told_as_such() {
 fn another_machine_is_dialled_by_tls_and_with_something_to_present() {
     let remote: IpAddr = "192.0.2.1".parse().expect("an address");
     let mapped: SocketAddr = "[::ffff:127.0.0.1]:1".parse().expect("an address");
-    let plain = Carrier::Plain { insecure: false };
-    check_place("r", mapped.ip(), &plain, true).expect("loopback");
-    let error = check_place("r", remote, &plain, false).expect_err("plain");
+    let remote = Place::Address(remote);
+    let plain = Security::Plain { insecure: false };
+    check_place("r", &Place::Address(mapped.ip()), &plain, true).expect("loopback");
+    let error = check_place("r", &remote, &plain, false).expect_err("plain");
     assert!(error.to_string().contains("is dialled without TLS"), "{error}");
-    let insecure = Carrier::Plain { insecure: true };
-    check_place("r", remote, &insecure, false).expect("as the file says");
-    let error = check_place("r", remote, &insecure, true).expect_err("bare");
+    check_place("r", &Place::Named("127.0.0.1:1"), &plain, false).expect_err("a proxy's loopback");
+    let insecure = Security::Plain { insecure: true };
+    check_place("r", &remote, &insecure, false).expect("as the file says");
+    let error = check_place("r", &remote, &insecure, true).expect_err("bare");
     assert!(error.to_string().contains("set sidecar.token"), "{error}");
     let ca = Ca::new("ours");
-    let tls = test_tls::carrier(test_tls::client(&ca, None, &[]), "r.test");
-    check_place("r", remote, &tls, true).expect_err("bare");
-    let Carrier::Tls { config, name, .. } = tls else { panic!("it is TLS") };
-    check_place("r", remote, &Carrier::Tls { config, name, has_certificate: true }, true)
+    let mut carrier = test_tls::carrier(test_tls::client(&ca, None, &[]), "r.test");
+    let security = carrier.ways.remove(0).security;
+    check_place("r", &remote, &security, true).expect_err("bare");
+    let Security::Tls { config, name, .. } = security else { panic!("it is TLS") };
+    check_place("r", &remote, &Security::Tls { config, name, has_certificate: true }, true)
         .expect("a certificate is something");
 }

@@ -3,9 +3,11 @@
 //!
 //! Usage: `sidelane-e2e-tonic serve`, which prints `{"port": …}` and, once its input ends, which calls
 //! were cancelled; or `sidelane-e2e-tonic CASE HOST PORT`, which prints what it saw as one JSON object,
-//! as `e2e/clients/grpc_client.py` does, and asserts nothing itself.
+//! as `e2e/clients/grpc_client.py` does, and asserts nothing itself. `to-grpc HOST PORT` and `to-tcp HOST
+//! PORT` carry a lane's bytes over gRPC to and from a relay (`bridge`).
 #![allow(clippy::print_stdout, reason = "the test that starts it reads its output")]
 
+mod bridge;
 mod client;
 mod codec;
 mod server;
@@ -24,11 +26,21 @@ async fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let seen = match arguments.as_slice() {
+        ["to-grpc", host, port] => {
+            let relay = format!("{host}:{port}");
+            tokio::time::timeout(LIFE, bridge::to_grpc(&relay)).await??
+        }
+        ["to-tcp", host, port] => {
+            let relay = format!("{host}:{port}");
+            tokio::time::timeout(LIFE, bridge::to_tcp(&relay)).await??
+        }
         ["serve"] => tokio::time::timeout(LIFE, server::serve()).await??,
         [case, host, port] => {
             tokio::time::timeout(LIFE, client::run(case, &format!("{host}:{port}"))).await??
         }
-        _ => bail!("usage: sidelane-e2e-tonic serve | CASE HOST PORT"),
+        _ => bail!(
+            "usage: sidelane-e2e-tonic serve | to-grpc HOST PORT | to-tcp HOST PORT | CASE HOST PORT"
+        ),
     };
     println!("{seen}");
     // Calls that a case left in mid-air end with the process.

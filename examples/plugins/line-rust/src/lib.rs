@@ -37,12 +37,20 @@ impl Protocol for Line {
     }
 
     fn validate_route(&self, options: &serde_json::Value) -> Result<(), ConfigError> {
-        match options.get("mode").and_then(serde_json::Value::as_str) {
-            Some("framed" | "raw") => Ok(()),
-            Some(_) => Err(ConfigError::at("mode", "unknown mode (accepted: framed, raw)")),
-            None if options.as_object().is_none_or(serde_json::Map::is_empty) => Ok(()),
-            None => Err(ConfigError::new("unknown options (accepted: mode)")),
+        let Some(options) = options.as_object() else {
+            let is_absent = options.is_null();
+            return is_absent
+                .then_some(())
+                .ok_or_else(|| ConfigError::new("not a block of options"));
+        };
+        for (name, value) in options {
+            match (name.as_str(), value.as_str()) {
+                ("mode", Some("framed" | "raw")) => {}
+                ("mode", _) => return Err(ConfigError::at(name, "accepted: framed, raw")),
+                _ => return Err(ConfigError::at(name, "unknown option (accepted: mode)")),
+            }
         }
+        Ok(())
     }
 
     async fn accept(&self, client: ByteStream, mut opener: Opener<'_>) -> Result<(), Error> {

@@ -7,6 +7,7 @@ mod library;
 mod limits;
 mod path;
 mod policy;
+mod raw;
 mod wire;
 
 use std::pin::Pin;
