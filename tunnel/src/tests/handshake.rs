@@ -116,6 +116,7 @@ fn a_refusal_reaches_the_dialler() {
         reason: proto::RefuseReason::Credential.into(),
         detail: "unknown credential".to_owned(),
         retry_after_ms: 1000,
+        ..proto::Refuse::default()
     };
     let mut buffer = BytesMut::from(&*Acceptor::new().encode_refuse(&refuse));
     assert_eq!(Dialler::new().handle_input(&mut buffer), Ok(Some(Reply::Refuse(refuse))));
