@@ -424,15 +424,12 @@ impl Moving {
             self.settle();
             return false;
         }
-        // Of a session whose lane is gone, or about to be, another lane will do.
-        if !(is_of_lane(reset.code) && self.place.session.is_open()) {
-            aim.tried.push(self.place.session.epoch);
-        }
+        let has_another_lane = is_of_lane(reset.code) && self.place.session.is_open();
         self.moves += 1;
         let from = Arc::clone(&self.place.session.name);
         let (route, code) = (Arc::clone(&aim.route.name), failure::name(reset.code));
         let metrics = Arc::clone(&aim.relay.metrics);
-        match aim.open_again() {
+        match aim.open_elsewhere(self.place.session.epoch, has_another_lane) {
             Ok(taken) => {
                 let (from, to) = (&*from, &*taken.session.name);
                 let (route, tunnel, reason) = (&*route, &*taken.tunnel, reason.label());
@@ -468,6 +465,26 @@ impl Drop for Moving {
 impl Aim {
     fn open_again(&self) -> Result<Taken, lend::Failure> {
         self.open(&self.relay.routing.load())
+    }
+
+    /// Gives the exchange to another session than that of `epoch`. Where that has lanes still it may take it
+    /// again, before the others where the client asks for it, else after them: all its lanes may be about to
+    /// go, and each that refuses costs a move.
+    fn open_elsewhere(
+        &mut self,
+        epoch: u64,
+        has_another_lane: bool,
+    ) -> Result<Taken, lend::Failure> {
+        if has_another_lane && self.sticky.is_some() {
+            return self.open_again();
+        }
+        self.tried.push(epoch);
+        let opened = self.open_again();
+        if !has_another_lane {
+            return opened;
+        }
+        self.tried.pop();
+        opened.or_else(|_| self.open_again())
     }
 }
 

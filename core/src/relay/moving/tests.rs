@@ -577,6 +577,19 @@ async fn where_nobody_is_there_it_waits_for_whoever_comes() {
 }
 
 #[tokio::test]
+async fn what_a_leaving_lane_refused_goes_to_another_sidecar_where_there_is_one() {
+    // As often as chance might choose the same one again.
+    for _ in 0..100 {
+        let mut stage = Stage::new(2).await;
+        let mut exchange = stage.open(Asks::Once, message("a", true));
+        let first = stage.holder();
+        stage.peers[first].refuse(failure::DRAINING);
+        assert_eq!(exchange.recv(), Poll::Pending);
+        assert_ne!(stage.holder(), first);
+    }
+}
+
+#[tokio::test]
 async fn another_lane_of_the_same_sidecar_takes_what_a_leaving_one_refused() {
     let mut stage = Stage::new(1).await;
     let mut exchange = stage.open(Asks::Once, message("a", true));
