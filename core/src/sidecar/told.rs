@@ -151,7 +151,9 @@ impl Sidecar {
     }
 
     fn dial_told(self: &Arc<Self>, key: &Arc<str>, root: &Arc<str>) -> Option<Dialled> {
-        if key.parse::<SocketAddr>().is_err() {
+        // A name that goes to a proxy is for that to look up.
+        let is_by_proxy = self.access.load().carrier(key).is_by_proxy();
+        if key.parse::<SocketAddr>().is_err() && !is_by_proxy {
             let named = Arc::new(NamedRelay::told(Arc::clone(key), Arc::clone(root)));
             // Refused only where the process ends.
             self.next_shard().spawn(Arc::clone(self).hold_name(Arc::clone(&named)));
@@ -160,7 +162,7 @@ impl Sidecar {
         let peer = Arc::new(Peer::told(Arc::clone(key), Arc::clone(root)));
         let mut is_new = false;
         self.change_peers(|peers| {
-            // A name of the file may stand for the same address.
+            // A name of the file may stand for the same one.
             let is_known =
                 peers.iter().any(|other| other.target == peer.target && other.is_wanted());
             is_new = !is_known && peers.len() < ADDRESSES_MAX;
