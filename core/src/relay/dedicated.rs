@@ -10,6 +10,7 @@ use super::Relay;
 use super::door::Place;
 use super::tunnels::{send_refuse, welcome};
 use crate::credentials::Authenticated;
+use crate::tunnel::carrier::Kind;
 use crate::tunnel::dedicated::keep_alive;
 use crate::tunnel::session::shown_name;
 use crate::tunnel::transport::Transport;
@@ -24,8 +25,17 @@ pub(super) async fn enter(
     place: Place,
 ) {
     let limit = relay.door.bounds().timeout;
-    let admitted = authenticated
-        .and_then(|authenticated| relay.sessions.admit_dedicated(hello, &authenticated));
+    let admitted = authenticated.and_then(|authenticated| {
+        if transport.kind() == Kind::Tcp {
+            return relay.sessions.admit_dedicated(hello, &authenticated);
+        }
+        let detail = "a dedicated connection carries bytes as they are: TCP or TLS is accepted";
+        Err(proto::Refuse {
+            reason: proto::RefuseReason::Malformed.into(),
+            detail: detail.to_owned(),
+            ..proto::Refuse::default()
+        })
+    });
     let (session, seat, answer) = match admitted {
         Ok(admitted) => admitted,
         Err(refuse) => {

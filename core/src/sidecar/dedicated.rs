@@ -105,6 +105,11 @@ impl Sidecar {
         if self.ahead.borrow().is_off { 0 } else { FEATURE_DEDICATED }
     }
 
+    /// Whether connections would be dialled before an exchange wants one.
+    pub(super) fn dials_ahead(&self) -> bool {
+        self.ahead.borrow().count > 0
+    }
+
     /// Where exchanges of a session wait, as the two ends' features are.
     pub(super) fn claims(&self, relay_features: u64) -> Option<Arc<Claims>> {
         let is_agreed = relay_features & self.dedicated_feature() & FEATURE_DEDICATED != 0;

@@ -157,6 +157,13 @@ impl Sidecar {
         let (relay, epoch, tls) = (&*peer.name, welcome.epoch, lane.transport.is_tls());
         let carrier = lane.transport.kind().label();
         tracing::info!(relay, epoch, tls, carrier, "session begun");
+        if session.claims.is_none() && self.dials_ahead() {
+            tracing::info!(
+                relay,
+                carrier,
+                "the session has no dedicated connections; exchanges go on in messages"
+            );
+        }
         peer.session_begun(welcome.epoch, welcome.relay_instance, tls);
         self.told(peer, &welcome.peers);
         Ok((session, lane))

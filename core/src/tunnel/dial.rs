@@ -9,6 +9,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
+use sidelane_tunnel::dedicate::FEATURE_DEDICATED;
 use sidelane_tunnel::{Dialler, HandshakeError, Reply, proto};
 use thiserror::Error;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -327,6 +328,10 @@ pub async fn dial(
     let mut failed = Failed::new(relay);
     for (index, way) in carrier.ways.iter().enumerate() {
         let target = way_target(way, index, target);
+        // What carries messages cannot carry an exchange's bytes without adding some.
+        if hello.dedicated && way.over != Over::Tcp {
+            continue;
+        }
         match Box::pin(dial_by(relay, &target, way, hello, timeouts)).await {
             Err(error) if error.refusal().is_none() => failed.note(way.shown(&target), error),
             dialled => return dialled,
@@ -346,7 +351,11 @@ async fn dial_by(
     let mut transport = open_by(relay, target, way, is_bare, timeouts).await?;
     let mut dialler = Dialler::new();
     let malformed = |source| DialError::Malformed { relay: relay.to_owned(), source };
-    let hello = dialler.hello(hello).map_err(malformed)?;
+    let mut hello = hello.clone();
+    if way.over != Over::Tcp {
+        hello.features &= !FEATURE_DEDICATED;
+    }
+    let hello = dialler.hello(&hello).map_err(malformed)?;
     let answer = ask(relay, &mut transport, &mut dialler, &hello, timeouts.answer).await;
     let (reply, input) = answer.map_err(|error| by(error, || way.shown(target)))?;
     match reply {
