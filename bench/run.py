@@ -16,7 +16,7 @@ import sys
 
 import machine
 import tables
-from stage import DIRECT, KINDS, NAMES, NGINX, RAW_NAMES, SIDELANE, TLS_NAMES, Stage
+from stage import DIRECT, KINDS, NAMES, NGINX, RAW_NAMES, RING_NAMES, SIDELANE, TLS_NAMES, Stage
 from workloads import Runner, cases
 
 PACKAGES = {
@@ -26,7 +26,7 @@ PACKAGES = {
     "taskset": "util-linux",
     "wrk": "wrk",
 }
-WORKLOADS = (*KINDS, "tls", "raw", "memory")
+WORKLOADS = (*KINDS, "tls", "raw", "ring", "memory")
 
 
 def main():
@@ -37,7 +37,7 @@ def main():
         print("warning: one core for everything; rates mean nothing, CPU per request still does")
     # Idle connections are WebSockets.
     kinds = [kind for kind in KINDS if kind in options.only]
-    if "tls" in options.only and "http" not in kinds:
+    if {"tls", "ring"} & set(options.only) and "http" not in kinds:
         kinds.append("http")
     if {"memory", "raw"} & set(options.only) and "websocket" not in kinds:
         kinds.append("websocket")
@@ -46,6 +46,7 @@ def main():
         names = options.paths or NAMES
         more = TLS_NAMES if "tls" in options.only else ()
         more += RAW_NAMES if "raw" in options.only else ()
+        more += RING_NAMES if "ring" in options.only else ()
         runner = Runner(options, stage)
         # First, while no other proxy takes memory and time.
         idle = {}
@@ -55,7 +56,7 @@ def main():
             idle = runner.idle_memory(counts, names, services)
         found, results = cases(options), {}
         if found:
-            plain = names if any(case.kind not in ("tls", "raw") for case in found) else ()
+            plain = names if any(case.kind not in ("tls", "raw", "ring") for case in found) else ()
             paths = {name: stage.start(name, services) for name in dict.fromkeys([*plain, *more])}
             results = runner.measure(found, paths)
             if options.profile and SIDELANE in paths:

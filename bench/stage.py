@@ -30,6 +30,9 @@ SIDELANE_RAW = "Sidelane, WebSockets raw"
 RAW_NAMES = (NGINX, HAPROXY, SIDELANE, SIDELANE_RAW)
 # Beside each other in one run: plain, TLS on the tunnel, TLS on both.
 TLS_NAMES = (NGINX, SIDELANE, SIDELANE_TUNNEL_TLS, NGINX_TLS, NGINX_CHAIN_TLS, SIDELANE_TLS)
+# Beside each other in one run: lanes that come back, with all they have to remember, and such that do not.
+SIDELANE_NO_RING = "Sidelane, grace 0s"
+RING_NAMES = (SIDELANE_NO_RING, SIDELANE)
 # What a client asks for by SNI must be what it asks for by Host.
 TLS_HOST = "localhost"
 
@@ -63,6 +66,7 @@ class Stage(contextlib.ExitStack):
             NGINX: self.start_nginx,
             HAPROXY: self.start_haproxy,
             SIDELANE: self.start_sidelane,
+            SIDELANE_NO_RING: lambda services: self.start_sidelane(services, grace="0s"),
             NGINX_TLS: self.start_nginx_tls,
             NGINX_CHAIN_TLS: self.start_nginx_chain_tls,
             SIDELANE_TUNNEL_TLS: lambda services: self.start_sidelane(services, tunnel_tls=True),
@@ -330,7 +334,7 @@ defaults
         outer, outer_pids = self.haproxy("haproxy-outer", inner)
         return Path(outer, {"outer": outer_pids, "inner": inner_pids})
 
-    def start_sidelane(self, services, tunnel_tls=False, entry_tls=False, raw=False):
+    def start_sidelane(self, services, tunnel_tls=False, entry_tls=False, raw=False, grace=None):
         self.sidelanes += 1
         relay_name, sidecar_name = f"relay-{self.sidelanes}", f"sidecar-{self.sidelanes}"
         certificates = {}
@@ -340,6 +344,7 @@ defaults
         listener = {"name": "web", "address": "127.0.0.1:0"}
         listener |= {"tls": certificates} if entry_tls else {}
         tunnel = {"address": "127.0.0.1:0"} | ({"tls": certificates} if tunnel_tls else {})
+        tunnel |= {"grace": grace} if grace else {}
         libraries = [
             {"name": kind, "library": f"libsidelane_{kind}.so"}
             for kind in ("http", *(kind for kind in services if kind != "http"))

@@ -33,7 +33,7 @@ def report(options, cases, results, idle):
         lines += case_table(case, results[case.title])
     for count, paths in idle.items():
         lines += idle_table(count, paths)
-    lines += parts_table([case for case in cases if not case.bulk and case.kind not in ("tls", "raw")], results)
+    lines += parts_table([case for case in cases if not case.bulk and case.kind not in ("tls", "raw", "ring")], results)
     lines += aims_table(cases, results, idle)
     return "\n".join(lines)
 

@@ -19,6 +19,8 @@ from stage import (
     NGINX,
     RAW_NAMES,
     NGINX_CHAIN_TLS,
+    RING_NAMES,
+    SIDELANE_NO_RING,
     SMALL_BYTES,
     TLS_HOST,
     TLS_NAMES,
@@ -153,6 +155,11 @@ def cases(options):
         found.append(
             Case("tls", title, "GB", wrk(BULK_CONNECTIONS, "/large"), bulk=True, **tls)
         )
+    ring = {"paths": RING_NAMES, "bases": (("of grace 0s", SIDELANE_NO_RING),)}
+    title = f"Ring: HTTP/1.1, {SMALL_BYTES} B, connections: {CONNECTIONS}"
+    found.append(Case("ring", title, "request", wrk(CONNECTIONS, "/small"), **ring))
+    title = f"Ring: bulk, {LARGE_BYTES >> 20} MiB bodies, {BULK_CONNECTIONS} connections"
+    found.append(Case("ring", title, "GB", wrk(BULK_CONNECTIONS, "/large"), bulk=True, **ring))
     return [case for case in found if case.kind in options.only]
 
 

@@ -527,6 +527,7 @@ impl Lane {
             Due::Nothing => {}
             Due::Ping(token) => {
                 self.replay.rest();
+                self.watch_outstanding();
                 self.push_control(Control::Ping { token });
             }
             Due::Dead => return Err(LaneError::Dead(self.config.dead_after)),

@@ -89,6 +89,7 @@ fn with_comments_read(text: &str) -> String {
         "protocol_types:",
         "config:",
         "max_connection_age:",
+        "advertise:",
         "pool:",
         "proxy_protocol:",
         "health_check:",

@@ -221,7 +221,8 @@ impl Knock {
 
     /// Takes a connection that speaks HTTP/2 to a data-path thread, where its streams stay.
     pub(super) fn by_http2(self, mut transport: Transport, place: Place) {
-        let tuned = transport.tcp().ok_or(io::ErrorKind::NotConnected.into()).and_then(dial::tune);
+        let lost = || io::Error::from(io::ErrorKind::NotConnected);
+        let tuned = transport.tcp().ok_or_else(lost).and_then(dial::tune);
         if tuned.and_then(|()| transport.detach()).is_err() {
             // It is gone.
             return;

@@ -471,9 +471,7 @@ impl Transport {
 impl Transport {
     /// Returns what a test has in place of a connection.
     pub(crate) fn scripted(stream: tokio::io::DuplexStream) -> Self {
-        let mut transport = Self::tls(Box::new(stream), (Vec::new(), Agreed::Tunnel));
-        transport.is_tls = false;
-        transport
+        Self::carried(Kind::Tcp, Box::new(stream), false, Vec::new())
     }
 }
 

@@ -40,6 +40,7 @@ const MEMORY_RATIO_MAX: f64 = 1.5;
 /// Sidecars that a test has made. They end with it.
 struct Herd {
     sidecars: Vec<Arc<Sidecar>>,
+    metrics: Arc<Metrics>,
     shards: Option<Shards>,
 }
 
@@ -48,6 +49,7 @@ impl Herd {
         let shards = Shards::start("herd", 2, 0, 2).expect("threads");
         let metrics = Arc::new(Metrics::new());
         let plugins = Arc::new(Plugins::new(HostContext::new(metrics.sink()), Limits::default()));
+        let counted = Arc::clone(&metrics);
         let sidecars = (0..SIDECARS).map(|number| {
             let config = configuration(relay, number);
             let section = config.sidecar.as_ref().expect("a sidecar's file");
@@ -63,7 +65,17 @@ impl Herd {
             sidecar.start();
             sidecar
         });
-        Self { sidecars: sidecars.collect(), shards: Some(shards) }
+        Self { sidecars: sidecars.collect(), metrics: counted, shards: Some(shards) }
+    }
+
+    /// Waits until every lane has lost its connection: a process that is started again comes later.
+    fn until_lost(&self) {
+        wait::until("the lanes to notice", || {
+            let mut page = String::new();
+            self.metrics.encode(&mut page);
+            let none = "sidelane_lanes{role=\"sidecar\"} 0";
+            page.lines().any(|line| line == none).then_some(())
+        });
     }
 }
 
@@ -164,12 +176,13 @@ fn all_sidecars_are_back_soon_after_their_relay() {
         1,
     );
     let began = Instant::now();
-    let _herd = Herd::start(tunnel);
+    let herd = Herd::start(tunnel);
     let (arrived, whole) = until_whole(&relay, began);
     let before = Cost::of(&relay);
 
-    let began = Instant::now();
     relay.kill();
+    herd.until_lost();
+    let began = Instant::now();
     let relay = Sidelane::spawn("relay again", &file);
     let (back, whole_again) = until_whole(&relay, began);
     let after = Cost::of(&relay);

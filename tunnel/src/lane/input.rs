@@ -46,8 +46,13 @@ impl Lane {
             self.messages_in += 1;
             self.handle(envelope)?;
             let cost = bytes + MESSAGE_COST;
-            if self.received != received && self.acknowledge.received(self.now, cost) {
-                self.push_control(Control::Ack);
+            if self.received != received {
+                if self.replay.is_on() {
+                    self.liveness.talk(self.now);
+                }
+                if self.acknowledge.received(self.now, cost) {
+                    self.push_control(Control::Ack);
+                }
             }
             self.check_control()?;
         }
@@ -91,6 +96,7 @@ impl Lane {
             field::PONG => {
                 let proto::Pong { token } = decode(number, payload)?;
                 if let Some(rtt) = self.liveness.handle_pong(self.now, token) {
+                    self.watch_outstanding();
                     self.push_event(Event::Rtt(rtt))?;
                 }
             }

@@ -99,9 +99,9 @@ impl Lane {
         self.watch_outstanding();
     }
 
-    /// Notes whether something is unacknowledged, for the suspicion of a silent peer.
+    /// Notes whether something is unacknowledged, or a ping unanswered, for the suspicion of a silent peer.
     pub(super) fn watch_outstanding(&mut self) {
-        let is_any = !self.replay.is_empty();
+        let is_any = !self.replay.is_empty() || (self.replay.is_on() && self.liveness.is_asking());
         self.suspicion.outstanding(self.now, self.liveness.rtt(), is_any);
     }
 

@@ -8,7 +8,7 @@ const SUSPECT_MIN: Duration = Duration::from_secs(1);
 /// So many round trips of silence are suspect.
 const SUSPECT_RTTS: u32 = 4;
 
-/// Whether the peer is suspect: something is unacknowledged, and both that and the peer's silence are
+/// Whether the peer is suspect: something is unacknowledged or a ping unanswered, and both that and the peer's silence are
 /// longer than the round trip explains.
 #[derive(Debug, Default)]
 pub(super) struct Suspicion {

@@ -232,6 +232,30 @@ fn silence_with_something_outstanding_is_suspect() {
 }
 
 #[test]
+fn silence_behind_a_conversation_is_asked_about_and_suspect() {
+    let mut pair = Pair::with(keeping).latency(ms(10));
+    let (_, sidecar) = pair.opened();
+    pair.pass(Duration::from_secs(4)).unwrap();
+    assert!(pair.sidecar.send(sidecar, data(b"the last word")).is_ready());
+    // All of it is acknowledged before the path ends.
+    pair.pass(ms(300)).unwrap();
+    pair.road.capacity = 0;
+    let after = silence(&mut pair, Duration::from_secs(9)).expect("it is suspect");
+    assert!(after < Duration::from_secs(2), "{after:?}");
+}
+
+#[test]
+fn unanswered_ping_is_suspect() {
+    let mut pair = Pair::with(keeping).latency(ms(10));
+    pair.opened();
+    pair.pass(Duration::from_secs(33)).unwrap();
+    assert_eq!(suspicions(&mut pair), []);
+    pair.road.capacity = 0;
+    let after = silence(&mut pair, Duration::from_secs(9)).expect("it is suspect");
+    assert!(after <= Duration::from_secs(6), "a ping each 5 s, and a second: {after:?}");
+}
+
+#[test]
 fn an_idle_or_a_busy_lane_is_not_suspect() {
     let mut pair = Pair::with(keeping).latency(ms(100));
     let (relay, sidecar) = pair.opened();

@@ -284,7 +284,7 @@ fn quiet_stall_is_noticed_by_pings_and_costs_nothing() {
     torn.until_lanes(LANES);
     let noticed = begun.elapsed();
     println!("quiet stall: new connections after {noticed:.2?}");
-    assert!(noticed < Duration::from_secs(13), "5 s of silence, a ping, 10 s at most: {noticed:?}");
+    assert!(noticed < Duration::from_secs(9), "a ping each 5 s, and a second more: {noticed:?}");
     socket.client.send(Frame::new(TEXT, "after").masked(MASK).bytes());
     assert_eq!(socket.frame(), Frame::new(TEXT, "after"));
     torn.lost_nothing();

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use sidelane_e2e::authority::{Authority, Files};
 use sidelane_e2e::fault::Wire;
 use sidelane_e2e::process::{Route, Sidelane};
 use sidelane_e2e::wait;
@@ -126,4 +127,42 @@ fn a_session_whose_lanes_are_lost_holds_no_name_against_a_newcomer() {
     assert_eq!(text(&get(relay.web(), "/", "")), "two");
     drop(newcomer);
     wait::until("the first again", || (text(&get(relay.web(), "/", "")) == "one").then_some(()));
+}
+
+/// A relay could send a sidecar anywhere: it presents itself to those only that the same authority knows.
+#[test]
+fn by_tls_a_sidecar_follows_to_other_hosts_that_its_authority_knows() {
+    let token = "correct-horse-battery-staple";
+    let (ours, theirs) = (Authority::new("ours"), Authority::new("theirs"));
+    let yaml = |files: &Files, peers: &str| {
+        let tls = format!(
+            ", token: \"{token}\", tls: {{ certificates: [{{ cert: \"{}\", key: \"{}\" }}] }}{peers}",
+            files.cert.display(),
+            files.key.display()
+        );
+        relay_yaml(&tls)
+    };
+    let good = Sidelane::spawn("good relay", &yaml(&ours.sign(&["localhost"]), ""));
+    let evil = Sidelane::spawn("evil relay", &yaml(&theirs.sign(&["localhost"]), ""));
+    let [good_port, evil_port] = [&good, &evil].map(|relay| relay.tunnel().port());
+    let peers = format!(", peers: [\"localhost:{good_port}\", \"localhost:{evil_port}\"]");
+    let teller = Sidelane::spawn("relay", &yaml(&ours.sign(&["127.0.0.1"]), &peers));
+    let service = Named::start("web");
+    let address = teller.tunnel();
+    let ca = ours.ca();
+    let relays = format!(
+        "relays: [{{ address: \"{address}\", tls: {{ ca: \"{}\" }} }}]\n  token: {token}",
+        ca.display()
+    );
+    let yaml = sidecar_yaml(service.service.address(), address, "", "");
+    let plain = format!("relays: [\"{address}\"]");
+    assert!(yaml.contains(&plain), "{yaml}");
+    let sidecar = Sidelane::start("sidecar", &yaml.replace(&plain, &relays));
+    for relay in [&teller, &good] {
+        until_serving(relay, 1);
+        assert_eq!(text(&get(relay.web(), "/", "")), "web");
+    }
+    let refused = format!("no TLS with relay localhost:{evil_port}");
+    wait::until("the other to be refused", || sidecar.log().contains(&refused).then_some(()));
+    assert_eq!(evil.metric("sidelane_sessions", &["role=\"relay\""]).unwrap_or_default(), 0.0);
 }
