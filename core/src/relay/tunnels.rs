@@ -1,5 +1,6 @@
 //! The tunnel's public end: lets sidecars in, and hands their lanes over.
 
+use std::error::Error;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -141,7 +142,17 @@ pub(super) async fn refuse_plain(relay: &Relay, socket: Socket, peer: SocketAddr
 
 /// Counts and tells of a sidecar's TLS that came to nothing.
 pub(super) fn tls_failed(relay: &Relay, peer: SocketAddr, error: &io::Error) {
-    failed(relay, peer, "tls", &tls_fault(error));
+    match error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) {
+        Some(fault) => failed(relay, peer, "tls", &tls_fault(fault)),
+        None => broken_off(relay, peer, "tls", error),
+    }
+}
+
+/// Counts a handshake in whose midst the connection was lost. That is no guess, but the road: an address
+/// whose road is bad is not to be turned away for it when its lanes come back, nor to fill the log.
+fn broken_off(relay: &Relay, peer: SocketAddr, label: &'static str, error: &dyn Error) {
+    relay.metrics.handshake_refused(label);
+    tracing::debug!(%peer, error = chain(error), "a connection to the tunnel's port broke off in the handshake");
 }
 
 pub(super) fn failed(relay: &Relay, peer: SocketAddr, label: &'static str, reason: &str) {
@@ -313,14 +324,10 @@ async fn refuse_plainly(mut socket: Socket, refuse: &proto::Refuse) {
 }
 
 /// What became of TLS, in words that say what is missing.
-fn tls_fault(error: &io::Error) -> String {
-    let fault = error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>());
+fn tls_fault(fault: &rustls::Error) -> String {
     match fault {
-        Some(rustls::Error::NoApplicationProtocol) => {
-            format!("{WANTS_ALPN} (it offered others)")
-        }
-        Some(fault) => fault::of_dialler(fault),
-        None => format!("TLS failed: {error}"),
+        rustls::Error::NoApplicationProtocol => format!("{WANTS_ALPN} (it offered others)"),
+        fault => fault::of_dialler(fault),
     }
 }
 
@@ -357,6 +364,9 @@ pub(super) async fn shake_hands(
             let reason = format!("not a hello: {}", malformed(&cause));
             failed(&relay, peer, "hello", &reason);
             return send_refuse(&mut transport, &cause.refusal(), limit).await;
+        }
+        Err(error @ (HelloError::Closed | HelloError::Io(_))) => {
+            return broken_off(&relay, peer, "hello", &error);
         }
         Err(error) => return failed(&relay, peer, "hello", &chain(&error)),
     };
