@@ -56,16 +56,16 @@ const EXPECTS_PLAIN: &str = "this relay's tunnel is plain here; set relay.tunnel
 /// What a dialler is told that agreed on no protocol of ours.
 const WANTS_ALPN: &str = "this port speaks sidelane/1, which the dialler did not offer by ALPN";
 
-/// Lets sidecars in on `listener` until `stopping` turns true.
+/// Lets sidecars in on `listener` until `closed` turns true.
 pub(super) async fn accept(
     relay: Arc<Relay>,
     listener: TcpListener,
-    mut stopping: watch::Receiver<bool>,
+    mut closed: watch::Receiver<bool>,
 ) {
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            _ = stopping.wait_for(|stopping| *stopping) => return,
+            _ = closed.wait_for(|closed| *closed) => return,
         };
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
@@ -176,6 +176,15 @@ fn malformed_refusal(detail: &str) -> proto::Refuse {
     proto::Refuse {
         reason: proto::RefuseReason::Malformed.into(),
         detail: detail.to_owned(),
+        ..proto::Refuse::default()
+    }
+}
+
+fn draining_refusal() -> proto::Refuse {
+    proto::Refuse {
+        reason: proto::RefuseReason::GoingAway.into(),
+        detail: "this relay is shutting down; it takes back lanes that it has, and no others"
+            .to_owned(),
         ..proto::Refuse::default()
     }
 }
@@ -370,6 +379,12 @@ pub(super) async fn shake_hands(
         }
         Err(error) => return failed(&relay, peer, "hello", &chain(&error)),
     };
+    if relay.is_draining() {
+        let refuse = draining_refusal();
+        relay.metrics.handshake_refused(refuse.reason().as_str_name());
+        tracing::debug!(%peer, "a sidecar is turned away: the relay is shutting down");
+        return send_refuse(&mut transport, &refuse, limit).await;
+    }
     let shards = relay.listeners.shards();
     // Where its connection is driven a lane is, too.
     let home = transport.home();
