@@ -78,6 +78,8 @@ pub struct Relay {
     /// As clients know them.
     sources: Mutex<Sources>,
     stopping: watch::Sender<bool>,
+    /// All sessions are ended: no lane comes back either.
+    closed: watch::Sender<bool>,
     /// Clients are asked to go elsewhere.
     withdrawn: AtomicBool,
     /// Told whenever an exchange that could not be opened might be now.
@@ -127,6 +129,7 @@ impl Relay {
                 ..Sources::default()
             }),
             stopping: watch::Sender::new(false),
+            closed: watch::Sender::new(false),
             withdrawn: AtomicBool::new(false),
             changes: watch::Sender::new(()),
             open_wait_ms: AtomicU64::new(millis(section.timeouts.open_wait)),
@@ -202,8 +205,8 @@ impl Relay {
         shards[0].spawn(async move {
             match TcpListener::from_std(tunnel) {
                 Ok(socket) => {
-                    let stopping = relay.stopping.subscribe();
-                    tunnels::accept(relay, socket, stopping).await;
+                    let closed = relay.closed.subscribe();
+                    tunnels::accept(relay, socket, closed).await;
                 }
                 Err(error) => tracing::error!(%error, "the tunnel's listener is lost"),
             }
@@ -248,8 +251,9 @@ impl Relay {
         self.withdrawn.load(Ordering::Acquire)
     }
 
-    /// Accepts nobody from here on, asks clients' connections to end with their exchanges, and tells
-    /// sidecars to look for another relay.
+    /// Accepts no client and no new lane from here on, asks clients' connections to end with their exchanges,
+    /// and tells sidecars to look for another relay. Lanes that lose their connections come back, so that what
+    /// runs on them comes to its end.
     pub fn drain(&self) {
         self.stopping.send_replace(true);
         self.listeners.stop();
@@ -260,6 +264,7 @@ impl Relay {
 
     /// Ends all sessions for good once what is queued has been written.
     pub fn close(&self) {
+        self.closed.send_replace(true);
         for session in self.sessions.all() {
             session.end("the relay has ended");
         }
@@ -354,7 +359,12 @@ impl Relay {
 
     /// Whether an exchange may wait for a session that is on its way.
     fn waits_for_sessions(&self) -> bool {
-        !self.open_wait().is_zero() && !*self.stopping.borrow()
+        !self.open_wait().is_zero() && !self.is_draining()
+    }
+
+    /// Whether new sessions and lanes are turned away, since the relay ends soon.
+    fn is_draining(&self) -> bool {
+        *self.stopping.borrow()
     }
 
     /// How long an exchange may.

@@ -18,6 +18,7 @@ pub mod pressure;
 pub mod proxy;
 pub mod returning;
 pub mod session;
+pub mod told;
 pub mod transport;
 
 #[cfg(test)]

@@ -17,11 +17,16 @@ use crate::error::chain;
 use crate::plugin::lend::Reset;
 use crate::tunnel::returning::{NotTaken, Return};
 use crate::tunnel::session::{self, Admitted, Session, shown};
+use crate::tunnel::told::{Told, tell};
 use crate::tunnel::transport::{Movable as _, Transport};
 use crate::tunnel::{Awaited, LaneEnd, Link, accept, dial, drive};
 
 /// How an exchange ends with its lane.
 const LOST: Reset = Reset::new(failure::TUNNEL_LOST);
+
+/// What is remembered of a dial for a session that is not here. Its relay has given it up meanwhile, and whole
+/// sites come back so at once: all such dials of an address count as one that is done again and again.
+const GONE: &[u8] = b"no such session";
 
 /// Whoever dials for a lane that is to come back.
 pub(super) struct Dialled {
@@ -41,7 +46,9 @@ pub(super) async fn resume(relay: &Arc<Relay>, dialled: Dialled, resume: &proto:
         Err(refuse) => {
             if refuse.reason() == proto::RefuseReason::UnknownSession {
                 // Whoever guesses secrets is told the same.
-                relay.door.failed(peer, Some(&resume.secret));
+                let is_guess = relay.sessions.is_wrong_secret(resume);
+                let presented = if is_guess { &*resume.secret } else { GONE };
+                relay.door.failed(peer, Some(presented));
             }
             return refused(relay, transport, peer, resume, &refuse).await;
         }
@@ -146,6 +153,7 @@ impl Lane<'_> {
         }
         let mut end = self.drive(transport, input).await;
         let mut lost_at = Instant::now();
+        let mut losses = Told::default();
         while link.is_detached() {
             // Without a word of the peer's on it the connection was none.
             if link.was_heard() {
@@ -156,14 +164,17 @@ impl Lane<'_> {
                 relay.metrics.lanes.fenced();
             }
             let exchanges = link.load();
-            tracing::info!(
+            let told = losses.note(Instant::now());
+            tell!(
+                told.is_some(),
                 sidecar = &*session.name,
                 lane = link.number,
                 exchanges,
+                losses = told.filter(|&losses| losses > 1),
                 reason = chain(&end),
                 "lane lost its connection; its exchanges wait"
             );
-            let Some((transport, input)) = self.await_return(lost_at).await else {
+            let Some((transport, input)) = self.await_return(lost_at, told.is_some()).await else {
                 link.abandon(LOST);
                 break;
             };
@@ -197,8 +208,9 @@ impl Lane<'_> {
     }
 
     /// Waits until the lane has another connection and its dialler is told what came on the one before,
-    /// of which nothing is read any more. `None`: it does not come back.
-    async fn await_return(&self, lost_at: Instant) -> Option<(Transport, BytesMut)> {
+    /// of which nothing is read any more. `None`: it does not come back. `is_told`: its loss was told at info,
+    /// and its return is.
+    async fn await_return(&self, lost_at: Instant, is_told: bool) -> Option<(Transport, BytesMut)> {
         let Self { relay, session, link } = self;
         loop {
             let Awaited::Return(next) = link.returned(lost_at + session.grace).await else {
@@ -224,7 +236,8 @@ impl Lane<'_> {
             if let Ok(Ok(())) = told {
                 let outage = lost_at.elapsed();
                 relay.metrics.lanes.resumed("relay", outage, messages, bytes);
-                tracing::info!(
+                tell!(
+                    is_told,
                     sidecar = &*session.name,
                     lane = link.number,
                     attempt,

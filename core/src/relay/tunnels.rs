@@ -1,5 +1,6 @@
 //! The tunnel's public end: lets sidecars in, and hands their lanes over.
 
+use std::error::Error;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -55,16 +56,16 @@ const EXPECTS_PLAIN: &str = "this relay's tunnel is plain here; set relay.tunnel
 /// What a dialler is told that agreed on no protocol of ours.
 const WANTS_ALPN: &str = "this port speaks sidelane/1, which the dialler did not offer by ALPN";
 
-/// Lets sidecars in on `listener` until `stopping` turns true.
+/// Lets sidecars in on `listener` until `closed` turns true.
 pub(super) async fn accept(
     relay: Arc<Relay>,
     listener: TcpListener,
-    mut stopping: watch::Receiver<bool>,
+    mut closed: watch::Receiver<bool>,
 ) {
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            _ = stopping.wait_for(|stopping| *stopping) => return,
+            _ = closed.wait_for(|closed| *closed) => return,
         };
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
@@ -141,7 +142,17 @@ pub(super) async fn refuse_plain(relay: &Relay, socket: Socket, peer: SocketAddr
 
 /// Counts and tells of a sidecar's TLS that came to nothing.
 pub(super) fn tls_failed(relay: &Relay, peer: SocketAddr, error: &io::Error) {
-    failed(relay, peer, "tls", &tls_fault(error));
+    match error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>()) {
+        Some(fault) => failed(relay, peer, "tls", &tls_fault(fault)),
+        None => broken_off(relay, peer, "tls", error),
+    }
+}
+
+/// Counts a handshake in whose midst the connection was lost. That is no guess, but the road: an address
+/// whose road is bad is not to be turned away for it when its lanes come back, nor to fill the log.
+fn broken_off(relay: &Relay, peer: SocketAddr, label: &'static str, error: &dyn Error) {
+    relay.metrics.handshake_refused(label);
+    tracing::debug!(%peer, error = chain(error), "a connection to the tunnel's port broke off in the handshake");
 }
 
 pub(super) fn failed(relay: &Relay, peer: SocketAddr, label: &'static str, reason: &str) {
@@ -165,6 +176,15 @@ fn malformed_refusal(detail: &str) -> proto::Refuse {
     proto::Refuse {
         reason: proto::RefuseReason::Malformed.into(),
         detail: detail.to_owned(),
+        ..proto::Refuse::default()
+    }
+}
+
+fn draining_refusal() -> proto::Refuse {
+    proto::Refuse {
+        reason: proto::RefuseReason::GoingAway.into(),
+        detail: "this relay is shutting down; it takes back lanes that it has, and no others"
+            .to_owned(),
         ..proto::Refuse::default()
     }
 }
@@ -313,14 +333,10 @@ async fn refuse_plainly(mut socket: Socket, refuse: &proto::Refuse) {
 }
 
 /// What became of TLS, in words that say what is missing.
-fn tls_fault(error: &io::Error) -> String {
-    let fault = error.get_ref().and_then(|error| error.downcast_ref::<rustls::Error>());
+fn tls_fault(fault: &rustls::Error) -> String {
     match fault {
-        Some(rustls::Error::NoApplicationProtocol) => {
-            format!("{WANTS_ALPN} (it offered others)")
-        }
-        Some(fault) => fault::of_dialler(fault),
-        None => format!("TLS failed: {error}"),
+        rustls::Error::NoApplicationProtocol => format!("{WANTS_ALPN} (it offered others)"),
+        fault => fault::of_dialler(fault),
     }
 }
 
@@ -358,8 +374,17 @@ pub(super) async fn shake_hands(
             failed(&relay, peer, "hello", &reason);
             return send_refuse(&mut transport, &cause.refusal(), limit).await;
         }
+        Err(error @ (HelloError::Closed | HelloError::Io(_))) => {
+            return broken_off(&relay, peer, "hello", &error);
+        }
         Err(error) => return failed(&relay, peer, "hello", &chain(&error)),
     };
+    if relay.is_draining() {
+        let refuse = draining_refusal();
+        relay.metrics.handshake_refused(refuse.reason().as_str_name());
+        tracing::debug!(%peer, "a sidecar is turned away: the relay is shutting down");
+        return send_refuse(&mut transport, &refuse, limit).await;
+    }
     let shards = relay.listeners.shards();
     // Where its connection is driven a lane is, too.
     let home = transport.home();

@@ -21,8 +21,8 @@ use crate::error::chain;
 use crate::plugin::lend::Reset;
 use crate::random;
 use crate::tunnel::backoff::{ReturnBackoff, jitter};
-use crate::tunnel::carrier::Kind;
 use crate::tunnel::dial::{self, DialError, Timeouts};
+use crate::tunnel::told::{Told, tell};
 use crate::tunnel::transport::{Movable as _, Transport};
 use crate::tunnel::{LaneEnd, Link, drive};
 
@@ -31,6 +31,9 @@ const LOST: Reset = Reset::new(failure::TUNNEL_LOST);
 
 /// Other relays that may be reached in place of the session's, one after the other.
 pub(super) const WRONG_RELAYS_MAX: u32 = 8;
+
+/// The same other relay, reached so often in a row, has taken the place of the session's.
+const SAME_RELAY_MAX: u32 = 3;
 
 /// Dials that reached another relay are repeated within this.
 const WRONG_RELAY_WAIT: Duration = Duration::from_millis(50);
@@ -71,6 +74,8 @@ pub(super) struct Lane {
     progress: u64,
     /// When a connection may be dialled beside one that is silent.
     beside_at: Instant,
+    losses: Told,
+    silences: Told,
 }
 
 impl Lane {
@@ -90,6 +95,8 @@ impl Lane {
             backoff: ReturnBackoff::default(),
             progress: 0,
             beside_at: Instant::now(),
+            losses: Told::default(),
+            silences: Told::default(),
         }
     }
 
@@ -108,14 +115,17 @@ impl Lane {
             let lost_at = Instant::now();
             self.sidecar.metrics.lanes.connection_lost("sidecar");
             let (exchanges, reason) = (self.link.load(), chain(&end));
-            tracing::info!(
+            let told = self.losses.note(lost_at);
+            tell!(
+                told.is_some(),
                 relay,
                 lane = number,
                 exchanges,
+                losses = told.filter(|&losses| losses > 1),
                 reason,
                 "lane lost its connection; its exchanges wait while it is dialled"
             );
-            match self.come_back(lost_at, beside.take()).await {
+            match self.come_back(lost_at, beside.take(), told.is_some()).await {
                 Ok((transport, input)) => (end, beside) = self.drive(transport, input).await,
                 Err(error) => {
                     self.link.abandon(LOST);
@@ -144,6 +154,7 @@ impl Lane {
         let _carried = self.sidecar.metrics.carrier_up("sidecar", transport.kind());
         self.link.runs_on(transport.kind());
         let mut texts = std::mem::take(&mut self.texts);
+        let mut silences = std::mem::take(&mut self.silences);
         let Self { sidecar, peer, session, link, .. } = &*self;
         let mut beside_at = self.beside_at;
         let on_event =
@@ -156,9 +167,12 @@ impl Lane {
                 if let Some(end) = until(driven.as_mut(), link, true).await {
                     break (end, None);
                 }
-                tracing::info!(
+                let told = silences.note(Instant::now());
+                tell!(
+                    told.is_some(),
                     relay = peer.name,
                     lane = link.number,
+                    times = told.filter(|&times| times > 1),
                     "the relay is silent on this lane; another connection is dialled beside it"
                 );
                 let dial = async {
@@ -189,15 +203,18 @@ impl Lane {
             }
         };
         self.texts = texts;
+        self.silences = silences;
         self.beside_at = beside_at;
         (end, beside)
     }
 
     /// Dials the lane until it is back, or its time is up. `beside`: a connection that is there already.
+    /// `is_told`: its loss was told at info, and its return is.
     async fn come_back(
         &mut self,
         lost_at: Instant,
         mut beside: Option<Transport>,
+        is_told: bool,
     ) -> Result<(Transport, BytesMut), GivenUp> {
         let grace = self.session.grace;
         let deadline = lost_at + grace;
@@ -212,6 +229,7 @@ impl Lane {
         let mut wrong_relays = 0;
         // Nobody listened there for a moment: whoever does now is another process, and no relay beside it.
         let mut has_ended = false;
+        let mut met = Met::default();
         let mut last = "none was done".to_owned();
         loop {
             self.attempt += 1;
@@ -230,7 +248,8 @@ impl Lane {
             };
             let error = match dialled {
                 Ok((transport, resumed, input)) => {
-                    self.resume(resumed.received, transport.kind(), lost_at, dialled_at)?;
+                    self.resume(resumed.received, lost_at, dialled_at)?;
+                    self.tell_return(&transport, lost_at, is_told);
                     return Ok((transport, input));
                 }
                 Err(error) => error,
@@ -246,7 +265,9 @@ impl Lane {
             wait = self.backoff.next_after(asked, random::number());
             has_ended |= error.is_connection_refused();
             let by = error.refused_by();
-            if has_ended && !by.is_empty() && *by != *self.session.relay_instance {
+            let is_another = !by.is_empty() && *by != *self.session.relay_instance;
+            has_ended |= is_another && met.again(by) >= SAME_RELAY_MAX;
+            if has_ended && is_another {
                 // It is too busy to say more, and need not.
                 self.peer.is_busy_for(asked);
                 self.session_is_gone();
@@ -289,30 +310,28 @@ impl Lane {
     }
 
     /// The relay goes on with the lane, of which it has so many counted messages.
-    fn resume(
-        &self,
-        received: u64,
-        carrier: Kind,
-        lost_at: Instant,
-        dialled_at: Instant,
-    ) -> Result<(), GivenUp> {
+    fn resume(&self, received: u64, lost_at: Instant, dialled_at: Instant) -> Result<(), GivenUp> {
         self.link.resume(received).map_err(|error| GivenUp::Gap(error.to_string()))?;
         let (messages, bytes) = self.link.to_replay();
-        let outage = lost_at.elapsed();
         let lanes = &self.sidecar.metrics.lanes;
-        lanes.resumed("sidecar", outage, messages, bytes);
+        lanes.resumed("sidecar", lost_at.elapsed(), messages, bytes);
         lanes.dialled(dialled_at.elapsed());
-        tracing::info!(
+        Ok(())
+    }
+
+    fn tell_return(&self, transport: &Transport, lost_at: Instant, is_told: bool) {
+        let (messages, bytes) = self.link.to_replay();
+        tell!(
+            is_told,
             relay = self.peer.name,
             lane = self.link.number,
             attempt = self.attempt,
-            carrier = carrier.label(),
-            after_ms = millis(outage),
+            carrier = transport.kind().label(),
+            after_ms = millis(lost_at.elapsed()),
             replayed_messages = messages,
             replayed_bytes = bytes,
             "lane is back"
         );
-        Ok(())
     }
 
     async fn dial(
@@ -380,6 +399,24 @@ async fn until(
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Which other relay was reached last, and how often in a row.
+#[derive(Default)]
+struct Met {
+    instance: Vec<u8>,
+    times: u32,
+}
+
+impl Met {
+    fn again(&mut self, instance: &[u8]) -> u32 {
+        if *self.instance != *instance {
+            self.instance = instance.to_vec();
+            self.times = 0;
+        }
+        self.times += 1;
+        self.times
+    }
 }
 
 #[cfg(test)]

@@ -611,6 +611,14 @@ impl Sessions {
         session.filter(is_its).ok_or_else(unknown)
     }
 
+    /// Whether a session is named that is here, by a secret that is not its own.
+    #[must_use]
+    pub fn is_wrong_secret(&self, resume: &proto::Resume) -> bool {
+        let id = SessionId::try_from(&*resume.session).ok();
+        let session = id.and_then(|id| self.by_id.get(&id).map(|session| Arc::clone(&session)));
+        session.is_some_and(|session| !same_secret(&session.secret, &resume.secret))
+    }
+
     /// Returns the session and the lane that are to come back.
     ///
     /// # Errors

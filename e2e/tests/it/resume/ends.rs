@@ -1,17 +1,19 @@
 //! The death of either process: what the session cannot survive ends cleanly, and as soon as it is
 //! known.
 
+use std::sync::Mutex;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use sidelane_e2e::client::{Client, request};
-use sidelane_e2e::fault::Shape;
+use sidelane_e2e::fault::{Fault, Shape};
 use sidelane_e2e::process::{Setup, Sidelane};
 use sidelane_e2e::service::Service;
 use sidelane_e2e::stage::get;
 use sidelane_e2e::wait;
 use sidelane_e2e::websocket::Socket;
 
-use super::{Torn, relay_yaml};
+use super::{LANES, Torn, relay_yaml};
 
 /// How soon a session that is known to be gone must be over: far below the grace of 15 s.
 const AT_ONCE: Duration = Duration::from_secs(5);
@@ -96,4 +98,45 @@ fn sidecar_that_ends_by_itself_is_not_waited_for() {
     torn.relay.until_metric("sidelane_sessions", &[], |sessions| sessions == 0.0);
     assert!(begun.elapsed() < AT_ONCE, "the grace is for who may come back: {:?}", begun.elapsed());
     assert_eq!(request(web, "GET", get("/")).head.status, 503);
+}
+
+/// The network fails while a process ends: what it has begun comes to its end all the same.
+#[test]
+fn lanes_come_back_while_a_process_ends() {
+    for is_relay in [true, false] {
+        let (go, gone) = mpsc::channel();
+        let gone = Mutex::new(gone);
+        let service = Service::start(move |connection| {
+            while connection.request()?.is_some() {
+                connection.write("HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nbegun")?;
+                let gone = gone.lock().expect("no panic");
+                gone.recv_timeout(wait::DEADLINE).map_err(std::io::Error::other)?;
+                connection.write(" end")?;
+            }
+            Ok(())
+        });
+        let setup = Setup::of(service.address());
+        let mut torn = Torn::of(&setup);
+        let mut client = Client::connect(torn.relay.web());
+        client.send(get("/"));
+        let head = client.head();
+        let ending = if is_relay { &torn.relay } else { &torn.sidecar };
+        ending.signal("TERM");
+        ending.until_metric("sidelane_draining", &[], |phase| phase == 2.0);
+        assert_eq!(torn.wire.harm(Fault::Cut), LANES);
+        torn.sidecar
+            .until_metric("sidelane_lane_resumes_total", &[], |count| count == LANES as f64);
+        torn.until_lanes(LANES);
+        // Nobody else is let in.
+        if is_relay {
+            let late = Sidelane::spawn("late", &setup.sidecar(torn.relay.tunnel()));
+            wait::until("its refusal", || late.log().contains("is shutting down").then_some(()));
+            assert_eq!(torn.relay.metric("sidelane_sessions", &[]), Some(1.0));
+        }
+        go.send(()).expect("the service waits");
+        let answer = client.try_body("GET", head).expect("it comes whole");
+        assert_eq!(answer.body, b"begun end");
+        let ending = if is_relay { &mut torn.relay } else { &mut torn.sidecar };
+        assert_eq!(ending.ended().code(), Some(0));
+    }
 }

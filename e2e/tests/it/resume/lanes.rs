@@ -19,6 +19,13 @@ const ROUNDS: usize = 10;
 /// suspect, with room for a busy machine.
 const UNTOUCHED_MAX: Duration = Duration::from_millis(700);
 
+/// One way: a handshake by TLS takes six of it and more.
+const HANDSHAKE_DELAY: Duration = Duration::from_millis(30);
+/// Less than that: each cut finds handshakes under way.
+const HANDSHAKE_CUT_EVERY: Duration = Duration::from_millis(130);
+/// So many of them are cut.
+const CUT_HANDSHAKES: f64 = 5.0;
+
 fn echo() -> Service {
     Service::start(|connection| {
         connection.accept("")?;
@@ -31,9 +38,8 @@ fn nowhere() -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, 9))
 }
 
-#[test]
-fn lanes_come_back_at_the_advertised_address() {
-    let service = echo();
+/// One whose first lane comes by one wire, and whose further ones and all that come back by another.
+fn advertising(service: &Service) -> (Torn, Wire) {
     let setup = Setup::of(service.address()).websocket("{}");
     let advertised = Wire::to(nowhere());
     let keys = format!(", advertise: \"{}\"", advertised.address());
@@ -43,6 +49,30 @@ fn lanes_come_back_at_the_advertised_address() {
     let sidecar = Sidelane::start("sidecar", &setup.sidecar(wire.address()));
     let torn = Torn { relay, sidecar, wire };
     torn.until_whole();
+    (torn, advertised)
+}
+
+#[test]
+fn new_exchanges_take_the_lane_that_is_up() {
+    let service = Service::ok();
+    let (torn, advertised) = advertising(&service);
+    advertised.down();
+    torn.until_lanes(1);
+    for _ in 0..50 {
+        let begun = Instant::now();
+        assert_eq!(torn.ask().head.status, 200);
+        assert!(begun.elapsed() < UNTOUCHED_MAX, "{:?}", begun.elapsed());
+    }
+    advertised.up();
+    torn.until_lanes(LANES);
+    torn.lost_nothing();
+    torn.is_one_session();
+}
+
+#[test]
+fn lanes_come_back_at_the_advertised_address() {
+    let service = echo();
+    let (torn, advertised) = advertising(&service);
     assert_eq!((torn.wire.made(), advertised.made()), (1, LANES - 1), "further lanes go there");
     let mut socket = Socket::open(torn.relay.web());
     for round in 0..ROUNDS {
@@ -138,10 +168,8 @@ fn exchanges_of_other_lanes_notice_nothing() {
     torn.is_one_session();
 }
 
-#[test]
-fn lanes_by_tls_come_back_too() {
-    let service = Service::start(bulk::serve);
-    let setup = Setup::of(service.address());
+/// Relay and sidecar that speak TLS, with these keys of `relay` beside.
+fn by_tls(setup: &Setup, relay: &str, shape: Shape) -> Torn {
     let authority = Authority::new("e2e");
     let files = authority.sign(&["127.0.0.1"]);
     let keys = format!(
@@ -149,13 +177,44 @@ fn lanes_by_tls_come_back_too() {
         files.cert.display(),
         files.key.display()
     );
-    let torn = Torn::between(&relay_yaml(&setup, &keys), Shape::default(), |wire| {
+    let yaml = relay_yaml(setup, &keys);
+    let yaml = yaml.replace("relay:\n", &format!("relay:\n{relay}"));
+    Torn::between(&yaml, shape, |wire| {
         let plain = format!("relays: [\"{wire}\"]");
         let ca = authority.ca();
         let tls =
             format!("relays: [{{ address: \"{wire}\", tls: {{ ca: \"{}\" }} }}]", ca.display());
         setup.sidecar(wire).replace(&plain, &tls)
-    });
+    })
+}
+
+#[test]
+fn lanes_by_tls_come_back_too() {
+    let service = Service::start(bulk::serve);
+    let torn = by_tls(&Setup::of(service.address()), "", Shape::default());
     bulk::under_cuts("download by TLS", &torn, bulk::body_bytes() / 4, bulk::download);
     bulk::under_cuts("upload by TLS", &torn, bulk::body_bytes() / 4, bulk::upload);
+}
+
+/// Each cut meets handshakes that are under way. What a bad road does to them is no guess of a credential:
+/// the relay does not turn the address away for it.
+#[test]
+fn handshakes_that_are_cut_keep_no_lane_from_coming_back() {
+    let service = echo();
+    let setup = Setup::of(service.address()).websocket("{}");
+    let limits = "  limits: { failed_handshakes_per_minute_per_address: 1 }\n";
+    let torn = by_tls(&setup, limits, Shape { delay: HANDSHAKE_DELAY, ..Shape::default() });
+    let mut socket = Socket::open(torn.relay.web());
+    let storm = torn.wire.every(HANDSHAKE_CUT_EVERY, &[Fault::Cut, Fault::Reset]);
+    torn.relay.until_metric("sidelane_handshakes_refused_total", &["reason=\"tls\""], |count| {
+        count >= CUT_HANDSHAKES
+    });
+    drop(storm);
+    socket.says_back("still");
+    torn.until_lanes(LANES);
+    let failures = torn.relay.metric("sidelane_handshakes_refused_total", &["reason=\"failures\""]);
+    assert_eq!(failures.unwrap_or(0.0), 0.0);
+    assert!(!torn.relay.log().contains("no handshake on the tunnel's port"));
+    torn.lost_nothing();
+    torn.is_one_session();
 }
