@@ -3,7 +3,7 @@
 //!
 //! It carries TCP on loopback byte by byte and knows nothing of what the bytes mean. It runs on a
 //! thread of its own; a test drives it from outside, and reads what it has carried. What it holds
-//! of a direction is bounded by [`line::WINDOW_BYTES_MAX`]; whoever sends more waits.
+//! of a direction is bounded (4 MiB, `line`); whoever sends more waits.
 
 mod line;
 mod pump;

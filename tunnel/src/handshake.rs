@@ -37,6 +37,9 @@ const TEXT_BYTES_MAX: usize = 256;
 /// Most peers in a welcome: relays of one deployment.
 const PEERS_MAX: usize = 256;
 
+/// Most relays that a hello says it has sessions with: as many as a sidecar dials.
+pub const HELD_MAX: usize = 64;
+
 /// Why a handshake failed.
 #[derive(Clone, PartialEq, Debug, thiserror::Error)]
 pub enum HandshakeError {
@@ -251,6 +254,10 @@ fn check_hello(hello: &proto::Hello) -> Result<(), HandshakeError> {
     check_len("secret", hello.secret.len(), 0, IDENTIFIER_BYTES_MAX, "at most 64 bytes")?;
     let relay = hello.relay_instance.len();
     check_len("relay_instance", relay, 0, IDENTIFIER_BYTES_MAX, "at most 64 bytes")?;
+    check_len("held", hello.held.len(), 0, HELD_MAX, "at most 64")?;
+    for held in &hello.held {
+        check_len("held", held.len(), 1, IDENTIFIER_BYTES_MAX, "1 to 64 bytes each")?;
+    }
     if hello.session.is_empty() != hello.secret.is_empty() {
         return Err(HandshakeError::Range {
             field: "secret",

@@ -45,8 +45,8 @@ pub use budget::Budget;
 pub use envelope::DecodeError;
 pub use exchange::Key;
 pub use handshake::{
-    Acceptor, Dialler, FEATURE_RESUME, First, HELLO_BYTES_MAX, HandshakeError, MESSAGE_BYTES_MIN,
-    Reply, VERSION,
+    Acceptor, Dialler, FEATURE_RESUME, First, HELD_MAX, HELLO_BYTES_MAX, HandshakeError,
+    MESSAGE_BYTES_MIN, Reply, VERSION,
 };
 pub use id::{InvalidRequestId, REQUEST_ID_BYTES_MAX, RequestId, Side};
 pub use lane::{

@@ -423,7 +423,12 @@ pub(super) async fn shake_hands(
                 let shown = chain.first().filter(|_| hello.credential.is_empty());
                 relay.door.failed(peer, Some(shown.map_or(&*hello.credential, AsRef::as_ref)));
             }
-            tracing::warn!(%peer, name, reason = refuse.detail, "sidecar refused");
+            if refuse.reason() == proto::RefuseReason::Held {
+                // It asks again and again: the way it came by may lead elsewhere then.
+                tracing::debug!(%peer, name, reason = refuse.detail, "sidecar refused");
+            } else {
+                tracing::warn!(%peer, name, reason = refuse.detail, "sidecar refused");
+            }
             return send_refuse(&mut transport, &refuse, limit).await;
         }
     };

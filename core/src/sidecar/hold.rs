@@ -57,10 +57,16 @@ impl Sidecar {
         let mut access = self.access_changes.subscribe();
         // The relay has had too many at its door: it is not to meet all lanes of all sessions at once.
         let mut is_crowded = false;
+        // Another session leads to the relay that is found here: it is dialled again then, as the address
+        // may lead elsewhere by now.
+        let mut held_until: Option<Instant> = None;
         while !self.is_stopping() && !self.let_go(&peer) {
-            let wait = if self.is_reached_otherwise(&peer) {
+            let is_held = held_until.is_some_and(|until| Instant::now() < until)
+                && self.is_reached_otherwise(&peer);
+            let wait = if is_held {
                 REACHED_LOOK
             } else {
+                held_until = None;
                 let asked = match self.begin_session(&peer).await {
                     Ok((session, lane)) => {
                         let began = Instant::now();
@@ -74,6 +80,11 @@ impl Sidecar {
                         }
                         is_crowded = false;
                         peer.stays_away()
+                    }
+                    Err(error) if error.is_held() && self.finds(&peer, error.refused_by()) => {
+                        tracing::debug!(relay = peer.name, error = chain(&error), "no session");
+                        held_until = Some(Instant::now() + backoff.next(random::number()));
+                        Duration::ZERO
                     }
                     Err(error) => {
                         let cause = chain(&error);
@@ -94,7 +105,12 @@ impl Sidecar {
                     }
                 };
                 is_crowded |= !asked.is_zero();
-                backoff.next_after(asked, random::number())
+                match held_until {
+                    Some(until) => {
+                        until.saturating_duration_since(Instant::now()).min(REACHED_LOOK)
+                    }
+                    None => backoff.next_after(asked, random::number()),
+                }
             };
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
@@ -127,7 +143,8 @@ impl Sidecar {
 
     async fn begin_session(self: &Arc<Self>, peer: &Peer) -> Result<(Session, NewLane), DialError> {
         let protocols = self.protocols();
-        let hello = proto::Hello::default();
+        // What leads to another relay than is meant ends no session with that.
+        let hello = proto::Hello { held: self.held_otherwise(peer), ..proto::Hello::default() };
         let (lane, welcome) = self.dial(peer, &peer.target, &protocols, hello).await?;
         let mut config =
             self.settings.lane.clone().with_peer(welcome.window, welcome.message_bytes_max);

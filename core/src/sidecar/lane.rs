@@ -32,6 +32,9 @@ const LOST: Reset = Reset::new(failure::TUNNEL_LOST);
 /// Other relays that may be reached in place of the session's, one after the other.
 pub(super) const WRONG_RELAYS_MAX: u32 = 8;
 
+/// The same other relay, reached so often in a row, has taken the place of the session's.
+const SAME_RELAY_MAX: u32 = 3;
+
 /// Dials that reached another relay are repeated within this.
 const WRONG_RELAY_WAIT: Duration = Duration::from_millis(50);
 
@@ -226,6 +229,7 @@ impl Lane {
         let mut wrong_relays = 0;
         // Nobody listened there for a moment: whoever does now is another process, and no relay beside it.
         let mut has_ended = false;
+        let mut met = Met::default();
         let mut last = "none was done".to_owned();
         loop {
             self.attempt += 1;
@@ -261,7 +265,9 @@ impl Lane {
             wait = self.backoff.next_after(asked, random::number());
             has_ended |= error.is_connection_refused();
             let by = error.refused_by();
-            if has_ended && !by.is_empty() && *by != *self.session.relay_instance {
+            let is_another = !by.is_empty() && *by != *self.session.relay_instance;
+            has_ended |= is_another && met.again(by) >= SAME_RELAY_MAX;
+            if has_ended && is_another {
                 // It is too busy to say more, and need not.
                 self.peer.is_busy_for(asked);
                 self.session_is_gone();
@@ -393,6 +399,24 @@ async fn until(
 
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Which other relay was reached last, and how often in a row.
+#[derive(Default)]
+struct Met {
+    instance: Vec<u8>,
+    times: u32,
+}
+
+impl Met {
+    fn again(&mut self, instance: &[u8]) -> u32 {
+        if *self.instance != *instance {
+            self.instance = instance.to_vec();
+            self.times = 0;
+        }
+        self.times += 1;
+        self.times
+    }
 }
 
 #[cfg(test)]

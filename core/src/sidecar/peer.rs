@@ -135,6 +135,11 @@ impl Peer {
         self.with(|state| state.instance.clone())
     }
 
+    /// The address leads to a relay that another session is with.
+    pub(super) fn leads_to(&self, instance: &[u8]) {
+        self.with(|state| state.instance = Bytes::copy_from_slice(instance));
+    }
+
     /// A relay has let us in.
     pub(super) fn session_begun(&self, epoch: u64, instance: Bytes, tls: bool) {
         self.with(|state| {

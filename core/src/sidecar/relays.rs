@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use serde_json::json;
+use sidelane_tunnel::HELD_MAX;
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
@@ -274,13 +276,27 @@ impl Sidecar {
     }
 
     /// Whether another session leads to the relay that this one's last session led to: a sidecar has one
-    /// session with a relay, and dialling would only end that.
+    /// session with a relay.
     pub(super) fn is_reached_otherwise(&self, peer: &Arc<Peer>) -> bool {
         let instance = peer.instance();
         !instance.is_empty()
             && self.peers().iter().any(|other| {
                 !Arc::ptr_eq(other, peer) && other.is_connected() && other.instance() == instance
             })
+    }
+
+    /// A peer has found this relay; whether another session leads there.
+    pub(super) fn finds(&self, peer: &Arc<Peer>, instance: &[u8]) -> bool {
+        peer.leads_to(instance);
+        self.is_reached_otherwise(peer)
+    }
+
+    /// The relays that other sessions lead to.
+    pub(super) fn held_otherwise(&self, peer: &Peer) -> Vec<Bytes> {
+        let peers = self.peers();
+        let others = peers.iter().filter(|other| !std::ptr::eq(&***other, peer));
+        let connected = others.filter(|other| other.is_connected()).map(|other| other.instance());
+        connected.filter(|instance| !instance.is_empty()).take(HELD_MAX).collect()
     }
 
     /// Whether another address of the same name is connected: failures of this one wake nobody.

@@ -12,7 +12,7 @@ use super::access::Access;
 use super::relays::{ADDRESSES_MAX, NamedRelay};
 use super::{Peer, Sidecar};
 use crate::config::tls::Trust;
-use crate::config::{HostPort, RelayAddress};
+use crate::config::{self, HostPort, RelayAddress};
 
 /// What relays have told, and what is dialled for it.
 #[derive(Default)]
@@ -41,8 +41,11 @@ struct Found {
 /// all.
 fn derived(root: &RelayAddress, told: &HostPort, hosts: &HashSet<&str>) -> Option<RelayAddress> {
     let is_verified = root.tls.as_ref().is_some_and(|tls| tls.trust != Trust::Anybody);
-    (is_verified || hosts.contains(&*told.host))
-        .then(|| RelayAddress { address: told.clone(), ..root.clone() })
+    (is_verified || hosts.contains(&*told.host)).then(|| RelayAddress {
+        address: told.clone(),
+        fallback: Vec::new(),
+        ..root.clone()
+    })
 }
 
 /// Returns all relays that are told of by those of the file, by those that these tell of, and so on: what two
@@ -65,7 +68,7 @@ fn find(
                 continue;
             }
             let Some(relay) = derived(&listed[root], told, &hosts) else { continue };
-            let key: Arc<str> = told.to_string().into();
+            let key: Arc<str> = relay.to_string().into();
             if !found.contains_key(&key) {
                 found.insert(Arc::clone(&key), Found { relay, root: Arc::clone(root) });
                 queue.push_back((key, root));
@@ -94,7 +97,7 @@ impl Told {
 impl Sidecar {
     /// A session has begun with a relay that tells of these.
     pub(super) fn told(self: &Arc<Self>, peer: &Peer, peers: &[String]) {
-        let read = |text: &String| match crate::config::value::host_port(text) {
+        let read = |text: &String| match config::value::host_port(text) {
             Ok(address) => Some(address),
             Err(error) => {
                 tracing::warn!(relay = peer.name, error, "the relay tells of a relay that is none");
@@ -151,7 +154,9 @@ impl Sidecar {
     }
 
     fn dial_told(self: &Arc<Self>, key: &Arc<str>, root: &Arc<str>) -> Option<Dialled> {
-        if key.parse::<SocketAddr>().is_err() {
+        let is_address = config::place(key).parse::<SocketAddr>().is_ok();
+        // A name that goes to a proxy is for that to look up.
+        if !is_address && !self.access.load().carrier(key).is_by_proxy() {
             let named = Arc::new(NamedRelay::told(Arc::clone(key), Arc::clone(root)));
             // Refused only where the process ends.
             self.next_shard().spawn(Arc::clone(self).hold_name(Arc::clone(&named)));
@@ -196,7 +201,7 @@ mod tests {
     use crate::config::tls::ClientTls;
 
     fn address(text: &str) -> HostPort {
-        crate::config::value::host_port(text).expect("an address")
+        config::value::host_port(text).expect("an address")
     }
 
     fn listed(relays: &[RelayAddress]) -> HashMap<Arc<str>, RelayAddress> {

@@ -276,6 +276,12 @@ impl DialError {
         }
     }
 
+    /// Whether a relay was reached with which there is a session already.
+    #[must_use]
+    pub fn is_held(&self) -> bool {
+        self.refusal() == Some(proto::RefuseReason::Held)
+    }
+
     /// Whether nobody listens where the relay is to be.
     #[must_use]
     pub fn is_connection_refused(&self) -> bool {
@@ -333,7 +339,10 @@ pub async fn dial(
             continue;
         }
         match Box::pin(dial_by(relay, &target, way, hello, timeouts)).await {
-            Err(error) if error.refusal().is_none() => failed.note(way.shown(&target), error),
+            // The next way may lead to the relay that is meant.
+            Err(error) if error.refusal().is_none() || error.is_held() => {
+                failed.note(way.shown(&target), error);
+            }
             dialled => return dialled,
         }
     }

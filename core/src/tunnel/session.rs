@@ -537,6 +537,10 @@ impl Sessions {
                         RETRY_AFTER_FULL_MS,
                     ));
                 }
+                let is_there = old.as_ref().is_some_and(|old| !old.is_revoked() && !old.is_over());
+                if is_there && hello.held.iter().any(|held| *held == self.instance[..]) {
+                    return Err(self.held());
+                }
                 self.by_id.insert(id, Arc::clone(&session));
                 entry.insert(id);
                 old
@@ -574,6 +578,15 @@ impl Sessions {
         let link = self.add_lane(settings, &session, shard_of)?;
         let welcome = self.welcome(settings, &session, &link, &protocols);
         Ok(Admitted { session, link, welcome, replaced: None, is_first: false })
+    }
+
+    /// What a dialler is told that came here for another relay, or by another way.
+    fn held(&self) -> proto::Refuse {
+        let detail = "this instance has a session with this relay already, which stays".to_owned();
+        proto::Refuse {
+            relay_instance: self.instance.to_vec().into(),
+            ..refuse(proto::RefuseReason::Held, detail, 0)
+        }
     }
 
     /// Whether a dialler means this relay; where it does not say, it does.

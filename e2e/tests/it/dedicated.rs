@@ -341,3 +341,21 @@ fn a_withdrawn_credential_ends_it() {
     until_used(&sidecar, "sidecar", 0.0);
     until_waiting(&relay, 0.0);
 }
+
+#[test]
+fn a_session_on_another_carrier_stays_in_messages() {
+    let service = echo();
+    let setup = raw(&service);
+    let relay = Sidelane::spawn("relay", &setup.relay());
+    let tunnel = relay.tunnel();
+    let file = setup
+        .sidecar(tunnel)
+        .replace(&format!("\"{tunnel}\""), &format!("\"ws://{tunnel}/tunnel\""));
+    let sidecar = Sidelane::start("sidecar", &file);
+    until_served(&relay);
+    let mut socket = Socket::open(relay.web());
+    socket.says_back("hello");
+    assert_eq!(relay.metric("sidelane_dedicated_connections", &[]), Some(0.0));
+    assert_eq!(exchanges(&relay, "relay", "dedicated"), 0.0);
+    assert!(sidecar.log().contains("the session has no dedicated connections"), "it says so");
+}

@@ -12,6 +12,7 @@ mod drain;
 mod entry;
 mod examples;
 mod failures;
+mod fairness;
 mod framing;
 mod grpc;
 mod grpc_failures;

@@ -573,7 +573,7 @@ fn byte_born_exchanges_are_limited_too() {
 #[test]
 fn byte_born_exchange_that_rests_is_cut() {
     let (line, service) = (Line::new(), plugins::echo());
-    let sidelane = start_lines(&line, &service, "timeouts: { idle: 300ms }");
+    let sidelane = start_lines(&line, &service, "timeouts: { idle: 800ms }");
     let mut client = plugins::connect(&sidelane);
     says_back(&mut client, "one\n");
     assert!(is_closed(&mut client), "cut");

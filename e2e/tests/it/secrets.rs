@@ -122,12 +122,17 @@ fn no_secret_is_told_by_logs_pages_metrics_or_checks() {
         &["issuer=\"far\"", "result=\"failure\""],
         |count| count >= 1.0,
     );
-    // What is no hello, and holds a token.
-    let before = relay.metric("sidelane_handshakes_refused_total", &["reason=\"hello\""]);
+    // What is no sidecar's request, and holds a token.
     let mut stream = TcpStream::connect(tunnel).expect("a connection");
     let _ = stream.write_all(
         format!("GET /{IN_HELLO} HTTP/1.1\r\nAuthorization: {IN_HELLO}\r\n\r\n").as_bytes(),
     );
+    let labels = ["reason=\"http\""];
+    relay.until_metric("sidelane_handshakes_refused_total", &labels, |count| count >= 1.0);
+    // What is no hello, and holds a token.
+    let before = relay.metric("sidelane_handshakes_refused_total", &["reason=\"hello\""]);
+    let mut stream = TcpStream::connect(tunnel).expect("a connection");
+    let _ = stream.write_all(format!("\u{1}hello {IN_HELLO}").as_bytes());
     relay.until_metric("sidelane_handshakes_refused_total", &["reason=\"hello\""], |count| {
         count > before.unwrap_or(0.0)
     });

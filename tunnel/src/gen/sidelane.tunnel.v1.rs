@@ -258,6 +258,10 @@ pub struct Hello {
     /// (Dedicate).
     #[prost(bool, tag = "13")]
     pub dedicated: bool,
+    /// Without `session`: instances of relays that the sender has sessions with. One of them that knows the
+    /// session refuses with HELD, where it would end it for the new one otherwise. 64 at most.
+    #[prost(bytes = "bytes", repeated, tag = "14")]
+    pub held: ::prost::alloc::vec::Vec<::prost::bytes::Bytes>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ProtocolName {
@@ -317,7 +321,7 @@ pub struct Refuse {
     #[prost(uint32, tag = "3")]
     pub retry_after_ms: u32,
     /// The relay's instance, where it is too busy to look at what was said: a dialler whose session is
-    /// another instance's need not come again for that. Empty: not told.
+    /// another instance's need not come again for that. With HELD, too. Empty: not told.
     #[prost(bytes = "bytes", tag = "4")]
     pub relay_instance: ::prost::bytes::Bytes,
 }
@@ -771,6 +775,8 @@ pub enum RefuseReason {
     Stale = 9,
     /// The session stands, and has no such lane any more.
     UnknownLane = 10,
+    /// The sender has a session here, which stays.
+    Held = 11,
 }
 impl RefuseReason {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -790,6 +796,7 @@ impl RefuseReason {
             Self::Malformed => "MALFORMED",
             Self::Stale => "STALE",
             Self::UnknownLane => "UNKNOWN_LANE",
+            Self::Held => "HELD",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -806,6 +813,7 @@ impl RefuseReason {
             "MALFORMED" => Some(Self::Malformed),
             "STALE" => Some(Self::Stale),
             "UNKNOWN_LANE" => Some(Self::UnknownLane),
+            "HELD" => Some(Self::Held),
             _ => None,
         }
     }

@@ -4,8 +4,8 @@ use bytes::{Bytes, BytesMut};
 
 use crate::credit::WINDOW_MIN;
 use crate::{
-    Acceptor, Dialler, First, HELLO_BYTES_MAX, HandshakeError, MESSAGE_BYTES_MIN, ProtocolTable,
-    Reply, VERSION, proto,
+    Acceptor, Dialler, First, HELD_MAX, HELLO_BYTES_MAX, HandshakeError, MESSAGE_BYTES_MIN,
+    ProtocolTable, Reply, VERSION, proto,
 };
 
 fn hello() -> proto::Hello {
@@ -163,6 +163,9 @@ fn a_hello_with_a_field_out_of_range_is_malformed_and_says_which() {
         ("session", proto::Hello { session: long(65), secret: long(1), ..hello() }),
         ("secret", proto::Hello { session: long(1), ..hello() }),
         ("secret", proto::Hello { secret: long(1), ..hello() }),
+        ("held", proto::Hello { held: vec![long(16); HELD_MAX + 1], ..hello() }),
+        ("held", proto::Hello { held: vec![long(65)], ..hello() }),
+        ("held", proto::Hello { held: vec![Bytes::new()], ..hello() }),
         ("window", proto::Hello { window: WINDOW_MIN - 1, ..hello() }),
         ("message_bytes_max", proto::Hello { message_bytes_max: 1000, ..hello() }),
         (

@@ -116,12 +116,21 @@ impl Stage {
     }
 
     async fn refuse(&self, reason: RefuseReason, retry_after_ms: u32) -> u64 {
+        self.refuse_by(b"", reason, retry_after_ms).await
+    }
+
+    async fn refuse_by(
+        &self,
+        relay: &'static [u8],
+        reason: RefuseReason,
+        retry_after_ms: u32,
+    ) -> u64 {
         let (mut transport, resume) = self.accept().await;
         let refuse = proto::Refuse {
             reason: reason.into(),
             detail: "no".to_owned(),
             retry_after_ms,
-            ..proto::Refuse::default()
+            relay_instance: Bytes::from_static(relay),
         };
         accept::send_refuse(&mut transport, &refuse).await.expect("it listens");
         resume.attempt
@@ -214,6 +223,18 @@ async fn other_relays_behind_one_address_are_passed_by() {
     }
     stage.task.await.expect("it ends");
     assert!(!stage.link.is_detached());
+}
+
+#[tokio::test]
+async fn one_other_relay_again_and_again_is_the_end() {
+    let (stage, transport) = Stage::new(GRACE).await;
+    drop(transport);
+    for relay in [b"a", b"b", b"a", b"b", b"b"] {
+        stage.refuse_by(relay, RefuseReason::WrongRelay, 0).await;
+        assert!(!stage.task.is_finished());
+    }
+    stage.refuse_by(b"b", RefuseReason::WrongRelay, 0).await;
+    stage.task.await.expect("it ends");
 }
 
 #[tokio::test]

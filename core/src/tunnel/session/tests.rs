@@ -80,6 +80,27 @@ fn a_newer_session_replaces_the_instances_older_one() {
 }
 
 #[test]
+fn a_session_that_its_sidecar_holds_is_not_replaced() {
+    let sessions = Sessions::new(settings());
+    let ours = || sessions.instance.to_vec().into();
+    let held = |held| proto::Hello { held, ..hello(1) };
+    let other = vec![9; INSTANCE_BYTES].into();
+    // None is there yet, or it is another relay's.
+    let first = admit(&sessions, &held(vec![ours()]), LOOPBACK).unwrap();
+    let refuse = admit(&sessions, &held(vec![other, ours()]), LOOPBACK).expect_err("refused");
+    assert_eq!(refuse.reason(), proto::RefuseReason::Held);
+    assert_eq!(refuse.relay_instance, ours());
+    assert_eq!((sessions.len(), first.session.is_over()), (1, false));
+    let other = vec![9; INSTANCE_BYTES].into();
+    let second = admit(&sessions, &held(vec![other]), LOOPBACK).unwrap();
+    assert!(second.replaced.is_some());
+    assert!(sessions.lane_ended(&first.session, &first.link));
+    assert!(sessions.lane_ended(&second.session, &second.link));
+    // What has ended is held by nobody, whatever its sidecar knows.
+    assert!(admit(&sessions, &held(vec![ours()]), LOOPBACK).is_ok());
+}
+
+#[test]
 fn an_instance_and_a_session_are_their_principals() {
     let sessions = Sessions::new(settings());
     let first = admit(&sessions, &hello(1), LOOPBACK).unwrap();

@@ -9,15 +9,21 @@ use std::time::{Duration, Instant};
 use sidelane_e2e::client::head_end;
 use sidelane_e2e::fault::Fault;
 use sidelane_e2e::pattern::Pattern;
-use sidelane_e2e::process::Setup;
+use sidelane_e2e::process::{Setup, Sidelane};
 use sidelane_e2e::service::{Connection, Service};
 use sidelane_e2e::stage::get;
+use sidelane_e2e::wait;
 
-use super::Torn;
+use super::{Torn, pass};
 
 const MIB: u64 = 1024 * 1024;
 /// Each body by default.
 const BODY_MIB: u64 = 1024;
+/// A body whose transfer is held back.
+const QUARTER: u64 = 256 * MIB;
+/// What it may cost an end: the ring of its lane (16 MiB at most), the exchange's window on both sides of
+/// the plugin, copies on their way, and room for the allocator.
+const GROWTH_MAX: u64 = 48 * MIB;
 /// Between two cuts. Each is to every lane that is well; cuts and resets take turns.
 const PERIOD: Duration = Duration::from_millis(200);
 /// How long a client waits for a byte: above the grace, so that a broken end shows as what it is.
@@ -148,4 +154,32 @@ fn download_cut_five_times_a_second_arrives_whole() {
 fn upload_cut_five_times_a_second_arrives_whole() {
     let service = Service::start(serve);
     under_cuts("upload", &Torn::of(&Setup::of(service.address())), body_bytes(), upload);
+}
+
+/// A body whose transfer is held back by an outage: what waits is bounded by the lane's ring and the
+/// exchange's window, not by what the service would send.
+#[test]
+fn outage_in_a_transfer_holds_it_back_and_costs_no_memory() {
+    let service = Service::start(serve);
+    let torn = Torn::of(&Setup::of(service.address()));
+    let resident = || [&torn.relay, &torn.sidecar].map(Sidelane::memory_resident);
+    let before = resident();
+    std::thread::scope(|scope| {
+        let transfer = scope.spawn(|| download(&torn, QUARTER));
+        let carried = || torn.wire.carried().iter().map(|one| one.up).sum::<u64>();
+        wait::until("some of it", || (carried() > QUARTER / 8).then_some(()));
+        torn.wire.down();
+        torn.until_lanes(0);
+        pass(Duration::from_secs(2));
+        assert!(!transfer.is_finished(), "it waits for a lane");
+        torn.wire.up();
+        transfer.join().expect("the whole body");
+    });
+    let peaks = [&torn.relay, &torn.sidecar].map(Sidelane::memory_peak);
+    for (peak, before) in peaks.into_iter().zip(before) {
+        println!("held back: {} KiB more", peak.saturating_sub(before) / 1024);
+        assert!(peak - before < GROWTH_MAX, "{before} before, {peak} at most");
+    }
+    torn.lost_nothing();
+    torn.is_one_session();
 }

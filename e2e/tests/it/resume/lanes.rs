@@ -38,9 +38,8 @@ fn nowhere() -> SocketAddr {
     SocketAddr::from((Ipv4Addr::LOCALHOST, 9))
 }
 
-#[test]
-fn lanes_come_back_at_the_advertised_address() {
-    let service = echo();
+/// One whose first lane comes by one wire, and whose further ones and all that come back by another.
+fn advertising(service: &Service) -> (Torn, Wire) {
     let setup = Setup::of(service.address()).websocket("{}");
     let advertised = Wire::to(nowhere());
     let keys = format!(", advertise: \"{}\"", advertised.address());
@@ -50,6 +49,30 @@ fn lanes_come_back_at_the_advertised_address() {
     let sidecar = Sidelane::start("sidecar", &setup.sidecar(wire.address()));
     let torn = Torn { relay, sidecar, wire };
     torn.until_whole();
+    (torn, advertised)
+}
+
+#[test]
+fn new_exchanges_take_the_lane_that_is_up() {
+    let service = Service::ok();
+    let (torn, advertised) = advertising(&service);
+    advertised.down();
+    torn.until_lanes(1);
+    for _ in 0..50 {
+        let begun = Instant::now();
+        assert_eq!(torn.ask().head.status, 200);
+        assert!(begun.elapsed() < UNTOUCHED_MAX, "{:?}", begun.elapsed());
+    }
+    advertised.up();
+    torn.until_lanes(LANES);
+    torn.lost_nothing();
+    torn.is_one_session();
+}
+
+#[test]
+fn lanes_come_back_at_the_advertised_address() {
+    let service = echo();
+    let (torn, advertised) = advertising(&service);
     assert_eq!((torn.wire.made(), advertised.made()), (1, LANES - 1), "further lanes go there");
     let mut socket = Socket::open(torn.relay.web());
     for round in 0..ROUNDS {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use sidelane_e2e::authority::{Authority, Files};
+use sidelane_e2e::client::Client;
 use sidelane_e2e::fault::Wire;
 use sidelane_e2e::process::{Route, Sidelane};
 use sidelane_e2e::wait;
@@ -165,4 +166,51 @@ fn by_tls_a_sidecar_follows_to_other_hosts_that_its_authority_knows() {
     let refused = format!("no TLS with relay localhost:{evil_port}");
     wait::until("the other to be refused", || sidecar.log().contains(&refused).then_some(()));
     assert_eq!(evil.metric("sidelane_sessions", &["role=\"relay\""]).unwrap_or_default(), 0.0);
+}
+
+/// Two relays, each behind an address of its own, and the way to both that is left to whoever does not
+/// reach that: it leads to whichever of them is there.
+#[test]
+fn a_way_that_leads_to_a_relay_with_a_session_already_ends_none_of_it() {
+    let one = Sidelane::spawn("relay 1", &relay_yaml(""));
+    let two = Sidelane::spawn("relay 2", &relay_yaml(""));
+    let ingress = Wire::to(one.tunnel());
+    let service = Named::start("web");
+    let yaml = sidecar_yaml(service.service.address(), one.tunnel(), "", "");
+    let alone = format!("relays: [\"{}\"]", one.tunnel());
+    assert!(yaml.contains(&alone), "{yaml}");
+    let fallback = format!("fallback: [\"ws://{}/tunnel\"]", ingress.address());
+    let address = two.tunnel();
+    let both = format!(
+        "relays: [{{ address: \"{}\" }}, {{ address: \"{address}\", {fallback} }}]",
+        one.tunnel()
+    );
+    let sidecar = Sidelane::start("sidecar", &yaml.replace(&alone, &both));
+    until_serving(&one, 1);
+    until_serving(&two, 1);
+
+    let mut held = Client::connect(one.web());
+    held.send("POST /hold HTTP/1.1\r\nHost: api.localhost\r\nContent-Length: 0\r\n\r\n");
+    wait::until("the request", || (service.holds() == 1).then_some(()));
+    two.kill();
+    wait::until("the other way to be tried", || {
+        sidecar.log().contains("has a session with this relay already").then_some(())
+    });
+    service.let_go();
+    let answer = held.answer("POST");
+    assert_eq!((answer.head.status, text(&answer).as_str()), (200, "web"), "{answer:?}");
+    assert!(!one.log().contains("replaces the older"), "{}", one.log());
+
+    // The relay that went is found once it is back.
+    let listens = relay_yaml("").replace(
+        "tunnel: { address: \"127.0.0.1:0\"",
+        &format!("tunnel: {{ address: \"{address}\""),
+    );
+    let two = Sidelane::spawn("relay 2 again", &listens);
+    wait::within(Duration::from_secs(30), "the sidecar at the relay that came back", || {
+        let sessions = two.metric("sidelane_sessions", &["role=\"relay\""]);
+        (sessions == Some(1.0)).then_some(())
+    });
+    until_serving(&two, 1);
+    assert_eq!(one.metric("sidelane_sessions", &["role=\"relay\""]), Some(1.0));
 }
