@@ -57,7 +57,7 @@ const NAMES_MAX: usize = 10_000;
 
 /// Why handshakes are refused: by the relay's bounds, and by the tunnel's protocol
 /// (`RefuseReason`).
-const HANDSHAKE_REASONS: [&str; 11] = [
+const HANDSHAKE_REASONS: [&str; 12] = [
     "rate",
     "failures",
     "tls",
@@ -68,6 +68,7 @@ const HANDSHAKE_REASONS: [&str; 11] = [
     "UNKNOWN_SESSION",
     "WRONG_RELAY",
     "OVERLOADED",
+    "GOING_AWAY",
     "MALFORMED",
 ];
 

@@ -138,9 +138,10 @@ impl Session {
         }
     }
 
-    /// What was dialled cannot be reached: the other address is tried, where there are two.
-    fn not_reached(&self) {
-        self.is_elsewhere.fetch_not(Ordering::Relaxed);
+    /// What was dialled, the advertised address or the other, cannot be reached: the other one is tried, where
+    /// there are two. Several lanes may find out at once.
+    fn not_reached(&self, is_advertised: bool) {
+        self.is_elsewhere.store(is_advertised, Ordering::Relaxed);
     }
 }
 

@@ -102,6 +102,22 @@ impl ControlQueue {
         }
     }
 
+    /// Queues what this end serves. It takes the place of one that waits still, and that nobody needs any
+    /// more: in a long outage, or behind a full ring, there would be one for each change meanwhile.
+    pub(crate) fn push_announcement(&mut self, announcement: Bytes) {
+        let waits = self.queue.iter_mut().find_map(|control| match control {
+            Control::Document { field: field::ANNOUNCE, bytes } => Some(bytes),
+            _ => None,
+        });
+        if let Some(bytes) = waits {
+            self.document_bytes -= bytes.len();
+            self.document_bytes += announcement.len();
+            *bytes = announcement;
+        } else {
+            self.push(Control::Document { field: field::ANNOUNCE, bytes: announcement });
+        }
+    }
+
     /// Takes the next one that is not counted.
     pub(crate) fn pop_urgent(&mut self) -> Option<Control> {
         let control = self.urgent.pop_front();

@@ -449,9 +449,15 @@ impl Lane {
 
     // --- the session's messages --------------------------------------------------------------------
 
-    /// Sends what this end serves. False: it is longer than the peer accepts, and is not sent.
+    /// Sends what this end serves, in place of what it said of that before and has not been sent. False: it
+    /// is longer than the peer accepts, and is not sent.
     pub fn announce(&mut self, announce: proto::Announce) -> bool {
-        self.push_document(field::ANNOUNCE, &announce)
+        let Some(bytes) = self.document(&announce) else { return false };
+        if self.closed.is_none() {
+            self.control.push_announcement(bytes);
+            self.wake_driver();
+        }
+        true
     }
 
     /// Answers an announcement. False: it is longer than the peer accepts, and is not sent.
@@ -722,16 +728,17 @@ impl Lane {
     }
 
     fn push_document(&mut self, number: u32, message: &impl Message) -> bool {
+        let Some(bytes) = self.document(message) else { return false };
+        self.push_control(Control::Document { field: number, bytes });
+        true
+    }
+
+    /// The encoded message; `None`: it is longer than the peer accepts.
+    fn document(&self, message: &impl Message) -> Option<Bytes> {
         // The longest envelope of control: two bytes of key, five of length.
         let bytes = message.encoded_len() + 8;
-        if bytes as u64 > u64::from(self.config.peer_message_bytes_max) {
-            return false;
-        }
-        self.push_control(Control::Document {
-            field: number,
-            bytes: Bytes::from(message.encode_to_vec()),
-        });
-        true
+        let fits = bytes as u64 <= u64::from(self.config.peer_message_bytes_max);
+        fits.then(|| Bytes::from(message.encode_to_vec()))
     }
 
     const fn check_control(&self) -> Result<(), LaneError> {

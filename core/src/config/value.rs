@@ -336,6 +336,19 @@ pub(crate) fn host_port(text: &str) -> Result<HostPort, String> {
     host_port_among(text, accepted)
 }
 
+/// Parses what others are to dial: an address of [`host_port`]'s, but none that stands for all of a machine's, which is
+/// theirs where they dial it.
+pub(crate) fn dialled_by_others(text: &str) -> Result<HostPort, String> {
+    let address = host_port(text)?;
+    if address.host.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_unspecified()) {
+        return Err(format!(
+            "\"{text}\" is every address of a machine, and nobody else can dial it (accepted: host:port at which \
+             sidecars reach the relay, as in relay-1.example.org:9081 or 192.0.2.1:9081)"
+        ));
+    }
+    Ok(address)
+}
+
 /// As [`host_port`], where more than that is `accepted`.
 pub(super) fn host_port_among(text: &str, accepted: &str) -> Result<HostPort, String> {
     let bad = |hint: String| format!("\"{text}\" is not an address (accepted: {accepted}){hint}");

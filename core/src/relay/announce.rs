@@ -23,9 +23,21 @@ const PAUSE_PARTS: u32 = 9;
 
 impl Relay {
     /// Takes a document as it comes: the first at once, of those that come before its pause is over the
-    /// last.
+    /// last. One that a lane brings only once it is back, and another lane has brought a newer one, is none.
     pub(super) fn announced(self: &Arc<Self>, session: &Arc<Session>, announce: proto::Announce) {
         let mut announcing = lock(session);
+        let (version, newest) = (announce.version, announcing.newest);
+        if version < newest {
+            drop(announcing);
+            tracing::debug!(
+                sidecar = &*session.name,
+                version,
+                newest,
+                "an older announcement came late"
+            );
+            return;
+        }
+        announcing.newest = version;
         announcing.next = Some(announce);
         if std::mem::replace(&mut announcing.is_running, true) {
             return;

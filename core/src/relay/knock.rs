@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use h2::RecvStream;
 use h2::server::{self, SendResponse};
-use h2::{Reason, RecvStream};
 use http::header::{
     CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, ORIGIN, RETRY_AFTER, TRANSFER_ENCODING,
     UPGRADE,
@@ -337,8 +337,9 @@ impl Knock {
                 {
                     let _ = send.send_data(body, true);
                 }
-                // What else comes on it is not wanted.
-                return respond.send_reset(Reason::NO_ERROR);
+                // A reset of ours would throw away the answer that is queued; what else comes on the stream
+                // is reset behind it, as nobody holds it (RFC 9113 §8.1).
+                return;
             }
         };
         let mut head = Response::new(());

@@ -199,10 +199,10 @@ impl Sidecar {
             relay_instance: session.relay_instance.clone(),
             ..proto::Hello::default()
         };
-        let (target, _) = session.target(peer);
+        let (target, is_advertised) = session.target(peer);
         let dialled = self.dial(peer, target, &session.protocols, of_session).await;
         if dialled.as_ref().is_err_and(|error| error.refusal().is_none()) {
-            session.not_reached();
+            session.not_reached(is_advertised);
         }
         Ok(dialled?.0)
     }

@@ -274,7 +274,7 @@ impl Lane {
                 return Err(GivenUp::Refused(last));
             }
             match error.refusal() {
-                None => self.session.not_reached(),
+                None => self.session.not_reached(is_advertised),
                 Some(RefuseReason::WrongRelay)
                     if !is_advertised && !has_ended && wrong_relays < WRONG_RELAYS_MAX =>
                 {
@@ -359,10 +359,10 @@ impl Lane {
     }
 
     async fn connect(&self) -> Result<Transport, DialError> {
-        let (target, _) = self.session.target(&self.peer);
+        let (target, is_advertised) = self.session.target(&self.peer);
         let connected = self.connect_to(target).await;
         if connected.is_err() {
-            self.session.not_reached();
+            self.session.not_reached(is_advertised);
         }
         connected
     }

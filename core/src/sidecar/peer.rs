@@ -274,6 +274,11 @@ impl Peer {
     /// Takes what the relay says of a document.
     pub(super) fn answered(&self, announced: &proto::Announced) {
         let (relay, version) = (&*self.name, announced.version);
+        if self.with(|state| state.accepted.is_some_and(|accepted| version < accepted)) {
+            // A lane that came back brings what was said before, on another.
+            tracing::debug!(relay, version, "an answer to an older announcement came late");
+            return;
+        }
         let keeps = self.with(|state| {
             // One that was accepted may be taken out of force.
             if state.accepted == Some(version) {
@@ -437,6 +442,21 @@ mod tests {
         assert_eq!(peer.refusal().as_deref(), Some("the relay gave no reason"));
         peer.session_ended();
         assert_eq!(peer.refusal(), None);
+    }
+
+    /// Lanes bring answers in the order in which they come back.
+    #[test]
+    fn an_answer_that_comes_late_does_not_undo_a_newer_one() {
+        let peer = Peer::new("relay.example.org:9081".into(), None);
+        peer.session_begun(1, b"relay".as_slice().into(), false);
+        peer.answered(&answer(2, &[], &[]));
+        for late in [answer(1, &[], &["late"]), answer(1, &["taken"], &[])] {
+            peer.answered(&late);
+            assert!(!peer.is_to_accept(2));
+            assert_eq!(peer.refusal(), None);
+        }
+        peer.answered(&answer(2, &["out of force"], &[]));
+        assert!(peer.is_to_accept(2));
     }
 
     #[test]

@@ -354,6 +354,8 @@ pub(crate) struct RefusedRenewal {
 pub(crate) struct Announcing {
     pub(crate) is_running: bool,
     pub(crate) next: Option<proto::Announce>,
+    /// The greatest version that has come.
+    pub(crate) newest: u64,
 }
 
 /// All sessions of this relay.

@@ -247,6 +247,29 @@ fn what_is_said_without_a_carrier_waits_for_the_next_one() {
 }
 
 /// Each of many exchanges may have a window, dispatched and its end waiting: that is no flood.
+/// An outage in which what is served changes again and again: the last word counts, and what waits does not
+/// grow with their number.
+#[test]
+fn announcements_without_a_carrier_take_each_others_place() {
+    let mut pair = pair();
+    let (_, sidecar) = pair.opened();
+    pair.cut();
+    let announce = |version| proto::Announce {
+        version,
+        tunnels: vec![proto::AnnouncedTunnel { name: "x".repeat(100_000), ..Default::default() }],
+        ..proto::Announce::default()
+    };
+    for version in 1..=1000 {
+        assert!(pair.sidecar.lane.announce(announce(version)));
+    }
+    pair.resume().unwrap();
+    pair.run();
+    let is_announce = |event: &Event| matches!(event, Event::Announce(_));
+    let came: Vec<_> = pair.relay.events.iter().filter(|event| is_announce(event)).collect();
+    assert_eq!(came, [&Event::Announce(announce(1000))]);
+    assert_eq!(pair.sidecar.lane.fate(sidecar).expect("it goes on").closed, None);
+}
+
 #[test]
 fn all_exchanges_have_room_for_what_they_say_without_a_carrier() {
     let mut pair = Pair::with(|config| {

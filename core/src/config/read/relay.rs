@@ -129,7 +129,9 @@ impl Reader<'_> {
         }
         section.set("insecure", &mut tunnel.insecure, Field::boolean);
         section.set("peers", &mut tunnel.peers, peers);
-        section.set("advertise", &mut tunnel.advertise, |f| f.parse(value::host_port).map(Some));
+        section.set("advertise", &mut tunnel.advertise, |f| {
+            f.parse(value::dialled_by_others).map(Some)
+        });
         section.set("grace", &mut tunnel.grace, |f| duration_within(f, Duration::ZERO, GRACE_MAX));
         section.set("replay", &mut tunnel.replay, |f| size(f, REPLAY_BYTES_MIN, REPLAY_BYTES_MAX));
         let as_written = self.token(section, &mut tunnel.token).is_some();
@@ -205,7 +207,7 @@ fn warmup(field: &Field<'_>) -> Option<Warmup> {
 
 /// Reads relays that sidecars are told of.
 fn peers(field: &Field<'_>) -> Option<Vec<HostPort>> {
-    let peers = field.list_of(|item| item.parse(value::host_port))?;
+    let peers = field.list_of(|item| item.parse(value::dialled_by_others))?;
     if peers.len() > PEERS_MAX {
         field.fail(format!("has {} relays (accepted: at most {PEERS_MAX})", peers.len()));
     }

@@ -305,6 +305,34 @@ async fn whoever_does_not_know_the_secret_harms_nothing() {
     assert!(stage.relay.door.check_failures(peer()).is_err());
 }
 
+/// A lane that comes back may bring what was overtaken on another one.
+#[tokio::test(start_paused = true)]
+async fn an_older_announcement_that_comes_late_changes_nothing() {
+    let (stage, stream) = Stage::new(relay_with(""), FEATURE_RESUME);
+    let _driven = stage.drive(stream);
+    let _halves = stage.open().await;
+    let announce = |version, unavailable: &str| proto::Announce {
+        version,
+        tunnels: vec![proto::AnnouncedTunnel {
+            name: "api".to_owned(),
+            unavailable: unavailable.to_owned(),
+            ..proto::AnnouncedTunnel::default()
+        }],
+        ..proto::Announce::default()
+    };
+    let in_force = || stage.relay.describe_sessions()[0]["announcement"].as_u64();
+    stage.relay.announced(&stage.session, announce(2, "it is withdrawn"));
+    assert_eq!(in_force(), Some(2));
+    stage.relay.announced(&stage.session, announce(1, ""));
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert_eq!(in_force(), Some(2));
+    // The same again, as on another lane, and a newer one are taken.
+    for version in [2, 3] {
+        stage.relay.announced(&stage.session, announce(version, ""));
+        settle(|| in_force() == Some(version)).await;
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_gap_ends_the_lane_and_its_exchanges() {
     let (stage, stream) = Stage::new(relay_with(""), FEATURE_RESUME);

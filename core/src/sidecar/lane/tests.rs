@@ -40,6 +40,21 @@ fn lane(side: Side) -> sidelane_tunnel::Lane {
     sidelane_tunnel::Lane::new(config, std::time::Instant::now())
 }
 
+fn session(grace: Duration, advertised: String) -> Session {
+    Session {
+        id: Bytes::from_static(b"session"),
+        secret: Bytes::from_static(b"secret"),
+        protocols: ProtocolTable::default(),
+        lane: LaneConfig::new(Side::Sidecar),
+        lanes_max: 2,
+        relay_instance: Bytes::from_static(b"relay"),
+        advertised,
+        is_elsewhere: AtomicBool::new(false),
+        grace,
+        claims: None,
+    }
+}
+
 /// A sidecar's lane that runs, and the relay that it dials: as a test says what that answers.
 struct Stage {
     link: Arc<Link>,
@@ -58,18 +73,7 @@ impl Stage {
     async fn advertising(grace: Duration, advertised: String) -> (Self, Transport) {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a listener");
         let address = listener.local_addr().expect("its address");
-        let session = Session {
-            id: Bytes::from_static(b"session"),
-            secret: Bytes::from_static(b"secret"),
-            protocols: ProtocolTable::default(),
-            lane: LaneConfig::new(Side::Sidecar),
-            lanes_max: 2,
-            relay_instance: Bytes::from_static(b"relay"),
-            advertised,
-            is_elsewhere: AtomicBool::new(false),
-            grace,
-            claims: None,
-        };
+        let session = session(grace, advertised);
         let link = Link::new(3, 0, lane(Side::Sidecar));
         link.known();
         let relay = Link::new(3, 0, lane(Side::Relay));
@@ -309,4 +313,18 @@ async fn a_silent_connection_is_replaced_by_one_that_is_dialled_beside_it() {
     drop(silent);
     stage.says_one_more().await;
     drop(driven);
+}
+
+#[test]
+fn lanes_that_find_an_address_dead_at_once_all_try_the_other() {
+    let session = session(Duration::ZERO, "advertised:1".to_owned());
+    let peer = Peer::new("dialled:1".into(), None);
+    for (expected, next) in [("advertised:1", "dialled:1"), ("dialled:1", "advertised:1")] {
+        let (target, is_advertised) = session.target(&peer);
+        assert_eq!(target, expected);
+        // Two lanes have dialled it.
+        session.not_reached(is_advertised);
+        session.not_reached(is_advertised);
+        assert_eq!(session.target(&peer).0, next);
+    }
 }
