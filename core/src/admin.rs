@@ -95,6 +95,8 @@ pub trait AdminState: Send + Sync + 'static {
     /// Has others send nothing new here, or ends the process too; returns what is left. Asked again it changes
     /// nothing.
     fn drain(&self, is_end: bool) -> Json;
+    /// Says how far the process is on its way out, and what is left.
+    fn draining(&self) -> Json;
 }
 
 /// Serves on the listeners, on a thread of its own, until the process ends.
@@ -247,7 +249,9 @@ async fn respond<B>(side: Side, request: &Request<B>, state: &dyn AdminState) ->
         (Side::Admin, "/-/drain") if *request.method() == Method::POST => {
             return drain(request.uri().query().unwrap_or_default(), state);
         }
-        (Side::Admin, "/-/reload" | "/-/drain") => return not_allowed("POST"),
+        (Side::Admin, "/-/drain") if !read => return not_allowed("GET, HEAD, POST"),
+        (Side::Admin, "/-/drain") => json_answer(StatusCode::OK, &state.draining()),
+        (Side::Admin, "/-/reload") => return not_allowed("POST"),
         _ => {
             let error = json!({ "error": format!("no page {path}; / lists them") });
             return json_answer(StatusCode::NOT_FOUND, &error);
@@ -273,7 +277,8 @@ GET  /tunnels    tunnels with their sessions
 GET  /plugins    plugins with their generations
 GET  /explain    ?url=URL[&protocol=TYPE][&listener=NAME]: which route takes it, and why
 POST /-/reload   read the configuration again
-POST /-/drain    have others send nothing new here; ?phase=end: and end; answers what is left
+GET  /-/drain    how far the process is on its way out, and what is left
+POST /-/drain    have others send nothing new here; ?phase=end: and end; answers the same
 ";
 
 /// Reads `url`, `protocol` and `listener` of a query.
@@ -457,6 +462,9 @@ mod tests {
         fn drain(&self, is_end: bool) -> Json {
             json!({ "phase": if is_end { "ending" } else { "withdrawn" } })
         }
+        fn draining(&self) -> Json {
+            json!({ "phase": "running" })
+        }
     }
 
     struct Running {
@@ -559,7 +567,7 @@ mod tests {
         check(running.health, "POST /live", "405", "allow: GET, HEAD");
         check(running.admin, "DELETE /config", "405", "allow: GET, HEAD");
         check(running.admin, "GET /-/reload", "405", "allow: POST");
-        check(running.admin, "GET /-/drain", "405", "allow: POST");
+        check(running.admin, "PUT /-/drain", "405", "allow: GET, HEAD, POST");
         check(running.health, "POST /-/drain", "404", "no page /-/drain");
         let response = ask(running.health, "HEAD /live", "");
         assert!(
@@ -582,6 +590,7 @@ mod tests {
         check(admin, "POST /-/drain", "200", "\"withdrawn\"");
         check(admin, "POST /-/drain?phase=withdraw", "200", "\"withdrawn\"");
         check(admin, "POST /-/drain?phase=end", "200", "\"ending\"");
+        check(admin, "GET /-/drain", "200", "\"running\"");
         check(admin, "POST /-/drain?phase=now", "400", "(accepted: phase=withdraw, phase=end)");
     }
 

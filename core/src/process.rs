@@ -628,4 +628,8 @@ impl AdminState for Process {
     fn drain(&self, is_end: bool) -> serde_json::Value {
         self.drain_to(is_end)
     }
+
+    fn draining(&self) -> serde_json::Value {
+        Self::draining(self)
+    }
 }

@@ -1,6 +1,6 @@
 //! `drain`: takes a running process out of service, and waits until nothing runs there any more.
 //!
-//! Asks `POST /-/drain` again and again, which changes nothing after the first time.
+//! Asks for it once, and looks from then on: one that is started in its place meanwhile is not drained.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -16,6 +16,12 @@ use crate::config::value;
 /// Between two looks at what is left. Nobody waits long for the last exchange, and a look costs next to
 /// nothing.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// How far the process is.
+const PAGE: &str = "/-/drain";
+
+/// Said where a supervisor was faster than the next look.
+const REPLACED: &str = "ended; another process was started in its place\n";
 
 /// Which process is drained, and how far.
 #[derive(Debug, Args)]
@@ -47,8 +53,12 @@ pub(super) fn run(arguments: &Arguments) -> Result<(), Failed> {
 /// Waits until relays have acknowledged, and then until nothing runs.
 fn withdraw(address: &str, until: Instant) -> Result<(), Failed> {
     let mut told = String::new();
+    let mut page = ask::call(address, &Method::POST, PAGE)?;
+    let asked = page["process"].clone();
     loop {
-        let page = ask::call(address, &Method::POST, "/-/drain")?;
+        if page["process"] != asked {
+            return print(REPLACED);
+        }
         let state = State::of(&page);
         let line = state.line();
         if line != told {
@@ -62,15 +72,18 @@ fn withdraw(address: &str, until: Instant) -> Result<(), Failed> {
             return Err(Failed { code: EXIT_LEFT, message: state.left() });
         }
         std::thread::park_timeout(LOOK);
+        page = ask::get(address, PAGE)?;
     }
 }
 
 /// Waits until the process has gone.
 fn end(address: &str, until: Instant) -> Result<(), Failed> {
     let page = ask::call(address, &Method::POST, "/-/drain?phase=end")?;
+    let asked = page["process"].clone();
     print(&format!("ending: {}\n", State::of(&page).running()))?;
     loop {
-        match ask::call(address, &Method::POST, "/-/drain?phase=end") {
+        match ask::get(address, PAGE) {
+            Ok(page) if page["process"] != asked => return print(REPLACED),
             // It goes in the midst of an answer, too: the next look tells.
             Ok(_) | Err(AskError::NotAdmin(_) | AskError::Timeout(_)) => {}
             Err(AskError::Unreachable { .. }) => return print("ended\n"),
@@ -153,9 +166,55 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::net::TcpListener;
+
     use serde_json::json;
 
     use super::*;
+
+    /// Answers each question with the next page, and returns what was asked.
+    #[track_caller]
+    fn asked(
+        pages: &'static [&'static str],
+        drain: fn(&str, Instant) -> Result<(), Failed>,
+    ) -> String {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let server = std::thread::spawn(move || {
+            let mut all = String::new();
+            for page in pages {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut request = [0; 1024];
+                let read = stream.read(&mut request).unwrap();
+                let request = String::from_utf8_lossy(&request[..read]).into_owned();
+                all += request.split(" HTTP").next().unwrap();
+                all += "; ";
+                let length = page.len();
+                let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n");
+                stream.write_all((head + page).as_bytes()).unwrap();
+            }
+            all
+        });
+        let drained = drain(&address, Instant::now() + Duration::from_secs(60));
+        drained.unwrap_or_else(|failed| panic!("{}", failed.message));
+        server.join().unwrap()
+    }
+
+    #[test]
+    fn a_process_that_is_started_in_its_place_is_not_drained() {
+        let runs = r#"{ "process": "a", "phase": "withdrawn", "exchanges": 1 }"#;
+        let other = r#"{ "process": "b", "phase": "running", "exchanges": 5 }"#;
+        let pages: &[&str] = &[runs, runs, other];
+        assert_eq!(
+            asked(Box::leak(Box::from(pages)), end),
+            "POST /-/drain?phase=end; GET /-/drain; GET /-/drain; "
+        );
+        assert_eq!(
+            asked(Box::leak(Box::from(pages)), withdraw),
+            "POST /-/drain; GET /-/drain; GET /-/drain; "
+        );
+    }
 
     #[track_caller]
     fn check(page: &Json, line: &str, left: &str, is_done: bool) {

@@ -10,6 +10,7 @@ use serde_json::json;
 use tokio::sync::Notify;
 
 use super::Process;
+use crate::random;
 
 /// How often the end of running exchanges is looked for during shutdown.
 const DRAIN_TICK: Duration = Duration::from_millis(20);
@@ -44,6 +45,8 @@ impl Phase {
 
 /// The phase of a process. It never goes back: whoever is to serve again is started again.
 pub(super) struct Drain {
+    /// Tells this process from one that is started in its place, which may have its number too.
+    process: String,
     state: Mutex<State>,
     end: Notify,
 }
@@ -56,7 +59,8 @@ struct State {
 impl Drain {
     pub(super) fn new() -> Self {
         let state = State { phase: Phase::Running, since: Instant::now() };
-        Self { state: Mutex::new(state), end: Notify::new() }
+        let process = format!("{:016x}", random::number());
+        Self { process, state: Mutex::new(state), end: Notify::new() }
     }
 
     /// Enters a later phase; false: it is that far already.
@@ -117,6 +121,15 @@ impl Process {
         if is_end {
             self.drain.end.notify_one();
         }
+        let mut page = self.draining();
+        if is_end {
+            page["phase"] = Phase::Ending.name().into();
+        }
+        page
+    }
+
+    /// How far it is on its way out, and what is left.
+    pub(super) fn draining(&self) -> serde_json::Value {
         let (phase, since) = {
             let state = self.drain.lock();
             (state.phase, state.since)
@@ -134,7 +147,8 @@ impl Process {
         let relays = relays.map(Iterator::collect::<Vec<_>>);
         let acknowledged = |relay: &serde_json::Value| relay["acknowledged"] == true;
         json!({
-            "phase": if is_end { Phase::Ending.name() } else { phase.name() },
+            "process": self.drain.process,
+            "phase": phase.name(),
             "for_seconds": since.elapsed().as_secs(),
             "exchanges": self.exchanges(),
             "connections": self.relay.as_ref().map(|relay| relay.connections()),

@@ -180,7 +180,7 @@ impl Aim {
 fn worst_of(error: &OpenError) -> (u32, Cow<'static, str>) {
     match error {
         OpenError::Closed | OpenError::GoingAway => {
-            (failure::NO_SIDECAR, "its sidecar is going away".into())
+            (failure::NO_SIDECAR, "its sidecar is going away, or has lost its connection".into())
         }
         _ => (failure::OVERLOADED, "its sidecars have as many exchanges as they may".into()),
     }

@@ -12,9 +12,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use h2::RecvStream;
 use h2::server::{self, SendResponse};
-use h2::{Reason, RecvStream};
-use http::header::{CONNECTION, CONTENT_TYPE, HeaderValue, ORIGIN, RETRY_AFTER, UPGRADE};
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, ORIGIN, RETRY_AFTER, TRANSFER_ENCODING,
+    UPGRADE,
+};
 use http::{Method, Request, Response, StatusCode};
 use http_body_util::Full;
 use hyper::server::conn::http1;
@@ -335,8 +338,9 @@ impl Knock {
                 {
                     let _ = send.send_data(body, true);
                 }
-                // What else comes on it is not wanted.
-                return respond.send_reset(Reason::NO_ERROR);
+                // A reset of ours would throw away the answer that is queued; what else comes on the stream
+                // is reset behind it, as nobody holds it (RFC 9113 §8.1).
+                return;
             }
         };
         let mut head = Response::new(());
@@ -439,6 +443,13 @@ fn judge<B>(request: &Request<B>, is_grpc: bool, is_draining: bool) -> Result<()
         return Err(Answer::new(StatusCode::FORBIDDEN, text));
     }
     if !is_grpc {
+        // What follows the head is the WebSocket's: nobody on the way is to take it for something else.
+        let has_body = request.headers().contains_key(TRANSFER_ENCODING)
+            || request.headers().get(CONTENT_LENGTH).is_some_and(|length| length != "0");
+        if has_body {
+            let text = format!("{PORT}: {WEBSOCKET_PATH} takes a request without a body");
+            return Err(Answer::new(StatusCode::BAD_REQUEST, text));
+        }
         return Ok(());
     }
     let content = request.headers().get(CONTENT_TYPE).map(HeaderValue::as_bytes);
@@ -494,6 +505,7 @@ mod tests {
         let grpc = &[("content-type", "application/grpc+proto")][..];
         assert_eq!(ask("GET", "/tunnel", &[], false), Ok(()));
         assert_eq!(ask("GET", "/tunnel?x=1", &[], false), Ok(()));
+        assert_eq!(ask("GET", "/tunnel", &[("content-length", "0")], false), Ok(()));
         assert_eq!(ask("POST", GRPC_PATH, grpc, true), Ok(()));
         for (method, path, fields, is_grpc, status) in [
             ("GET", "/", &[][..], false, 200),
@@ -503,6 +515,8 @@ mod tests {
             ("GET", GRPC_PATH, &[], false, 404),
             ("GET", "/tunnel", &[], true, 404),
             ("GET", "/tunnel", &[("origin", "http://127.0.0.1")], false, 403),
+            ("GET", "/tunnel", &[("content-length", "5")], false, 400),
+            ("GET", "/tunnel", &[("transfer-encoding", "chunked")], false, 400),
             ("POST", GRPC_PATH, &[("origin", "null")], true, 403),
             ("POST", GRPC_PATH, &[], true, 415),
             ("GET", GRPC_PATH, grpc, true, 415),

@@ -17,6 +17,7 @@ use http::Method;
 use sidelane_abi::failure;
 use sidelane_tunnel::Fate;
 
+use super::Relay;
 use super::aim::{Aim, Taken};
 use super::open::Wait;
 use super::policy;
@@ -95,6 +96,7 @@ pub(super) fn begin(aim: Aim, taken: Taken, asks: Asks) -> (Sending, Receiving) 
     budget.deposit();
     let (of_send, of_recv) = InFlight::both(&standing);
     let moving = Moving {
+        relay: Arc::clone(&aim.relay),
         aim: Some(aim),
         place: At { tunnel, session, standing },
         budget,
@@ -103,6 +105,7 @@ pub(super) fn begin(aim: Aim, taken: Taken, asks: Asks) -> (Sending, Receiving) 
         kept_bytes: 0,
         is_finished: false,
         is_sender_gone: false,
+        is_judged: false,
         moves: 0,
         state: State::Runs,
         for_send: None,
@@ -135,7 +138,7 @@ pub(super) struct Sending {
 pub(super) struct Receiving {
     inner: RecvHalf,
     in_flight: InFlight,
-    /// `None`: it does not move any more.
+    /// `None`: an answer has begun, or it has ended.
     shared: Option<Arc<Shared>>,
 }
 
@@ -155,6 +158,7 @@ struct Shared {
 }
 
 struct Moving {
+    relay: Arc<Relay>,
     /// `None`: it does not move any more.
     aim: Option<Aim>,
     place: At,
@@ -165,6 +169,8 @@ struct Moving {
     kept_bytes: u64,
     is_finished: bool,
     is_sender_gone: bool,
+    /// What became of it was counted for, or against, who has it.
+    is_judged: bool,
     moves: u32,
     state: State,
     /// Halves at the sidecar it has moved to, until their owners come for them.
@@ -322,6 +328,7 @@ impl Moving {
 
     /// An answer has begun.
     fn answered(&mut self) {
+        self.is_judged = true;
         self.place.standing.succeeded();
         self.settle();
     }
@@ -389,6 +396,7 @@ impl Moving {
         let Taken { send, recv, tunnel, session, standing, budget, .. } = taken;
         let (of_send, of_recv) = InFlight::both(&standing);
         self.place = At { tunnel, session, standing };
+        self.is_judged = false;
         self.budget = budget;
         self.for_send = None;
         self.for_recv = Some((recv, of_recv));
@@ -397,12 +405,13 @@ impl Moving {
 
     /// Sends the exchange elsewhere after it has ended so; false: that is how it ended.
     fn try_move(&mut self, reset: Reset, fate: Option<Fate>) -> bool {
-        let Some(aim) = &mut self.aim else { return false };
         let is_answered = fate.is_none_or(|fate| fate.answered);
-        if !is_answered && is_failure(reset.code) {
+        if !is_answered && !self.is_judged && is_failure(reset.code) {
+            self.is_judged = true;
             let At { tunnel, session, standing } = &self.place;
-            aim.relay.sidecar_failed(tunnel, session, standing, reset.code);
+            self.relay.sidecar_failed(tunnel, session, standing, reset.code);
         }
+        let Some(aim) = &mut self.aim else { return false };
         let is_refused = fate.is_some_and(|fate| fate.refused);
         let is_due = aim.meta.deadline.is_some_and(|deadline| deadline <= Instant::now());
         let may = !is_answered && !is_due && self.moves < MOVES_MAX;
@@ -415,15 +424,12 @@ impl Moving {
             self.settle();
             return false;
         }
-        // Of a session whose lane is gone, or about to be, another lane will do.
-        if !(is_of_lane(reset.code) && self.place.session.is_open()) {
-            aim.tried.push(self.place.session.epoch);
-        }
+        let has_another_lane = is_of_lane(reset.code) && self.place.session.is_open();
         self.moves += 1;
         let from = Arc::clone(&self.place.session.name);
         let (route, code) = (Arc::clone(&aim.route.name), failure::name(reset.code));
         let metrics = Arc::clone(&aim.relay.metrics);
-        match aim.open_again() {
+        match aim.open_elsewhere(self.place.session.epoch, has_another_lane) {
             Ok(taken) => {
                 let (from, to) = (&*from, &*taken.session.name);
                 let (route, tunnel, reason) = (&*route, &*taken.tunnel, reason.label());
@@ -459,6 +465,26 @@ impl Drop for Moving {
 impl Aim {
     fn open_again(&self) -> Result<Taken, lend::Failure> {
         self.open(&self.relay.routing.load())
+    }
+
+    /// Gives the exchange to another session than that of `epoch`. Where that has lanes still it may take it
+    /// again, before the others where the client asks for it, else after them: all its lanes may be about to
+    /// go, and each that refuses costs a move.
+    fn open_elsewhere(
+        &mut self,
+        epoch: u64,
+        has_another_lane: bool,
+    ) -> Result<Taken, lend::Failure> {
+        if has_another_lane && self.sticky.is_some() {
+            return self.open_again();
+        }
+        self.tried.push(epoch);
+        let opened = self.open_again();
+        if !has_another_lane {
+            return opened;
+        }
+        self.tried.pop();
+        opened.or_else(|_| self.open_again())
     }
 }
 
@@ -654,20 +680,20 @@ impl lend::RecvHalf for Receiving {
                 if let Some((recv, in_flight)) = held.for_recv.take() {
                     (self.inner, self.in_flight) = (recv, in_flight);
                 }
-                is_kept = held.may_move();
                 let received = self.inner.poll_recv(cx);
                 match &received {
-                    Poll::Ready(Received::Reset(reset)) if is_kept => {
+                    Poll::Ready(Received::Reset(reset)) => {
                         if held.try_move(*reset, self.inner.fate()) {
                             continue;
                         }
                         is_kept = false;
                     }
-                    Poll::Ready(_) if is_kept => {
+                    // One that does not move any more speaks for its sidecar all the same.
+                    Poll::Ready(_) => {
                         held.answered();
                         is_kept = false;
                     }
-                    _ => {}
+                    Poll::Pending => {}
                 }
                 break received;
             }

@@ -14,7 +14,7 @@ use sidelane_e2e::peer::Peer;
 use sidelane_e2e::process::{Route, Setup, Sidelane};
 use sidelane_e2e::service::Service;
 use sidelane_e2e::stage::get;
-use sidelane_e2e::tools::tonic;
+use sidelane_e2e::tools::{Curl, tonic};
 use sidelane_e2e::wait;
 use sidelane_e2e::websocket::Socket;
 
@@ -353,6 +353,16 @@ fn who_asks_the_tunnels_port_by_http_is_told_what_it_is() {
             assert!(text.starts_with("this is a Sidelane relay's port for sidecars"), "{text}");
         }
         assert_eq!(client.rest(), b"", "{name}: it closes");
+    }
+    if let Some(curl) = Curl::find("who_asks_the_tunnels_port_by_http_is_told_what_it_is") {
+        for (target, status) in [("/", "200"), ("/healthz", "404")] {
+            let url = format!("http://relay{target}");
+            let arguments = ["--http2-prior-knowledge", "--write-out", "%{http_code}", &url];
+            let output = curl.run(relay.tunnel(), arguments);
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(text.starts_with("this is a Sidelane relay's port for sidecars"), "{output:?}");
+            assert!(text.ends_with(status), "{output:?}");
+        }
     }
     // None of them was held against this address.
     let sidecar = Sidelane::start("sidecar", &setup.sidecar(relay.tunnel()));

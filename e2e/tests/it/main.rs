@@ -13,6 +13,7 @@ mod entry;
 mod examples;
 mod failures;
 mod fairness;
+mod foreign;
 mod framing;
 mod grpc;
 mod grpc_failures;

@@ -577,6 +577,19 @@ async fn where_nobody_is_there_it_waits_for_whoever_comes() {
 }
 
 #[tokio::test]
+async fn what_a_leaving_lane_refused_goes_to_another_sidecar_where_there_is_one() {
+    // As often as chance might choose the same one again.
+    for _ in 0..100 {
+        let mut stage = Stage::new(2).await;
+        let mut exchange = stage.open(Asks::Once, message("a", true));
+        let first = stage.holder();
+        stage.peers[first].refuse(failure::DRAINING);
+        assert_eq!(exchange.recv(), Poll::Pending);
+        assert_ne!(stage.holder(), first);
+    }
+}
+
+#[tokio::test]
 async fn another_lane_of_the_same_sidecar_takes_what_a_leaving_one_refused() {
     let mut stage = Stage::new(1).await;
     let mut exchange = stage.open(Asks::Once, message("a", true));
@@ -652,6 +665,43 @@ async fn one_that_fails_again_and_again_is_left_aside_and_never_the_last() {
         assert_eq!(exchange.recv(), ended(failure::SERVICE_UNREACHABLE));
     }
     assert!(stage.metric("sidelane_sidecar_ejections_total{tunnel=\"web\"} 1"));
+}
+
+#[tokio::test]
+async fn an_upload_that_is_not_kept_speaks_for_its_sidecar_and_against_it() {
+    // What becomes of the sidecar's uploads, one after the other, and whether that leaves it aside.
+    for (ends, is_left_aside) in [("fffff", true), ("ffff", false), ("ffffaf", false)] {
+        let mut stage = Stage::new(2).await;
+        let part = "x".repeat(40 * 1024);
+        for end in ends.chars() {
+            loop {
+                let mut exchange = stage.open(Asks::Once, message("a", false));
+                let holder = stage.holder();
+                for _ in 0..2 {
+                    assert_eq!(exchange.send(message(&part, false)), Poll::Ready(Ok(())));
+                    stage.run();
+                    assert!(!stage.peers[holder].received().is_empty());
+                }
+                assert_eq!(exchange.recv(), Poll::Pending);
+                if holder == 1 || end == 'a' {
+                    stage.peers[holder].answer("b", true);
+                    assert_eq!(exchange.recv(), said("b", true));
+                } else {
+                    let key = stage.peers[0].last();
+                    stage.peers[0].lane.reset(key, Reset::new(failure::SERVICE_RESET));
+                    stage.run();
+                    // Both halves hear of it, and it counts once.
+                    assert!(exchange.send.poll_closed(&mut context()).is_ready());
+                    assert_eq!(exchange.recv(), ended(failure::SERVICE_RESET));
+                }
+                if holder == 0 {
+                    break;
+                }
+            }
+        }
+        let ejected = stage.metric("sidelane_sidecar_ejections_total{tunnel=\"web\"} 1");
+        assert_eq!(ejected, is_left_aside, "{ends}");
+    }
 }
 
 struct Bell(AtomicUsize);

@@ -33,6 +33,10 @@ const READ_BYTES: usize = 64 * 1024;
 /// Most bytes that wait to be written: a batch, its head, and answers to pings.
 const WRITE_BUFFER_BYTES_MAX: usize = 2 * WRITE_BYTES;
 
+/// Messages without bytes of the stream, pings say, that are taken before others get their turn: what the
+/// kernel holds of a socket may be a million of them.
+const NOTHINGS_PER_POLL: usize = 64;
+
 /// Smallest room for a batch that is kept between two of them.
 const ROOM_BYTES: usize = 4 * 1024;
 
@@ -115,7 +119,13 @@ impl<S: Movable> AsyncRead for WebSocketStream<S> {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        let mut nothings = 0;
         while self.unread.is_empty() {
+            if nothings == NOTHINGS_PER_POLL {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            nothings += 1;
             match ready!(Pin::new(&mut self.socket).poll_next(cx)) {
                 Some(Ok(Message::Binary(bytes))) => self.unread = bytes,
                 Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use sidelane_e2e::authority::{Authority, Files};
 use sidelane_e2e::client::Client;
+use sidelane_e2e::connect::{self, ConnectProxy};
 use sidelane_e2e::fault::Wire;
 use sidelane_e2e::process::{Route, Sidelane};
 use sidelane_e2e::wait;
@@ -213,4 +214,36 @@ fn a_way_that_leads_to_a_relay_with_a_session_already_ends_none_of_it() {
     });
     until_serving(&two, 1);
     assert_eq!(one.metric("sidelane_sessions", &["role=\"relay\""]), Some(1.0));
+}
+
+/// Where there is a proxy, names are for that to look up: this machine may know none.
+#[test]
+fn a_relay_that_is_told_of_by_name_is_reached_through_the_tellers_proxy() {
+    let token = "correct-horse-battery-staple";
+    let authority = Authority::new("e2e");
+    let yaml = |files: &Files, peers: &str| {
+        relay_yaml(&format!(
+            ", token: \"{token}\", tls: {{ certificates: [{{ cert: \"{}\", key: \"{}\" }}] }}{peers}",
+            files.cert.display(),
+            files.key.display()
+        ))
+    };
+    let told = Sidelane::spawn("told relay", &yaml(&authority.sign(&[connect::HOST]), ""));
+    let peers = format!(", peers: [\"{}:{}\"]", connect::HOST, told.tunnel().port());
+    let teller = Sidelane::spawn("relay", &yaml(&authority.sign(&["127.0.0.1"]), &peers));
+    let (service, proxy) = (Named::start("web"), ConnectProxy::start(None));
+    let address = teller.tunnel();
+    let yaml = sidecar_yaml(service.service.address(), address, "", "");
+    let plain = format!("relays: [\"{address}\"]");
+    assert!(yaml.contains(&plain), "{yaml}");
+    let relays = format!(
+        "relays: [{{ address: \"{address}\", tls: {{ ca: \"{}\" }} }}]\n  token: {token}\n  proxy: \"http://{}\"",
+        authority.ca().display(),
+        proxy.address()
+    );
+    let _sidecar = Sidelane::start("sidecar", &yaml.replace(&plain, &relays));
+    for relay in [&teller, &told] {
+        until_serving(relay, 1);
+        assert_eq!(text(&get(relay.web(), "/", "")), "web");
+    }
 }

@@ -62,6 +62,25 @@ async fn messages_and_their_fragments_are_one_stream_and_pings_are_answered_besi
 }
 
 #[tokio::test]
+async fn a_flood_of_messages_without_bytes_leaves_turns_to_others() {
+    let (mut client, mut server) = raw().await;
+    let count = 100 * NOTHINGS_PER_POLL;
+    let mut sent = frame(0x82, b"").repeat(count);
+    sent.extend_from_slice(&frame(0x82, b"abc"));
+    client.write_all(&sent).await.expect("written");
+    let mut polls = 0;
+    let mut space = [0; 3];
+    let mut room = ReadBuf::new(&mut space);
+    let read = std::future::poll_fn(|cx| {
+        polls += 1;
+        Pin::new(&mut server).poll_read(cx, &mut room)
+    });
+    read.await.expect("read");
+    assert_eq!(room.filled(), b"abc");
+    assert!(polls > 100, "{polls} turns for {count} messages");
+}
+
+#[tokio::test]
 async fn what_no_tunnel_sends_ends_the_lane_and_says_why() {
     for (name, bytes, expected) in [
         ("text", frame(0x81, b"hello"), "a text message on the WebSocket"),
