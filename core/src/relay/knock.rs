@@ -193,7 +193,8 @@ impl Knock {
         asked: &Mutex<Asked>,
     ) -> Response<Full<Bytes>> {
         let came = self.came(&request);
-        let response = judge(&request, false).and_then(|()| {
+        let judged = judge(&request, false, self.relay.is_draining());
+        let response = judged.and_then(|()| {
             let upgrade = create_response_with_body(&request, Full::default).map_err(|error| {
                 Answer::new(
                     StatusCode::UPGRADE_REQUIRED,
@@ -320,7 +321,7 @@ impl Knock {
         streams: &mut Streams,
     ) {
         let came = self.came(&request);
-        let entered = judge(&request, true).and_then(|()| {
+        let entered = judge(&request, true, self.relay.is_draining()).and_then(|()| {
             let place = self.relay.door.enter_for(streams.place.take(), self.peer, came.address);
             place.map_err(|why| self.turned_away(came, why))
         });
@@ -418,10 +419,15 @@ impl Answer {
     }
 }
 
-/// Whether a request may bring a lane: by gRPC, or else by WebSocket.
-fn judge<B>(request: &Request<B>, is_grpc: bool) -> Result<(), Answer> {
+/// Whether a request may bring a lane: by gRPC, or else by WebSocket. `is_draining`: only one that comes back.
+fn judge<B>(request: &Request<B>, is_grpc: bool, is_draining: bool) -> Result<(), Answer> {
     let path = if is_grpc { GRPC_PATH } else { WEBSOCKET_PATH };
     let is_look = matches!(*request.method(), Method::GET | Method::HEAD);
+    if is_look && request.uri().path() == "/" && is_draining {
+        // Balancers are to send new ones elsewhere.
+        let text = format!("{PORT}, and is shutting down");
+        return Err(Answer::new(StatusCode::SERVICE_UNAVAILABLE, text));
+    }
     if is_look && request.uri().path() == "/" {
         return Err(Answer::new(StatusCode::OK, PORT));
     }
@@ -476,6 +482,17 @@ mod tests {
     }
 
     #[test]
+    fn while_the_relay_ends_balancers_are_told_and_lanes_come_back() {
+        for (path, expected) in [("/", Err(503)), (WEBSOCKET_PATH, Ok(()))] {
+            let request = Request::get(path).body(()).expect("a request");
+            assert_eq!(
+                judge(&request, false, true).map_err(|answer| answer.status.as_u16()),
+                expected
+            );
+        }
+    }
+
+    #[test]
     fn who_brings_no_lane_is_told_what_this_port_is() {
         let ask = |method: &str, path: &str, fields: &[(&str, &str)], is_grpc| {
             let mut request = Request::builder().method(method).uri(path);
@@ -483,7 +500,7 @@ mod tests {
                 request = request.header(*name, *value);
             }
             let request = request.body(()).expect("a request");
-            judge(&request, is_grpc).map_err(|answer| (answer.status.as_u16(), answer.text))
+            judge(&request, is_grpc, false).map_err(|answer| (answer.status.as_u16(), answer.text))
         };
         let grpc = &[("content-type", "application/grpc+proto")][..];
         assert_eq!(ask("GET", "/tunnel", &[], false), Ok(()));
